@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Normalisations over the last dimension. M rows of N columns; statistics and affine in f32.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+
+#include "fastkern/core.h"
+
+namespace fastkern {
+
+/// y = x * rsqrt(mean(x^2) + eps) * weight
+struct RmsNormFwd {
+  TensorRef x;       // (..., N) f32 | f16 | bf16, any row strides
+  TensorRef weight;  // (N) f32 | f16 | bf16, or not given: 1
+  TensorRef y;       // (..., N) dtype of x
+  double eps = 1e-6;
+};
+
+/// Gradients of RmsNormFwd. The statistics are recomputed from x, which the pass reads anyway:
+/// forward saves nothing but its inputs.
+struct RmsNormBwd {
+  TensorRef dy;                    // (..., N) dtype of x
+  TensorRef x;                     // (..., N)
+  TensorRef weight;                // (N) or not given
+  TensorRef dx;                    // (..., N) dtype of x, or not given: not computed
+  TensorRef dweight;               // (N) dtype of weight, dense, or not given: not computed
+  void* workspace = nullptr;       // cuda: rms_norm_bwd_workspace() bytes, 16-byte aligned
+  std::size_t workspace_size = 0;  // bytes
+  double eps = 1e-6;
+};
+
+namespace cpu {
+FASTKERN_API void rms_norm(const RmsNormFwd& args);
+FASTKERN_API void rms_norm_bwd(const RmsNormBwd& args);
+}  // namespace cpu
+
+namespace cuda {
+FASTKERN_API void rms_norm(const RmsNormFwd& args, Stream stream);
+FASTKERN_API void rms_norm_bwd(const RmsNormBwd& args, Stream stream);
+FASTKERN_API std::size_t rms_norm_bwd_workspace(const RmsNormBwd& args, int device);
+
+// Who owns a row: a function of its length and element type alone, so a row's result does not depend on the batch.
+
+constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
+  const int vector = static_cast<int>(16 / size_of(dtype));
+  const std::int64_t vectors = (n + vector - 1) / vector;
+  if (vectors > 8 * 1024) return {"rms_norm_long_kernel", 1024, 1, 1024, vector, false};
+  if (vectors > 8 * 512) return {"rms_norm_kernel", 1024, 1, 1024, 8 * vector};
+  if (vectors > 4 * 512) return {"rms_norm_kernel", 512, 1, 512, 8 * vector};
+  if (vectors > 2 * 512) return {"rms_norm_kernel", 512, 1, 512, 4 * vector};
+  const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
+  const int block = std::max(128, row);
+  return {"rms_norm_kernel", block, block / row, row, 2 * vector};
+}
+
+constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype) {
+  const int vector = static_cast<int>(16 / size_of(dtype));
+  const std::int64_t vectors = (n + vector - 1) / vector;
+  if (vectors > 2 * 1024) return {"rms_norm_bwd_long_kernel", 1024, 1, 1024, vector, false};
+  if (vectors > 2 * 512) return {"rms_norm_bwd_kernel", 1024, 1, 1024, 2 * vector};
+  const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
+  const int block = std::max(128, row);
+  return {"rms_norm_bwd_kernel", block, block / row, row, 2 * vector};
+}
+}  // namespace cuda
+}  // namespace fastkern

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// THE launcher: every kernel of the library goes through launch().
+// It selects the stream's device for the call, leaves an empty grid alone, refuses one that CUDA cannot take,
+// raises the shared-memory limit where needed, and turns a failed launch into an Error with the op's name.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "fastkern/core.h"
+
+namespace fastkern::cuda {
+
+inline void check(cudaError_t status, const char* op, const char* what) {
+  if (status == cudaSuccess) [[likely]] return;
+  cudaGetLastError();  // an error reported here must not surface again in somebody else's next call
+  const bool no_code = status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction;
+  fail(op, ": ", what, " failed: ", cudaGetErrorName(status), ", ", cudaGetErrorString(status),
+       no_code ? "; this build has code for " : "", no_code ? build_info().cuda_archs : "");
+}
+
+/// Makes a device current for a scope; free when it already is.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* op) {
+    check(cudaGetDevice(&previous_), op, "cudaGetDevice");
+    if (previous_ != device) {
+      check(cudaSetDevice(device), op, "cudaSetDevice");
+      changed_ = true;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+inline int multiprocessors(int device, const char* op) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
+  return count;
+}
+
+struct Launch {
+  const char* op;     // for error messages
+  std::int64_t grid;  // blocks, on x: the only axis without a 65,535 limit
+  int block;          // threads
+  std::size_t shared = 0;
+};
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, const Args&... args) {
+  if (shape.grid == 0) return;
+  FK_CHECK(shape.grid > 0 && shape.grid <= std::numeric_limits<std::int32_t>::max(), shape.op, ": ", shape.grid,
+           " blocks do not fit a CUDA grid; split the call");
+  const DeviceGuard guard(stream.device, shape.op);
+  constexpr std::size_t kDefaultShared = 48 * 1024;
+  if (shape.shared > kDefaultShared) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)),
+          shape.op, "raising the shared-memory limit");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  config.blockDim = dim3(static_cast<unsigned>(shape.block));
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  check(cudaLaunchKernelEx(&config, kernel, Params(args)...), shape.op, "kernel launch");
+}
+
+}  // namespace fastkern::cuda

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisations over the last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_rms_norm = torch.ops.fastkern.rms_norm.default
+_rms_norm_fwd = torch.ops.fastkern.rms_norm_fwd.default
+_rms_norm_bwd = torch.ops.fastkern.rms_norm_bwd.default
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Root-mean-square normalisation: ``x * rsqrt(mean(x**2, -1) + eps) * weight``.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. The same operator is
+    ``torch.ops.fastkern.rms_norm``; this function leaves out the autograd wrapper when no gradient is needed.
+
+    Args:
+        x: (..., N), float32, float16 or bfloat16, on the CPU or a CUDA device. Any strides and storage offset:
+            rows are read in place when the last dimension is dense and the leading ones merge into at most two
+            strides (so also a slice of a fused projection); otherwise a dense copy is made first.
+        weight: (N,), float32, float16 or bfloat16 (not necessarily the dtype of ``x``), or None for ones.
+        eps: added inside the root; finite and >= 0.
+
+    Returns:
+        (..., N), contiguous, the dtype of ``x``. Mean and scaling are computed in float32 and rounded once.
+
+    Raises:
+        RuntimeError: a dtype, shape, device or ``eps`` other than the above; the message names the argument.
+
+    Notes:
+        * Deterministic, forward and backward. Batch-invariant: a row's output does not depend on other rows.
+        * Under autocast the dtypes given are kept: the statistics are float32 in any case.
+        * Backward saves only ``x`` and ``weight``. It can be differentiated again (through plain PyTorch formulas).
+        * Works under ``torch.compile``, ``torch.export``, ``torch.func.vmap`` and CUDA graph capture.
+        * Empty inputs give empty outputs; NaN and infinities stay in their rows.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return _rms_norm(x, weight, eps)
+    return _rms_norm_fwd(x, weight, eps)
+
+
+# ---- shapes for tracing ----------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fastkern::rms_norm")
+def _rms_norm_fake(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("fastkern::rms_norm_fwd")(_rms_norm_fake)
+
+
+@torch.library.register_fake("fastkern::rms_norm_bwd")
+def _rms_norm_bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    like = x if weight is None else weight
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
+    return dx, torch.empty_like(like, memory_format=torch.contiguous_format) if need_dweight else like.new_empty(0)
+
+
+# ---- gradient --------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight = ctx.saved_tensors
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+        dx, dweight = _rms_norm_grad_differentiable(dy, x, weight, ctx.eps)
+    else:
+        dx, dweight = _rms_norm_bwd(dy, x, weight, ctx.eps, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None
+
+
+def _rms_norm_grad_differentiable(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    x32, g = x.float(), dy.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    xhat = x32 * rstd
+    dweight = None
+    if weight is not None:
+        dweight = (g * xhat).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+        g = g * weight.float()
+    dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dweight
+
+
+torch.library.register_autograd("fastkern::rms_norm", _rms_norm_grad, setup_context=_rms_norm_save)
+
+
+# ---- batching --------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, int]:
+    x_dim, weight_dim = (*in_dims, None)[:2]
+    x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
+    if weight is None or weight_dim is None:
+        return rms_norm(x, weight, eps), 0
+    weights = weight.movedim(weight_dim, 0)
+    return torch.stack([rms_norm(row, w, eps) for row, w in zip(x, weights, strict=True)]), 0
+
+
+def _rms_norm_bwd_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def batch(t: Tensor | None, dim: int | None) -> list[Tensor | None]:
+        return [t] * info.batch_size if t is None or dim is None else list(t.unbind(dim))
+
+    rows = zip(batch(dy, in_dims[0]), batch(x, in_dims[1]), batch(weight, in_dims[2]), strict=True)
+    grads = [_rms_norm_bwd(*row, eps, need_dx, need_dweight) for row in rows]
+    return (torch.stack([dx for dx, _ in grads]), torch.stack([dw for _, dw in grads])), (0, 0)
+
+
+torch.library.register_vmap("fastkern::rms_norm", _rms_norm_vmap)
+torch.library.register_vmap("fastkern::rms_norm_fwd", _rms_norm_vmap)
+torch.library.register_vmap("fastkern::rms_norm_bwd", _rms_norm_bwd_vmap)
