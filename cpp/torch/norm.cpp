@@ -10,60 +10,63 @@
 namespace fastkern::torch_layer {
 namespace {
 
-DType check_norm_input(const Tensor& x, double eps, const char* op) {
-  const DType dtype = dtype_of(x, op, "x");
-  FK_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar of shape ()");
+TensorRef check_norm_input(const Tensor& x, double eps, const char* op) {
+  const TensorRef ref = ref_of(x, op, "x");
+  FK_CHECK(ref.ndim >= 1, op, ": x must have at least one dimension, got a scalar of shape ()");
   FK_CHECK(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and >= 0, got ", eps);
-  return dtype;
+  return ref;
 }
 
-TensorRef check_norm_weight(OptionalTensor& weight, const Tensor& x, const char* op) {
+TensorRef check_norm_weight(const OptionalTensor& weight, const TensorRef& x, Device device, const char* op) {
   if (!weight) return {};
-  const DType dtype = dtype_of(*weight, op, "weight");
-  check_shape(*weight, {x.size(x.dim() - 1)}, op, "weight");
-  check_device(*weight, x, op, "weight");
-  return row_ref(*weight, dtype);
+  const TensorRef ref = ref_of(*weight, op, "weight");
+  check_shape(ref, &x.sizes[x.ndim - 1], 1, op, "weight");
+  check_device(*weight, device, op, "weight");
+  return ref;
 }
 
-Tensor rms_norm(Tensor x, OptionalTensor weight, double eps) {
+Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
   constexpr const char* kOp = "fastkern::rms_norm";
-  const DType dtype = check_norm_input(x, eps, kOp);
-  RmsNormFwd args{.x = {}, .weight = check_norm_weight(weight, x, kOp), .y = {}, .eps = eps};
-  Tensor y = empty_dense_like(x, dtype);
-  args.x = row_ref(x, dtype);
-  args.y = ref_of(y, dtype);
-  if (!is_cuda(x)) {
+  RmsNormFwd args{.x = check_norm_input(x, eps, kOp), .weight = {}, .y = {}, .eps = eps};
+  const Device device = device_of(x);
+  args.weight = check_norm_weight(weight, args.x, device, kOp);
+  const OptionalTensor x_copy = make_rows(x, args.x), weight_copy = make_rows(weight, args.weight);
+  Tensor y = new_like(args.x, device);
+  args.y = dense_ref(y, args.x);
+  if (!device.is_cuda) {
     cpu::rms_norm(args);
   } else if constexpr (kHasCuda) {
-    cuda::rms_norm(args, current_stream(x));
+    cuda::rms_norm(args, current_stream(device));
   }
   return y;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, Tensor x, OptionalTensor weight, double eps, bool need_dx,
-                                        bool need_dweight) {
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, double eps,
+                                        bool need_dx, bool need_dweight) {
   constexpr const char* kOp = "fastkern::rms_norm_bwd";
-  const DType dtype = check_norm_input(x, eps, kOp);
-  FK_CHECK(dtype_of(dy, kOp, "dy") == dtype, kOp, ": dy must be ", dtype_text(x), " like x, got ", dtype_text(dy));
-  check_shape(dy, sizes_of(x), kOp, "dy");
-  check_device(dy, x, kOp, "dy");
-  FK_CHECK(weight || !need_dweight, kOp, ": need_dweight must be False without a weight, got True");
-
   RmsNormBwd args;
   args.eps = eps;
-  args.weight = check_norm_weight(weight, x, kOp);
-  Tensor dx = need_dx ? empty_dense_like(x, dtype) : empty_dense({0}, dtype, x);
-  Tensor dweight = need_dweight ? empty_dense_like(*weight, args.weight.dtype)
-                                : empty_dense({0}, weight ? args.weight.dtype : dtype, x);
-  args.x = row_ref(x, dtype);
-  args.dy = row_ref(dy, dtype);
-  if (need_dx) args.dx = ref_of(dx, dtype);
-  if (need_dweight) args.dweight = ref_of(dweight, args.weight.dtype);
-  if (!is_cuda(x)) {
+  args.x = check_norm_input(x, eps, kOp);
+  args.dy = ref_of(dy, kOp, "dy");
+  const Device device = device_of(x);
+  FK_CHECK(args.dy.dtype == args.x.dtype, kOp, ": dy must be ", dtype_text(args.x.dtype), " like x, got ",
+           dtype_text(args.dy.dtype));
+  check_shape(args.dy, args.x.sizes.data(), args.x.ndim, kOp, "dy");
+  check_device(dy, device, kOp, "dy");
+  FK_CHECK(weight || !need_dweight, kOp, ": need_dweight must be False without a weight, got True");
+  args.weight = check_norm_weight(weight, args.x, device, kOp);
+  const OptionalTensor copies[] = {make_rows(x, args.x), make_rows(dy, args.dy), make_rows(weight, args.weight)};
+
+  Tensor dx = need_dx ? new_like(args.x, device) : no_output(args.x.dtype, device);
+  Tensor dweight = need_dweight ? new_like(args.weight, device)
+                                : no_output(weight ? args.weight.dtype : args.x.dtype, device);
+  if (need_dx) args.dx = dense_ref(dx, args.x);
+  if (need_dweight) args.dweight = dense_ref(dweight, args.weight);
+  if (!device.is_cuda) {
     cpu::rms_norm_bwd(args);
   } else if constexpr (kHasCuda) {
-    const Stream stream = current_stream(x);
-    const Tensor workspace = empty_bytes(cuda::rms_norm_bwd_workspace(args, stream.device), x);
+    const Stream stream = current_stream(device);
+    const Tensor workspace = new_bytes(cuda::rms_norm_bwd_workspace(args, stream.device), device);
     args.workspace = workspace.data_ptr();
     args.workspace_size = static_cast<std::size_t>(workspace.numel());
     cuda::rms_norm_bwd(args, stream);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+// These run on every call: no heap allocation but for torch's own and for error messages.
 #include "tensor.h"
 
 #include <dlfcn.h>
 
-#include <atomic>
+#include <algorithm>
 
 #include "fastkern/rows.h"
 
@@ -12,68 +13,21 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-std::string text_of(const std::vector<std::int64_t>& sizes) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    text += std::to_string(sizes[i]) + (i + 1 < sizes.size() ? ", " : "");
-  }
-  return text + (sizes.size() == 1 ? ",)" : ")");
+std::string shape_text(const std::int64_t* sizes, int ndim) {
+  TensorRef shape;
+  shape.ndim = ndim;
+  std::copy(sizes, sizes + ndim, shape.sizes.begin());
+  return shape.shape();
 }
 
-std::int32_t device_type_of(const Tensor& t) {
-  std::int32_t type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  return type;
+std::string device_text(Device device) {
+  if (device.is_cuda) return "cuda:" + std::to_string(device.index);
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  return "device type " + std::to_string(device.type);
 }
 
-std::int32_t device_index_of(const Tensor& t) {
-  std::int32_t index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
-  return index;
-}
-
-ScalarType scalar_type(DType dtype) {
-  return dtype == DType::f32 ? ScalarType::Float : dtype == DType::f16 ? ScalarType::Half : ScalarType::BFloat16;
-}
-
-Tensor allocate(const std::vector<std::int64_t>& sizes, ScalarType type, const Tensor& like) {
-  std::vector<std::int64_t> strides(sizes.size());
-  std::int64_t stride = 1;
-  for (std::size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<std::int64_t>(sizes[d], 1);
-  }
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError status = aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<std::int32_t>(type),
-      device_type_of(like), device_index_of(like), &handle);
-  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ", text_of(sizes), " on ",
-           device_text(like), " (out of memory?)");
-  return Tensor(handle);
-}
-
-using CurrentStream = AOTITorchError (*)(std::int32_t, void**);
-
-// The symbol lives in libtorch_cuda.so, which a CPU build of torch does not have: it is looked up at the first
-// CUDA call, when the tensor at hand proves that the library is loaded.
-CurrentStream find_current_stream() {
-  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-  void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  FK_CHECK(symbol, "fastkern: this torch has CUDA tensors but no libtorch_cuda.so with a current stream");
-  return reinterpret_cast<CurrentStream>(symbol);
-}
-
-}  // namespace
-
-std::vector<std::int64_t> sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-std::string shape_text(const Tensor& t) { return text_of(sizes_of(t)); }
-
-std::string dtype_text(const Tensor& t) {
-  switch (t.scalar_type()) {
+std::string scalar_type_text(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return "torch.float32";
     case ScalarType::Half:
@@ -105,15 +59,12 @@ std::string dtype_text(const Tensor& t) {
     case ScalarType::Float8_e5m2:
       return "torch.float8_e5m2";
     default:
-      return "scalar type " + std::to_string(static_cast<int>(t.scalar_type()));
+      return "scalar type " + std::to_string(static_cast<int>(type));
   }
 }
 
-std::string device_text(const Tensor& t) {
-  const std::int32_t type = device_type_of(t);
-  if (type == aoti_torch_device_type_cpu()) return "cpu";
-  if (type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(device_index_of(t));
-  return "device type " + std::to_string(type);
+ScalarType scalar_type(DType dtype) {
+  return dtype == DType::f32 ? ScalarType::Float : dtype == DType::f16 ? ScalarType::Half : ScalarType::BFloat16;
 }
 
 DType dtype_of(const Tensor& t, const char* op, const char* argument) {
@@ -125,64 +76,119 @@ DType dtype_of(const Tensor& t, const char* op, const char* argument) {
     case ScalarType::BFloat16:
       return DType::bf16;
     default:
-      fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ", dtype_text(t));
+      fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ",
+           scalar_type_text(t.scalar_type()));
   }
 }
 
-TensorRef ref_of(const Tensor& t, DType dtype) {
+void set_dense_strides(TensorRef& ref) {
+  std::int64_t stride = 1;
+  for (int d = ref.ndim - 1; d >= 0; --d) {
+    ref.strides[d] = stride;
+    stride *= std::max<std::int64_t>(ref.sizes[d], 1);
+  }
+}
+
+Tensor allocate(const std::int64_t* sizes, int ndim, ScalarType type, Device device) {
+  TensorRef shape;
+  shape.ndim = ndim;
+  std::copy(sizes, sizes + ndim, shape.sizes.begin());
+  set_dense_strides(shape);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError status =
+      aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), static_cast<std::int32_t>(type), device.type,
+                               device.index, &handle);
+  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ", shape.shape(), " and ",
+           scalar_type_text(type), " on ", device_text(device), " (out of memory?)");
+  return Tensor(handle);
+}
+
+using CurrentStream = AOTITorchError (*)(std::int32_t, void**);
+
+// The symbol lives in libtorch_cuda.so, which a CPU build of torch does not have: it is looked up at the first
+// CUDA call, when the tensor at hand proves that the library is loaded.
+CurrentStream find_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  FK_CHECK(symbol, "fastkern: this torch has CUDA tensors but no libtorch_cuda.so with a current stream");
+  return reinterpret_cast<CurrentStream>(symbol);
+}
+
+}  // namespace
+
+std::string dtype_text(DType dtype) { return scalar_type_text(scalar_type(dtype)); }
+
+Device device_of(const Tensor& t) {
+  static const std::int32_t cuda = aoti_torch_device_type_cuda();
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  device.is_cuda = device.type == cuda;
+  return device;
+}
+
+TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
+  TensorRef ref;
+  ref.dtype = dtype_of(t, op, argument);
   const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  FK_CHECK(sizes.size() <= kMaxDims, "fastkern: at most ", kMaxDims, " dimensions are supported, got ",
+  FK_CHECK(sizes.size() <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims, " dimensions, got ",
            sizes.size());
-  TensorRef ref{t.data_ptr(), dtype, static_cast<int>(sizes.size()), {}, {}};
-  for (std::size_t d = 0; d < sizes.size(); ++d) {
-    ref.sizes[d] = sizes[d];
-    ref.strides[d] = strides[d];
-  }
+  ref.ndim = static_cast<int>(sizes.size());
+  ref.data = t.data_ptr();
+  std::copy(sizes.begin(), sizes.end(), ref.sizes.begin());
+  std::int64_t* strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  std::copy(strides, strides + ref.ndim, ref.strides.begin());
   return ref;
 }
 
-TensorRef row_ref(Tensor& t, DType dtype) {
-  TensorRef ref = ref_of(t, dtype);
+OptionalTensor make_rows(const Tensor& t, TensorRef& ref) {
   Rows rows;
-  if (!as_rows(ref, rows)) {
-    t = torch::stable::contiguous(t);
-    ref = ref_of(t, dtype);
-  }
+  if (as_rows(ref, rows)) return std::nullopt;
+  Tensor copy = torch::stable::contiguous(t);
+  ref.data = copy.data_ptr();
+  set_dense_strides(ref);
+  return copy;
+}
+
+Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device) {
+  return allocate(sizes, ndim, scalar_type(dtype), device);
+}
+
+Tensor no_output(DType dtype, Device device) {
+  const std::int64_t none = 0;
+  return new_dense(&none, 1, dtype, device);
+}
+
+Tensor new_bytes(std::size_t bytes, Device device) {
+  const std::int64_t size = static_cast<std::int64_t>(bytes);
+  return allocate(&size, 1, ScalarType::Byte, device);
+}
+
+TensorRef dense_ref(const Tensor& t, const TensorRef& like) {
+  TensorRef ref = like;
+  ref.data = t.data_ptr();
+  set_dense_strides(ref);
   return ref;
 }
 
-Tensor empty_dense(const std::vector<std::int64_t>& sizes, DType dtype, const Tensor& like) {
-  return allocate(sizes, scalar_type(dtype), like);
-}
-
-Tensor empty_dense_like(const Tensor& like, DType dtype) { return empty_dense(sizes_of(like), dtype, like); }
-
-Tensor empty_bytes(std::size_t bytes, const Tensor& like) {
-  return allocate({static_cast<std::int64_t>(bytes)}, ScalarType::Byte, like);
-}
-
-bool is_cuda(const Tensor& t) { return device_type_of(t) == aoti_torch_device_type_cuda(); }
-
-bool same_device(const Tensor& a, const Tensor& b) {
-  return device_type_of(a) == device_type_of(b) && device_index_of(a) == device_index_of(b);
-}
-
-Stream current_stream(const Tensor& t) {
+Stream current_stream(Device device) {
   static const CurrentStream find = find_current_stream();
-  Stream stream{nullptr, device_index_of(t)};
-  FK_CHECK(find(stream.device, &stream.handle) == AOTI_TORCH_SUCCESS,
-           "fastkern: torch gave no current stream for ", device_text(t));
+  Stream stream{nullptr, device.index};
+  FK_CHECK(find(device.index, &stream.handle) == AOTI_TORCH_SUCCESS, "fastkern: torch gave no current stream for ",
+           device_text(device));
   return stream;
 }
 
-void check_device(const Tensor& other, const Tensor& x, const char* op, const char* argument) {
-  FK_CHECK(same_device(other, x), op, ": ", argument, " must be on ", device_text(x), " like x, got ",
-           device_text(other));
+void check_device(const Tensor& t, Device device, const char* op, const char* argument) {
+  const Device found = device_of(t);
+  FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device), " like x, got ",
+           device_text(found));
 }
 
-void check_shape(const Tensor& t, const std::vector<std::int64_t>& sizes, const char* op, const char* argument) {
-  FK_CHECK(sizes_of(t) == sizes, op, ": ", argument, " must have shape ", text_of(sizes), ", got ", shape_text(t));
+void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op, const char* argument) {
+  FK_CHECK(t.ndim == ndim && std::equal(sizes, sizes + ndim, t.sizes.begin()), op, ": ", argument,
+           " must have shape ", shape_text(sizes, ndim), ", got ", t.shape());
 }
 
 }  // namespace fastkern::torch_layer

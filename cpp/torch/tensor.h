@@ -9,7 +9,6 @@
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "fastkern/core.h"
 
@@ -20,40 +19,47 @@ inline constexpr bool kHasCuda = FASTKERN_HAS_CUDA != 0;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// "(4096, 7)"; one-element shapes as Python prints them.
-std::string shape_text(const Tensor& t);
-/// "torch.bfloat16", "torch.int64", ...
-std::string dtype_text(const Tensor& t);
-/// "cpu", "cuda:1", ...
-std::string device_text(const Tensor& t);
+struct Device {
+  std::int32_t type = 0;   // torch's device type number
+  std::int32_t index = 0;  // of the CUDA device
+  bool is_cuda = false;
+  bool operator==(const Device&) const = default;
+};
 
-/// The element type of `t`, or an error naming `op` and `argument`.
-DType dtype_of(const Tensor& t, const char* op, const char* argument);
+Device device_of(const Tensor& t);
 
-TensorRef ref_of(const Tensor& t, DType dtype);
+/// A view of `t`; fail() unless its dtype is one of fastkern's and its rank is supported.
+TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
 
-/// A view of `t` as rows for the kernels: `t` itself where its strides allow, a dense copy otherwise
-/// (last dimension not dense, or leading strides that do not merge into two). `t` is updated to what the view sees.
-TensorRef row_ref(Tensor& t, DType dtype);
+/// Makes `ref`, the view of `t`, readable as rows where its strides are not (last dimension not dense, or leading
+/// strides that do not merge into two): turns it to a dense copy, which is returned and must outlive the launch.
+OptionalTensor make_rows(const Tensor& t, TensorRef& ref);
+inline OptionalTensor make_rows(const OptionalTensor& t, TensorRef& ref) {
+  return t ? make_rows(*t, ref) : std::nullopt;
+}
 
-/// Uninitialised, row-major, on the device of `like`.
-Tensor empty_dense(const std::vector<std::int64_t>& sizes, DType dtype, const Tensor& like);
-Tensor empty_dense_like(const Tensor& like, DType dtype);
-/// Uninitialised device bytes from torch's allocator.
-Tensor empty_bytes(std::size_t bytes, const Tensor& like);
+/// Uninitialised, row-major, from torch's allocator.
+Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device);
+inline Tensor new_like(const TensorRef& like, Device device) {
+  return new_dense(like.sizes.data(), like.ndim, like.dtype, device);
+}
+/// The tensor that stands for an output nobody asked for.
+Tensor no_output(DType dtype, Device device);
+/// Uninitialised bytes for a kernel to work in.
+Tensor new_bytes(std::size_t bytes, Device device);
 
-bool is_cuda(const Tensor& t);
-bool same_device(const Tensor& a, const Tensor& b);
+/// The row-major view of a tensor just allocated with the shape of `like`.
+TensorRef dense_ref(const Tensor& t, const TensorRef& like);
 
-/// torch's current stream on the device of `t`.
-Stream current_stream(const Tensor& t);
+/// torch's current stream on a CUDA device.
+Stream current_stream(Device device);
 
-/// fail() unless `other` lives where `x` does.
-void check_device(const Tensor& other, const Tensor& x, const char* op, const char* argument);
+/// fail() unless `t` is on `device`, the one of x.
+void check_device(const Tensor& t, Device device, const char* op, const char* argument);
 /// fail() unless `t` has exactly these sizes.
-void check_shape(const Tensor& t, const std::vector<std::int64_t>& sizes, const char* op, const char* argument);
+void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op, const char* argument);
 
-std::vector<std::int64_t> sizes_of(const Tensor& t);
+std::string dtype_text(DType dtype);  // "torch.bfloat16"
 
 }  // namespace fastkern::torch_layer
 

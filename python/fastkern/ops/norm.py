@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         * Works under ``torch.compile``, ``torch.export``, ``torch.func.vmap`` and CUDA graph capture.
         * Empty inputs give empty outputs; NaN and infinities stay in their rows.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+    if (x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled():
         return _rms_norm(x, weight, eps)
     return _rms_norm_fwd(x, weight, eps)
 
@@ -79,7 +79,7 @@ def _rms_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rms_norm_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight = ctx.saved_tensors
-    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    need_dx, need_dweight = (*ctx.needs_input_grad, False)[:2]  # torch leaves out arguments that equal their default
     if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
         dx, dweight = _rms_norm_grad_differentiable(dy, x, weight, ctx.eps)
     else:
@@ -131,7 +131,8 @@ def _rms_norm_bwd_vmap(
     def batch(t: Tensor | None, dim: int | None) -> list[Tensor | None]:
         return [t] * info.batch_size if t is None or dim is None else list(t.unbind(dim))
 
-    rows = zip(batch(dy, in_dims[0]), batch(x, in_dims[1]), batch(weight, in_dims[2]), strict=True)
+    dy_dim, x_dim, weight_dim = (*in_dims, None)[:3]
+    rows = zip(batch(dy, dy_dim), batch(x, x_dim), batch(weight, weight_dim), strict=True)
     grads = [_rms_norm_bwd(*row, eps, need_dx, need_dweight) for row in rows]
     return (torch.stack([dx for dx, _ in grads]), torch.stack([dw for _, dw in grads])), (0, 0)
 
