@@ -418,8 +418,9 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
   const Split split = split_of(args, x, stream.device);
   FK_CHECK(args.workspace_size >= split.bytes(x.length), kBackward, ": workspace must have at least ",
            split.bytes(x.length), " bytes, got ", args.workspace_size);
+  const bool want_dweight = args.dweight.given();
   float* const rstd = static_cast<float*>(args.workspace);
-  float* const partial = args.dweight.given() ? rstd + split.rstd_floats : nullptr;
+  float* const partial = want_dweight ? rstd + split.rstd_floats : nullptr;
   dispatch(args.x.dtype, [&]<class T>() {
     const Backward<T> p{tile::row_view<T>(args.dy, dy, kBackward),
                         tile::row_view<T>(args.x, x, kBackward),
@@ -434,7 +435,7 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
     const Launch shape{kBackward, split.blocks, split.plan.threads_per_block, split.plan.resident ? shared : 0};
     if (!split.plan.resident) {
       launch(rms_norm_bwd_long_kernel<T>, shape, stream, p);
-      if (partial && x.count > 0) {
+      if (want_dweight && x.count > 0) {
         launch(rms_norm_dweight_long_kernel<T>, {kBackward, split.column_blocks * split.partial_rows, kBlockColumns},
                stream, p, split.column_blocks, split.partial_rows);
       }
@@ -444,7 +445,7 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
       });
     }
   });
-  if (!partial) return;
+  if (!want_dweight) return;
   dispatch(args.dweight.dtype, [&]<class W>() {
     launch(rms_norm_dweight_kernel<W>, {kBackward, ceil_div(x.length, kFinishColumns), kFinishColumns * kFinishRows},
            stream, static_cast<const float*>(partial), x.count > 0 ? split.partial_rows : 0, x.length,

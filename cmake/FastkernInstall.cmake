@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# Libraries, public headers and the CMake package, relocatable as one tree.
+
+include(CMakePackageConfigHelpers)
+
+set(_libraries fastkern)
+set_target_properties(fastkern PROPERTIES EXPORT_NAME fastkern)
+if(TARGET fastkern_torch)
+  list(APPEND _libraries fastkern_torch)
+  set_target_properties(fastkern_torch PROPERTIES EXPORT_NAME torch)
+endif()
+install(
+  TARGETS ${_libraries} fastkern_headers
+  EXPORT fastkernTargets
+  LIBRARY DESTINATION "${FASTKERN_INSTALL_LIBDIR}"
+)
+set_target_properties(fastkern_headers PROPERTIES EXPORT_NAME headers)
+install(
+  DIRECTORY cpp/include/fastkern
+  DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}"
+  FILES_MATCHING
+  PATTERN "*.h"
+)
+
+set(_cmake_dir "${FASTKERN_INSTALL_LIBDIR}/cmake/fastkern")
+install(EXPORT fastkernTargets NAMESPACE fastkern:: DESTINATION "${_cmake_dir}")
+configure_package_config_file(
+  cmake/fastkernConfig.cmake.in
+  "${CMAKE_CURRENT_BINARY_DIR}/fastkernConfig.cmake"
+  INSTALL_DESTINATION "${_cmake_dir}"
+  NO_SET_AND_CHECK_MACRO
+)
+write_basic_package_version_file(
+  "${CMAKE_CURRENT_BINARY_DIR}/fastkernConfigVersion.cmake"
+  COMPATIBILITY SameMinorVersion
+)
+install(
+  FILES
+    "${CMAKE_CURRENT_BINARY_DIR}/fastkernConfig.cmake"
+    "${CMAKE_CURRENT_BINARY_DIR}/fastkernConfigVersion.cmake"
+  DESTINATION "${_cmake_dir}"
+)
+
+if(TARGET fastkern_core)
+  install(TARGETS fastkern_core LIBRARY DESTINATION "${FASTKERN_INSTALL_PACKAGEDIR}")
+endif()

@@ -1,0 +1,413 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Train a small byte-level GPT on real text: with fastkern's kernels, with PyTorch's, or with both side by side.
+
+    python examples/train_gpt.py                              # both, on the GPU if there is one: about a minute
+    python examples/train_gpt.py --kernels fastkern --steps 5000 --data shakespeare.txt
+    python examples/train_gpt.py --preset gpu --compile       # 124 M parameters, 32 x 1024 tokens a step, bfloat16
+
+The text is the source code of Python's standard library, which every machine has, or --data FILE. The model is a modern
+decoder: RMSNorm, rotary positions, grouped-query causal attention, SwiGLU. What it computes with is a table, `Kernels`:
+changing the kernels is changing the table. `--kernels both` trains two models from the same initial weights on the same
+batches, shows their losses and speeds, draws them, and fails if the two did not learn the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sysconfig
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def torch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions: q (B, S, H, D) and k (B, S, G, D) turned by the angles whose cos and sin are (S, D/2)."""
+    cos, sin = cos.to(q.dtype)[:, None], sin.to(q.dtype)[:, None]
+    halves = [x.chunk(2, dim=-1) for x in (q, k)]
+    q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves)
+    return q, k
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q (B, S, H, D) over k and v (B, S, G, D); H is a multiple of G."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """All that the model and its training compute with, apart from plain matrix products. The defaults are PyTorch."""
+
+    name: str = "torch"
+    rms_norm: Callable[[Tensor, Tensor], Tensor] = lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6)
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = torch_rope
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_attention
+    swiglu: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: F.silu(gate) * up
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_linear_cross_entropy
+    adamw: Callable[..., torch.optim.Optimizer] = lambda *args, **kw: torch.optim.AdamW(*args, **kw, fused=True)
+
+
+def fastkern_kernels() -> Kernels:
+    try:
+        import fastkern
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"fastkern cannot be imported ({error}): `pip install .`, or use --kernels torch") from None
+    return Kernels(
+        name="fastkern",
+        rms_norm=fastkern.rms_norm,
+    )
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels, self.head_dim, self.heads = kernels, width // heads, [heads, kv_heads, kv_heads]
+        hidden = math.ceil(width * 8 / 3 / 64) * 64  # as many weights as an MLP of 4 x the width without a gate
+        self.norm_attention, self.norm_mlp = (nn.Parameter(torch.ones(width)) for _ in range(2))
+        self.qkv = nn.Linear(width, sum(self.heads) * self.head_dim, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.mlp_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(self.kernels.rms_norm(x, self.norm_attention)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(self.heads, dim=-2)
+        q, k = self.kernels.rope(q, k, cos, sin)
+        x = x + self.attention_out(self.kernels.attention(q, k, v).flatten(-2))
+        gate, up = self.gate_up(self.kernels.rms_norm(x, self.norm_mlp)).chunk(2, dim=-1)
+        return x + self.mlp_out(self.kernels.swiglu(gate, up))
+
+
+class GPT(nn.Module):
+    def __init__(self, o: argparse.Namespace, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.embedding = nn.Embedding(o.vocab, o.width)
+        self.blocks = nn.ModuleList(Block(o.width, o.heads, o.kv_heads, kernels) for _ in range(o.layers))
+        self.norm = nn.Parameter(torch.ones(o.width))
+        self.head = nn.Linear(o.width, o.vocab, bias=False)
+        if not o.untied:
+            self.head.weight = self.embedding.weight
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:  # as GPT-2, whose width is 768; what is added to the residual stream starts smaller
+                scale = 1 / math.sqrt(2 * o.layers) if name.endswith("_out.weight") else 1.0
+                nn.init.normal_(weight, std=0.02 * math.sqrt(768 / o.width) * scale)
+        half = o.width // o.heads // 2
+        angles = torch.outer(torch.arange(o.context), 10000.0 ** -(torch.arange(half) / half))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The mean cross entropy of targets (B, S) or, without targets, the logits of the next token (B, vocab)."""
+        x, length = self.embedding(tokens), tokens.shape[1]
+        for block in self.blocks:
+            x = block(x, self.cos[:length], self.sin[:length])
+        x = self.kernels.rms_norm(x, self.norm)
+        if targets is None:
+            return self.head(x[:, -1])
+        return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def standard_library() -> bytes:
+    """Python's standard library, in a fixed shuffled order, without its tests, its tables and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
+    names = sorted((zlib.crc32(name.encode()), name) for name in names if skip.isdisjoint(name.split("/")))
+    return b"\n".join((root / name).read_bytes() for _, name in names)
+
+
+class Text:
+    """Bytes, the last twentieth for validation, and batches of them: tokens and targets, (batch, context) each."""
+
+    def __init__(self, o: argparse.Namespace) -> None:
+        name = o.data or f"the standard library in {sysconfig.get_path('stdlib')}"
+        try:
+            data = Path(o.data).read_bytes() if o.data else standard_library()
+        except OSError as error:
+            raise SystemExit(f"cannot read the text {name}: {error.strerror}") from None
+        self.options, cut = o, len(data) * 19 // 20
+        if len(data) - cut <= o.context + 1:
+            raise SystemExit(
+                f"too little text: {name} has {len(data):,} bytes; the twentieth of them kept for validation is not "
+                f"more than --context {o.context}: give a longer --data FILE or a smaller --context"
+            )
+        tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(o.device)
+        self.training, self.validation = tokens[:cut], tokens[cut:]
+        print(f"text: {name}, {len(self.training):,} bytes for training and {len(self.validation):,} for validation")
+
+    def windows(self, text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        window = text[
+            starts.to(text.device)[:, None] + torch.arange(self.options.context + 1, device=text.device)
+        ].long()
+        return window[:, :-1], window[:, 1:]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a training step, at random; the same for every model."""
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+        limit = len(self.training) - self.options.context
+        return self.windows(self.training, torch.randint(limit, (self.options.batch,), generator=generator))
+
+    def validation_batches(self, count: int = 8) -> list[tuple[Tensor, Tensor]]:
+        last = len(self.validation) - self.options.context - 1
+        starts = torch.linspace(0, last, count * self.options.batch, dtype=torch.float64).long()
+        return [self.windows(self.validation, part) for part in starts.chunk(count)]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One model in training, and what was measured on the way."""
+
+    kernels: Kernels
+    options: argparse.Namespace
+    losses: list[float] = field(default_factory=list)  # nats/byte, one a step
+    gradients: dict[str, float] = field(default_factory=dict)  # norm of each weight's gradient in the first step
+    speeds: list[float] = field(default_factory=list)  # tokens/s, one a block of steps
+    validation: float = math.nan
+
+    def __post_init__(self) -> None:
+        o = self.options
+        torch.manual_seed(o.seed)  # the same initial weights, whatever the kernels
+        self.model = GPT(o, self.kernels).to(o.device)
+        self.forward = torch.compile(self.model) if o.compile else self.model
+        self.autocast = torch.autocast(o.device.type, getattr(torch, o.dtype), enabled=o.dtype != "float32")
+        groups = [[p for p in self.model.parameters() if p.dim() == dim] for dim in (1, 2)]
+        decay = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.0, 0.1), strict=True)]
+        self.optimizer = self.kernels.adamw(decay, lr=o.lr, betas=(0.9, 0.95))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
+
+    def schedule(self, step: int) -> float:
+        """A linear warm-up over a twentieth of the steps, under a cosine down to a tenth of the learning rate."""
+        return min((step + 1) / (self.options.steps / 20), 0.55 + 0.45 * math.cos(math.pi * step / self.options.steps))
+
+    def train(self, text: Text, steps: range) -> None:
+        losses, start = [], self.finished()
+        for step in steps:
+            with self.autocast:
+                loss = self.forward(*text.batch(step))
+            loss.backward()
+            losses.append(loss.detach())
+            if step == 0:
+                gradients = {name: weight.grad for name, weight in self.model.named_parameters()}
+                self.gradients = {name: 0.0 if g is None else g.norm().item() for name, g in gradients.items()}
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+        self.speeds.append(len(steps) * self.options.batch * self.options.context / (self.finished() - start))
+        self.losses += torch.stack(losses).tolist()  # only now, as reading a value waits for the GPU
+
+    def finished(self) -> float:
+        """The time when the device has done all its work."""
+        if self.options.device.type == "cuda":
+            torch.cuda.synchronize(self.options.device)
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def validate(self, text: Text) -> None:
+        with self.autocast:
+            self.validation = torch.stack([self.forward(*batch) for batch in text.validation_batches()]).mean().item()
+
+    @torch.no_grad()
+    def sample(self, prompt: str, length: int, temperature: float) -> str:
+        tokens, generator = list(prompt.encode()), torch.Generator().manual_seed(self.options.seed)
+        for _ in range(length):
+            with self.autocast:
+                logits = self.model(torch.tensor([tokens[-self.options.context :]], device=self.options.device))
+            chances = (logits[0, :256].float().cpu() / temperature).softmax(0)  # a vocabulary above 256 is padding
+            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+        text = bytes(tokens).decode(errors="replace")
+        return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def train(o: argparse.Namespace, text: Text, tables: Sequence[Kernels]) -> list[Run]:
+    """Train a model per table, in turns of a block of steps, so that a slow moment of the machine meets them all."""
+    runs = [Run(kernels, o) for kernels in tables]
+    print(f"model: {sum(p.numel() for p in runs[0].model.parameters()):,} parameters, {o.dtype}, on {o.device}")
+    print("\nloss in nats/byte, mean over the steps since the row before")
+    print("  step", *(f"{kernels.name:>12}" for kernels in tables), *["  difference"] * (len(runs) == 2))
+    block, start = math.ceil(o.steps / 20), 0
+    for turn, stop in enumerate(sorted({1, *range(block, o.steps, block), o.steps})):
+        for run in runs[:: -1 if turn % 2 else 1]:
+            run.train(text, range(start, stop))
+        row = [statistics.fmean(run.losses[start:]) for run in runs]
+        print(f"{stop:6}", *(f"{x:12.4f}" for x in row), *[f"{row[-1] - row[0]:+12.6f}"] * (len(row) == 2), flush=True)
+        start = stop
+    for run in runs:
+        run.speeds = run.speeds[1:] or run.speeds  # without the first step, which warms up
+        run.validate(text)
+    return runs
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+class DisagreementError(AssertionError):
+    """Two tables of kernels did not train the same model."""
+
+
+def assert_agreement(a: Run, b: Run) -> str:
+    """Raise `DisagreementError` unless two runs agree, to rounding where they start and in the mean later; the figures.
+
+    Training amplifies every difference, rounding included, so only the first step of two correct runs agrees to
+    rounding. It shows a wrong kernel at once: the loss a wrong forward, the gradients a wrong backward. In the whole
+    run, it is what the models learn that must be the same: the loss of each tenth of it and of validation.
+    """
+    rounding, learning = {"float32": (1e-4, 0.005), "bfloat16": (0.02, 0.01)}[a.options.dtype]
+    first = [("loss of step 1", a.losses[0], b.losses[0])]
+    first += [(f"gradient of {name} in step 1", norm, b.gradients[name]) for name, norm in a.gradients.items()]
+    later = [("validation loss", a.validation, b.validation)]
+    steps, parts = len(a.losses), min(10, len(a.losses))
+    for start, stop in pairwise(steps * i // parts for i in range(parts + 1)):
+        means = (statistics.fmean(run.losses[start:stop]) for run in (a, b))
+        later.append((f"mean loss of steps {start + 1} to {stop}", *means))
+    figures, wrong = [], []
+    for checks, limit in ((first, rounding), (later, learning)):
+        errors = [abs(x - y) / max(abs(x), 1e-30) for _, x, y in checks]
+        wrong += [f"{what}: {x:.6g}, {y:.6g}" for (what, x, y), e in zip(checks, errors, strict=True) if not e <= limit]
+        figures.append(f"{max(errors):.1e} (limit {limit:.0e})")
+    if wrong:
+        raise DisagreementError("\n  ".join([f"{a.kernels.name} and {b.kernels.name} disagree", *wrong]))
+    return f"relative difference of the first step {figures[0]}, of the losses later {figures[1]}"
+
+
+def plot(runs: Sequence[Run], path: Path) -> str:
+    """Draw the losses and the speeds; says where, or why not."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return "none, as matplotlib is not installed (pip install matplotlib)"
+    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for run, (colour, width) in zip(runs, [("#a9b8cc", 6), ("#d1495b", 1.6)][-len(runs) :], strict=True):
+        losses, reach = run.losses, len(run.losses) // 100
+        smooth = [statistics.fmean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))]
+        label = f"{run.kernels.name} (validation {run.validation:.3f})"
+        left.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=width, label=label)
+        speed = statistics.median(run.speeds)
+        right.bar_label(right.bar(run.kernels.name, speed, color=colour, width=0.6), [f"{speed:,.0f}"], padding=3)
+    left.set(title="training loss, nats/byte", xlabel="step")
+    left.legend(frameon=False)
+    left.grid(alpha=0.25)
+    right.set(title="tokens/s", yticks=[])
+    right.margins(x=0.25, y=0.12)
+    left.spines[["top", "right"]].set_visible(False)
+    right.spines[["top", "right", "left"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return str(path)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+PRESETS: dict[str, tuple[int | float | str, int | float | str, str]] = {  # option: on the CPU, on the GPU, meaning
+    "steps": (500, 300, "training steps"),
+    "batch": (8, 32, "sequences a step"),
+    "context": (128, 1024, "bytes a sequence"),
+    "layers": (4, 12, "decoder blocks"),
+    "width": (128, 768, "length of a token's vector"),
+    "heads": (4, 12, "query heads"),
+    "kv_heads": (2, 12, "key and value heads; fewer than --heads is grouped-query attention"),
+    "vocab": (256, 50304, "rows of embedding and head; above 256 they only cost what a large model's do"),
+    "lr": (3e-3, 1e-3, "highest learning rate"),
+    "dtype": ("float32", "bfloat16", "float32, or bfloat16 by autocast"),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked; what cannot work is answered in words."""
+    summary, _, text = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernels", choices=("fastkern", "torch", "both"), default="both")
+    parser.add_argument("--preset", choices=("cpu", "gpu"), help="defaults for a CPU or a GPU (default: the device's)")
+    for name, (cpu, gpu, meaning) in PRESETS.items():
+        choices = ("float32", "bfloat16") if name == "dtype" else None
+        text = f"{meaning} (cpu {cpu}, gpu {gpu})"
+        parser.add_argument("--" + name.replace("_", "-"), type=type(cpu), choices=choices, metavar="X", help=text)
+    parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding's weights")
+    parser.add_argument("--compile", action="store_true", help="train the models under torch.compile")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", metavar="FILE", help="text to train on (default: Python's standard library)")
+    parser.add_argument("--plot", metavar="FILE", default="build/train_gpt.png", help="picture (default: %(default)s)")
+    parser.add_argument("--sample-bytes", type=int, default=400, metavar="N", help="text to write at the end")
+    o = parser.parse_args(argv)
+
+    gpus = torch.cuda.device_count()
+    try:
+        o.device = torch.device(o.device or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        parser.error(f"--device {o.device}: not a device; cpu, cuda or cuda:N is")
+    if o.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {o.device}: fastkern has kernels for cpu and cuda")
+    if o.device.type == "cuda" and (o.device.index or 0) >= gpus:
+        parser.error(f"--device {o.device}: PyTorch {torch.__version__} sees {gpus} GPUs; --device cpu always works")
+    for name, (cpu, gpu, _) in PRESETS.items():
+        if getattr(o, name) is None:
+            setattr(o, name, gpu if (o.preset or ("gpu" if o.device.type == "cuda" else "cpu")) == "gpu" else cpu)
+    for name in ("steps", "batch", "context", "layers", "width", "heads", "kv_heads", "lr"):
+        if not 0 < getattr(o, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: must be positive")
+    if o.width % (2 * o.heads):
+        parser.error(f"--width {o.width} is not a multiple of 2 x --heads {o.heads}: rotary positions turn pairs")
+    if o.heads % o.kv_heads:
+        parser.error(f"--heads {o.heads} is not a multiple of --kv-heads {o.kv_heads}")
+    if o.vocab < 256:
+        parser.error(f"--vocab {o.vocab}: a byte has 256 values")
+    return o
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    o = parse(argv)
+    tables = [Kernels()] * (o.kernels != "fastkern") + [fastkern_kernels()] * (o.kernels != "torch")
+    try:
+        runs = train(o, Text(o), tables)
+    except torch.OutOfMemoryError:
+        raise SystemExit("out of GPU memory: try a smaller --batch or --context, or --preset cpu") from None
+    print()
+    for run in runs:
+        speed = statistics.median(run.speeds)
+        print(f"{run.kernels.name:>8}: validation loss {run.validation:.4f}, {speed:10,.0f} tokens/s")
+    print(f"    plot: {plot(runs, Path(o.plot))}")
+    if len(runs) == 2:
+        ratio = statistics.median(b / a for a, b in zip(*(run.speeds for run in runs), strict=True))
+        print(f"   speed: {runs[1].kernels.name} / {runs[0].kernels.name} = {ratio:.2f}, median of blocks run in turns")
+        print(f"   agree: {assert_agreement(*runs)}")
+    if o.sample_bytes > 0:
+        print(f"\n{runs[-1].kernels.name} writes:\n\n{runs[-1].sample('def ', o.sample_bytes, temperature=0.7)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DisagreementError as error:
+        raise SystemExit(f"error: {error}") from None

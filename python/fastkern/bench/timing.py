@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a call takes on the device and on the host, and how much memory it needs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.benchmark import Timer
+
+from fastkern.bench.cases import Call
+
+Prepare = Callable[[], Call]  # makes a call ready and returns it
+
+EVENTS, GRAPH, TIMER = "events", "graph", "timer"
+METHODS = {
+    EVENTS: "median between CUDA events around one call, L2 cache flushed before each (triton.testing.do_bench)",
+    GRAPH: "median per call of a replayed CUDA graph of back-to-back calls, inputs warm in L2",
+    TIMER: "median of repeated calls (torch.utils.benchmark, all torch threads)",
+}
+
+# Under about 20 us, events around one call measure launch gaps and host time more than the kernel.
+GRAPH_BELOW_US = 20.0
+# Autograd's host time can hide how short a backward is. A row whose bytes take less than the first of these is short
+# all the same, unless its fastest column takes longer than the second and so does more than move bytes.
+TINY_TRAFFIC_US = 5.0
+GRAPH_NEVER_ABOVE_US = 100.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median time of one call, and how it was taken."""
+
+    us: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Copy bandwidth of the device, counting bytes read and bytes written."""
+
+    gbps: float
+    bytes: int
+
+    def us(self, traffic: int) -> float:
+        """The time that ``traffic`` bytes take at this bandwidth."""
+        return traffic / self.gbps / 1e3
+
+
+class Clock:
+    """Measures calls on one device. ``quick`` trades precision for time."""
+
+    def __init__(self, device: torch.device, quick: bool = False) -> None:
+        self.device, self.quick = device, quick
+        self.cuda = device.type == "cuda"
+
+    def time(self, prepare: Prepare, quick: bool | None = None) -> Measurement:
+        """Time the call that ``prepare`` returns; what ``prepare`` itself does is not timed."""
+        quick = self.quick if quick is None else quick
+        call = prepare()
+        if not self.cuda:
+            call()
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            return Measurement(timer.blocked_autorange(min_run_time=0.01 if quick else 0.3).median * 1e6, TIMER)
+        from triton.testing import do_bench
+
+        milliseconds = do_bench(call, warmup=5 if quick else 25, rep=10 if quick else 80, return_mode="median")
+        return Measurement(milliseconds * 1e3, EVENTS)
+
+    def short(self, traffic_us: float, fastest_us: float) -> bool:
+        """Whether a row is to be timed again by CUDA graph, given its floor and its fastest column by events."""
+        if not self.cuda:
+            return False
+        return fastest_us < GRAPH_BELOW_US or (traffic_us < TINY_TRAFFIC_US and fastest_us < GRAPH_NEVER_ABOVE_US)
+
+    def time_graph(self, prepare: Prepare) -> Measurement:
+        """Time the call by CUDA graph. Raises what the capture raises, for example on a synchronising call.
+
+        ``prepare`` runs on the capturing stream too: autograd runs a backward on the stream of its forward.
+        """
+        current, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                times = self._replay_times(prepare(), stream)
+        finally:
+            current.wait_stream(stream)
+        return Measurement(statistics.median(times) * 1e3, GRAPH)
+
+    def _replay_times(self, call: Call, stream: torch.cuda.Stream) -> list[float]:
+        def elapsed(work: Call) -> float:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(stream)
+            work()
+            end.record(stream)
+            end.synchronize()
+            return float(start.elapsed_time(end))
+
+        call()
+        stream.synchronize()
+        estimate = elapsed(lambda: [call() for _ in range(5)]) / 5
+        count = max(10, min(200, int((2 if self.quick else 8) / max(estimate, 1e-4))))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(count):
+                    call()
+        except Exception:
+            self._heal_after_failed_capture(stream)
+            raise
+        graph.replay()
+        stream.synchronize()
+        return [elapsed(graph.replay) / count for _ in range(5 if self.quick else 15)]
+
+    def _heal_after_failed_capture(self, stream: torch.cuda.Stream) -> None:
+        # A broken capture leaves torch's random generator believing that it is still being captured; a complete one,
+        # of anything, ends that.
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            torch.zeros(1, device=self.device)
+
+    def host(self, call: Call) -> float:
+        """Microseconds of host time per call: wall time of many calls, none of them waited for.
+
+        A batch stays far below the depth of the launch queue, so the host never waits for the device inside it.
+        """
+        batch, batches = (20, 5) if self.quick else (100, 25)
+        for _ in range(batch):
+            call()
+        times = []
+        for _ in range(batches):
+            self._synchronize()
+            start = time.perf_counter()
+            for _ in range(batch):
+                call()
+            times.append((time.perf_counter() - start) / batch)
+        self._synchronize()
+        return statistics.median(times) * 1e6
+
+    def peak(self, call: Call) -> int | None:
+        """Peak bytes allocated during the call above what was allocated before it; None where torch does not tell."""
+        if not self.cuda:
+            return None
+        call()  # workspaces that live on are not the call's
+        self._synchronize()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        kept = call()
+        self._synchronize()
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del kept
+        return int(peak)
+
+    def copy_bandwidth(self) -> Ceiling:
+        """Copy a large buffer (1 GiB on CUDA) within the device."""
+        size = 2**30 if self.cuda and not self.quick else 2**28 if self.cuda or not self.quick else 2**26
+        source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=self.device)
+        target = torch.empty_like(source)
+        self.time(lambda: lambda: target.copy_(source), quick=True)  # brings clocks up
+        measured = self.time(lambda: lambda: target.copy_(source))
+        assert torch.equal(source, target), "the copy is not a copy"
+        return Ceiling(gbps=2 * size / measured.us / 1e3, bytes=size)
+
+    def _synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, hypothesis profiles and a clean slate between tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
+settings.register_profile("ci", max_examples=1000, derandomize=True, **_COMMON)
+settings.register_profile("quick", max_examples=100, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=20_000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker: two pools on the same cores wait for each other
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test that takes it runs on the CPU and, where there is one, on a CUDA device."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def cuda() -> None:
+    """For tests of what only CUDA has; mark them with ``pytest.mark.cuda``."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    assert not torch.are_deterministic_algorithms_enabled(), "a test left deterministic mode on"
+    assert torch.is_grad_enabled(), "a test left gradients off"

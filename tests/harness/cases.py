@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of a spec row, calls with and without gradients, and bitwise comparison."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkern.specs import Dims, Inputs, OpSpec
+
+Variant = Mapping[str, Any]
+Grads = dict[str, Tensor]
+
+
+def seed_for(*parts: Any) -> int:
+    """A seed that depends on the case alone, so that one test run alone sees what the whole suite sees."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def make_inputs(
+    spec: OpSpec, device: str, dtype: torch.dtype, dims: Dims, variant: Variant, salt: Any = None
+) -> Inputs:
+    torch.manual_seed(seed_for(spec.name, dtype, sorted(dims.items()), str(variant), salt))
+    return spec.make(**dims, **variant, dtype=dtype, device=device)
+
+
+def dims_text(dims: Dims) -> str:
+    return "x".join(f"{key}{value}" for key, value in dims.items())
+
+
+def case_text(spec: OpSpec, dims: Dims, *more: Any) -> str:
+    return " ".join([spec.name, dims_text(dims), *(str(m) for m in more)])
+
+
+def variant_text(variant: Variant) -> str:
+    return "-".join(f"{k}_{str(v).removeprefix('torch.')}" for k, v in variant.items()) or "default"
+
+
+def volume(dims: Dims) -> int:
+    total = 1
+    for value in dims.values():
+        total *= value
+    return total
+
+
+def pick_dims(spec: OpSpec, count: int, limit: int = 1 << 40) -> list[Dims]:
+    """At most ``count`` sizes of each kind (set of dimension names), small to large, none above ``limit`` elements."""
+    kinds: dict[tuple[str, ...], list[Dims]] = {}
+    for dims in spec.dims:
+        if volume(dims) <= limit:
+            kinds.setdefault(tuple(dims), []).append(dims)
+    picked: list[Dims] = []
+    for members in kinds.values():
+        members.sort(key=volume)
+        steps = min(count, len(members))
+        picked += [members[(i * (len(members) - 1)) // max(steps - 1, 1)] for i in range(steps)]
+    return picked
+
+
+def with_batch(dims: Dims, batch: int) -> Dims:
+    """The same sizes with the leading dimension, by convention the first one named, replaced."""
+    first = next(iter(dims))
+    return {**dims, first: batch}
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def differentiable(spec: OpSpec, inputs: Inputs) -> list[str]:
+    """Names of the inputs that are there and may require grad."""
+    return [name for name in spec.differentiable if is_float(inputs.get(name))]
+
+
+def subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """All non-empty subsets."""
+    for size in range(1, len(names) + 1):
+        yield from combinations(names, size)
+
+
+def strided_names(spec: OpSpec, inputs: Inputs) -> list[str]:
+    return [name for name in spec.strided if isinstance(inputs.get(name), Tensor)]
+
+
+def leaves_of(inputs: Inputs, names: Iterable[str]) -> Inputs:
+    """The same tensors (memory and strides kept) as leaves; those named require grad."""
+    wanted = set(names)
+    return {k: v.detach().requires_grad_(k in wanted) if is_float(v) else v for k, v in inputs.items()}
+
+
+def run_forward(function: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return as_tuple(function(**inputs))
+
+
+def run_backward(
+    function: Callable[..., Any], inputs: Inputs, names: Sequence[str], grad_outs: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Grads]:
+    """Outputs and the gradients of the inputs named."""
+    leaves = leaves_of(inputs, names)
+    outputs = [o for o in as_tuple(function(**leaves)) if o.is_floating_point()]
+    grads = torch.autograd.grad(outputs, [leaves[name] for name in names], list(grad_outs))
+    return tuple(o.detach() for o in outputs), dict(zip(names, grads, strict=True))
+
+
+def make_grad_outs(spec: OpSpec, inputs: Inputs) -> list[Tensor]:
+    """A random gradient for each floating-point output (shapes from the op itself, without running a backward)."""
+    outputs = run_forward(spec.function, inputs)
+    return [torch.randn(o.shape, device=o.device, dtype=torch.float32).to(o.dtype) for o in outputs if is_float(o)]
+
+
+def run_all(spec: OpSpec, inputs: Inputs, grad_outs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Everything the op gives: outputs with no grad wanted, outputs of the differentiable route, all gradients."""
+    results = {f"output {i}": o for i, o in enumerate(run_forward(spec.function, inputs))}
+    names = differentiable(spec, inputs)
+    if names:
+        outputs, grads = run_backward(spec.function, inputs, names, grad_outs)
+        results |= {f"output {i} (grad mode)": o for i, o in enumerate(outputs)}
+        results |= {f"grad of {name}": g for name, g in grads.items()}
+    return results
+
+
+# ---- comparison ------------------------------------------------------------------------------------------------------
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's bytes, so that NaNs compare equal to themselves and -0 differs from +0."""
+    return t.detach().contiguous().flatten().view(torch.uint8)
+
+
+def assert_bitwise(got: Tensor, expected: Tensor, what: str) -> None:
+    assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if torch.equal(bits(got), bits(expected)):
+        return
+    differs = got.flatten() != expected.flatten()
+    differs &= ~(got.flatten().isnan() & expected.flatten().isnan())
+    first = differs.nonzero()[:1].flatten().tolist()
+    where = f"first at flat index {first[0]}: {got.flatten()[first[0]]} against {expected.flatten()[first[0]]}"
+    raise AssertionError(f"{what}: {int(differs.sum())} of {got.numel()} values differ, {where if first else 'in sign'}")
+
+
+def assert_all_bitwise(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    assert got.keys() == expected.keys(), f"{what}: {sorted(got)} against {sorted(expected)}"
+    for name in expected:
+        assert_bitwise(got[name], expected[name], f"{what}: {name}")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

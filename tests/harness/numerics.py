@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy, gradients, special values, empty inputs, accumulation, batch invariance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from harness.cases import (
+    Variant,
+    as_tuple,
+    assert_bitwise,
+    case_text,
+    differentiable,
+    is_float,
+    leaves_of,
+    make_grad_outs,
+    make_inputs,
+    pick_dims,
+    run_all,
+    run_backward,
+    run_forward,
+    subsets,
+    volume,
+    with_batch,
+)
+from torch import Tensor
+
+from fastkern.specs import Dims, Inputs, OpSpec, assert_accurate, in_float64
+
+
+def _map_batched(spec: OpSpec, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Floating-point batched inputs passed through ``change`` in float32."""
+    return {
+        k: change(v.float()).to(v.dtype) if k in spec.batched and is_float(v) else v for k, v in inputs.items()
+    }
+
+
+# An error rule over three values is luck: small cases are drawn again until they make this many values together, each
+# draw with neighbours of nearly the same value, so that where one input dominates, torch's error is not luck either.
+_ENOUGH = 512
+_MOST_DRAWS = 32
+_NEIGHBOURS = 8
+
+
+def draws(spec: OpSpec, device: str, dtype: torch.dtype, dims: Dims, variant: Variant, salt: Any = "") -> list[Inputs]:
+    count = min(_MOST_DRAWS, -(-_ENOUGH // max(volume(dims), 1))) if volume(dims) else 1
+    cases = []
+    for i in range(count):
+        inputs = make_inputs(spec, device, dtype, dims, variant, salt=f"{salt}{i // _NEIGHBOURS}")
+        nudge = 1 + i % _NEIGHBOURS * max(2 * torch.finfo(dtype).eps, 1 / 500)
+        cases.append(_map_batched(spec, inputs, lambda t, nudge=nudge: t * nudge) if nudge != 1 else inputs)
+    return cases
+
+
+def _assert_pooled(results: Sequence[tuple[Tensor, Tensor, Tensor]], factor: float, what: str, ulps: float = 2) -> None:
+    """specs.assert_accurate on (ours, baseline's, truth) of several draws together."""
+    for ours, _, exact in results:
+        assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    ours, theirs, exact = (torch.stack(part) for part in zip(*results, strict=True))
+    assert_accurate(ours, theirs, exact, factor, ulps=ulps, what=what)
+
+
+def assert_forward_accurate(spec: OpSpec, cases: Sequence[Inputs], what: str) -> None:
+    results = []
+    for inputs in cases:
+        got = run_forward(spec.function, inputs)
+        assert not any(o.requires_grad for o in got), f"{what}: an output requires grad although no input does"
+        truth = run_forward(spec.reference, in_float64(inputs))
+        results.append(list(zip(got, run_forward(spec.baseline, inputs), truth, strict=True)))
+    for i, pooled in enumerate(zip(*results, strict=True)):
+        _assert_pooled(pooled, spec.forward_factor, f"{what}: output {i}")
+
+
+def assert_backward_accurate(spec: OpSpec, cases: Sequence[Inputs], what: str, positive: bool = False) -> None:
+    """Gradients for random grad_outs (of one sign if ``positive``), for every subset of inputs that may want one."""
+    results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for inputs in cases:
+        names = differentiable(spec, inputs)
+        grad_outs = make_grad_outs(spec, inputs)
+        if positive:
+            grad_outs = [(1 + g.float().abs() / 8).to(g.dtype) for g in grad_outs]
+        _, theirs = run_backward(spec.baseline, inputs, names, grad_outs)
+        _, truth = run_backward(spec.reference, in_float64(inputs), names, [g.double() for g in grad_outs])
+        for subset in subsets(names):
+            _, got = run_backward(spec.function, inputs, subset, grad_outs)
+            for name in subset:
+                where = f"{what}: grad of {name} when {', '.join(subset)} require grad"
+                assert got[name].dtype == inputs[name].dtype, f"{where}: dtype {got[name].dtype}"
+                results.setdefault(where, []).append((got[name], theirs[name], truth[name]))
+    for where, pooled in results.items():
+        _assert_pooled(pooled, spec.backward_factor, where)
+
+
+def check_forward_accuracy(
+    spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant, sizes: Sequence[Dims] | None = None
+) -> None:
+    for dims in spec.dims if sizes is None else sizes:
+        cases = draws(spec, device, dtype, dims, variant)
+        assert_forward_accurate(spec, cases, case_text(spec, dims, dtype, variant))
+
+
+def check_backward_accuracy(
+    spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant, sizes: Sequence[Dims] | None = None
+) -> None:
+    for dims in spec.dims if sizes is None else sizes:
+        cases = draws(spec, device, dtype, dims, variant)
+        assert_backward_accurate(spec, cases, case_text(spec, dims, dtype, variant))
+
+
+def check_value_ranges(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """Large, small and far-from-zero-mean inputs: where squares, sums and differences lose digits."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "times 100": lambda t: 100 * t,
+        "times 1e-3": lambda t: 1e-3 * t,
+        "mean 100": lambda t: 100 + t / 100,
+    }
+    for dims in pick_dims(spec, 5):
+        for name, change in changes.items():
+            cases = [_map_batched(spec, c, change) for c in draws(spec, device, dtype, dims, variant, salt=name)]
+            what = case_text(spec, dims, dtype, variant, name)
+            assert_forward_accurate(spec, cases, what)
+            assert_backward_accurate(spec, cases, what)
+
+
+def check_unwanted_gradients(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """An input that does not require grad gets none, and one that does gets its own shape, dtype and device."""
+    for dims in pick_dims(spec, 3):
+        inputs = make_inputs(spec, device, dtype, dims, variant)
+        grad_outs = make_grad_outs(spec, inputs)
+        for subset in subsets(differentiable(spec, inputs)):
+            leaves = leaves_of(inputs, subset)
+            outputs = [o for o in as_tuple(spec.function(**leaves)) if is_float(o)]
+            assert all(o.requires_grad for o in outputs), f"{spec.name}: output does not require grad for {subset}"
+            torch.autograd.backward(outputs, grad_outs)
+            for name, value in leaves.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if name in subset:
+                    found = (value.grad.shape, value.grad.dtype, value.grad.device)
+                    assert found == (value.shape, value.dtype, value.device), f"{spec.name}: grad of {name}: {found}"
+                else:
+                    assert value.grad is None, f"{spec.name}: {name} got a gradient but does not require one"
+
+
+def check_double_backward(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """Gradients of the gradients, by inputs and by grad_outs, against the reference's in float64."""
+
+    def second(function: Any, inputs: Inputs, grad_outs: list[Tensor], along: list[Tensor]) -> list[Tensor]:
+        names = differentiable(spec, inputs)
+        leaves = leaves_of(inputs, names)
+        seeds = [g.detach().requires_grad_() for g in grad_outs]
+        outputs = [o for o in as_tuple(function(**leaves)) if is_float(o)]
+        wrt = [leaves[n] for n in names]
+        first = torch.autograd.grad(outputs, wrt, seeds, create_graph=True)
+        return list(torch.autograd.grad(first, [*wrt, *seeds], along))
+
+    for dims in pick_dims(spec, 4, limit=1 << 13):
+        results = []
+        for inputs in draws(spec, device, dtype, dims, variant):
+            grad_outs = make_grad_outs(spec, inputs)
+            along = [torch.randn_like(inputs[n]) for n in differentiable(spec, inputs)]
+            got = second(spec.function, inputs, grad_outs, along)
+            theirs = second(spec.baseline, inputs, grad_outs, along)
+            wide = [g.double() for g in grad_outs], [a.double() for a in along]
+            results.append(list(zip(got, theirs, second(spec.reference, in_float64(inputs), *wide), strict=True)))
+        for i, pooled in enumerate(zip(*results, strict=True)):
+            what = f"{case_text(spec, dims, dtype, variant)}: second gradient {i}"
+            # Two roundings to 16 bit lie between the inputs and a second gradient.
+            _assert_pooled(pooled, 2 * spec.backward_factor, what, ulps=8)
+
+
+# ---- special values --------------------------------------------------------------------------------------------------
+
+
+def special_rows(dtype: torch.dtype) -> dict[str, tuple[float, ...]]:
+    """Name -> values repeated along a row."""
+    info = torch.finfo(dtype)
+    denormal = info.smallest_normal * info.eps
+    return {
+        "one NaN": (float("nan"), *[1.0] * 1000),
+        "one +inf": (float("inf"), *[1.0] * 1000),
+        "one -inf": (float("-inf"), *[1.0] * 1000),
+        "both inf": (float("inf"), 1.0, float("-inf")),
+        "zeros": (0.0,),
+        "negative zeros": (-0.0,),
+        "denormals": (denormal, -3 * denormal),
+        "smallest normal": (info.smallest_normal,),
+        "max finite": (info.max, -info.max),
+        "large": (info.max**0.5,),
+    }
+
+
+def _planted(inputs: Inputs, name: str, index: int, values: tuple[float, ...]) -> Inputs:
+    changed = inputs[name].clone()
+    row = changed[index]
+    row.view(-1).copy_(torch.tensor(values, dtype=torch.float64).repeat(row.numel() // len(values) + 1)[: row.numel()])
+    return {**inputs, name: changed}
+
+
+def check_special_values(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """NaN, infinities, zeros, denormals and overflow do what they do in torch, and stay in their batch entry."""
+    for dims in (with_batch(d, 3) for d in pick_dims(spec, 5, limit=1 << 15)):
+        clean = make_inputs(spec, device, dtype, dims, variant)
+        grad_outs = make_grad_outs(spec, clean)
+        before = run_all(spec, clean, grad_outs)
+        batched = [n for n in spec.batched if is_float(clean.get(n))]
+        for name in batched:
+            for label, values in special_rows(dtype).items():
+                inputs = _planted(clean, name, 1, values)
+                what = f"{case_text(spec, dims, dtype, variant)}: {label} in {name}"
+                _compare_special(spec, inputs, grad_outs, what)
+                after = run_all(spec, inputs, grad_outs)
+                for key in before:
+                    if key.startswith("grad of") and key.removeprefix("grad of ") not in batched:
+                        continue  # a shared operand's gradient sums over the batch
+                    for index in (0, 2):
+                        assert_bitwise(after[key][index], before[key][index], f"{what}: {key}[{index}]")
+
+
+def _compare_special(spec: OpSpec, inputs: Inputs, grad_outs: Sequence[Tensor], what: str) -> None:
+    got = run_forward(spec.function, inputs)
+    theirs = run_forward(spec.baseline, inputs)
+    truth = run_forward(spec.reference, in_float64(inputs))
+    for i, (ours, base, exact) in enumerate(zip(got, theirs, truth, strict=True)):
+        for row in range(ours.shape[0]):  # row by row: an overflowing row must not widen another row's tolerance
+            assert_accurate(ours[row], base[row], exact[row], spec.forward_factor, what=f"{what}: output {i}[{row}]")
+        zero = (base == 0) & (ours == 0)
+        assert bool((ours.signbit() == base.signbit())[zero].all()), f"{what}: output {i}: sign of zero"
+    names = differentiable(spec, inputs)
+    _, grads = run_backward(spec.function, inputs, names, grad_outs)
+    _, theirs_grads = run_backward(spec.baseline, inputs, names, grad_outs)
+    _, exact_grads = run_backward(spec.reference, in_float64(inputs), names, [g.double() for g in grad_outs])
+    for name in names:
+        ours, base, exact = grads[name], theirs_grads[name].isfinite(), exact_grads[name].isfinite()
+        # Where torch overflows and the truth does not, either is right.
+        assert bool(ours.isfinite()[base & exact].all()), f"{what}: grad of {name} is NaN or infinite, torch's is not"
+        assert not bool(ours.isfinite()[~base & ~exact].any()), f"{what}: grad of {name} is finite, torch's is not"
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def check_empty(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """Every dimension 0, alone and together: right shapes, zero gradients for shared operands, nothing raised."""
+    kinds = {tuple(dims): dims for dims in spec.dims}
+    for dims in kinds.values():
+        for zeros in subsets([key for key in dims if key in spec.empty_dims]):
+            cases = draws(spec, device, dtype, {**dims, **dict.fromkeys(zeros, 0)}, variant)
+            what = case_text(spec, dims, "with 0 for", zeros)
+            assert_forward_accurate(spec, cases, what)
+            assert_backward_accurate(spec, cases, what)
+
+
+def check_size_one(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    kinds = {tuple(dims): dims for dims in spec.dims}
+    for dims in kinds.values():
+        for ones in subsets(list(dims)):
+            cases = draws(spec, device, dtype, {**dims, **dict.fromkeys(ones, 1)}, variant)
+            what = case_text(spec, dims, "with 1 for", ones)
+            assert_forward_accurate(spec, cases, what)
+            assert_backward_accurate(spec, cases, what)
+
+
+# ---- accumulation and batch ------------------------------------------------------------------------------------------
+
+
+def check_wide_accumulation(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """Long sums of one sign: a 16-bit accumulator stops growing after 256 (bf16) or 2048 (f16) equal terms."""
+    for dims in sorted(spec.dims, key=lambda d: max(d.values()))[-6:]:
+        inputs = make_inputs(spec, device, dtype, dims, variant)
+        cases = [_map_batched(spec, inputs, lambda t: 1 + t.abs() / 8)]
+        what = case_text(spec, dims, dtype, variant, "of one sign")
+        assert_forward_accurate(spec, cases, what)
+        assert_backward_accurate(spec, cases, what, positive=True)
+
+
+def check_batch_invariance(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    """A batch entry's output and gradient are bitwise those it has alone, whatever the batch and its place in it."""
+    for base in pick_dims(spec, 6, limit=1 << 16):
+        dims = with_batch(base, 1024)
+        inputs = make_inputs(spec, device, dtype, dims, variant)
+        batched = [n for n in spec.batched if isinstance(inputs.get(n), Tensor)]
+        grad_outs = make_grad_outs(spec, inputs)
+        whole = run_all(spec, inputs, grad_outs)
+        shared = {f"grad of {n}" for n in differentiable(spec, inputs) if n not in batched}
+        for size in (1, 2, 3, 17):
+            for start in (0, 1, 500, 1024 - size):
+                part = slice(start, start + size)
+                got = run_all(spec, {k: v[part] if k in batched else v for k, v in inputs.items()},
+                              [g[part] for g in grad_outs])  # fmt: skip
+                for key in whole.keys() - shared:
+                    what = f"{case_text(spec, dims, dtype, variant)}: {key} of entries {start}..{start + size - 1}"
+                    assert_bitwise(got[key], whole[key][part], what)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run as a user runs them, and notice when they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_gpt.py"
+TINY = "--device cpu --steps 12 --batch 2 --context 16 --layers 1 --width 16 --heads 2 --kv-heads 1 --sample-bytes 8"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(500)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_gpt() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_gpt", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *TINY.split(), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("kernels", ["both", "fastkern", "torch"])
+def test_train_gpt_runs(kernels: str, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "plot.png"
+    # once on the text that every machine has
+    source = [] if kernels == "both" else ["--data", data]
+    result = run("--kernels", kernels, "--plot", picture, *source)
+    assert result.returncode == 0, result.stderr
+    names = ["torch", "fastkern"] if kernels == "both" else [kernels]
+    assert re.search(rf"^  step +{' +'.join(names)}", result.stdout, re.M)
+    rows = re.findall(r"^ +\d+ +\d\.\d{4}.*$", result.stdout, re.M)
+    assert len(rows) == 12
+    assert all(len(row.split()) == (4 if kernels == "both" else 2) for row in rows)
+    for name in names:
+        assert re.search(rf"^ *{name}: validation loss \d\.\d{{4}}, +[\d,]+ tokens/s$", result.stdout, re.M)
+    assert ("agree: relative difference" in result.stdout) == (kernels == "both")
+    assert f"{names[-1]} writes:\n\ndef " in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_gpt_is_deterministic_and_learns(train_gpt: ModuleType, data: Path) -> None:
+    options = train_gpt.parse([*TINY.split(), "--data", str(data), "--steps", "40", "--lr", "0.01", "--untied"])
+    text = train_gpt.Text(options)
+    one, two = train_gpt.train(options, text, [train_gpt.Kernels(), train_gpt.Kernels()])
+    assert one.losses == two.losses
+    assert one.validation == two.validation < one.losses[0] - 1
+    assert one.sample("x", 20, 0.7) == two.sample("x", 20, 0.7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6) * 1.05,
+        lambda x, weight: F.rms_norm(x, weight.shape, weight.detach(), 1e-6),
+        lambda x, weight: F.rms_norm(x.detach(), weight.shape, weight, 1e-6),
+        lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6) * torch.nan,
+    ],
+    ids=["wrong scale", "no gradient of weight", "no gradient of x", "nan"],
+)
+def test_train_gpt_notices_a_wrong_kernel(
+    train_gpt: ModuleType, data: Path, kernel: Callable[..., torch.Tensor], dtype: str
+) -> None:
+    options = train_gpt.parse([*TINY.split(), "--data", str(data), "--dtype", dtype])
+    wrong = dataclasses.replace(train_gpt.Kernels(), name="wrong", rms_norm=kernel)
+    runs = train_gpt.train(options, train_gpt.Text(options), [train_gpt.Kernels(), wrong])
+    with pytest.raises(train_gpt.DisagreementError, match="torch and wrong disagree"):
+        train_gpt.assert_agreement(*runs)
+
+
+def test_train_gpt_reports_a_disagreement(train_gpt: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(train_gpt.Kernels(), name="fastkern", swiglu=lambda gate, up: torch.sigmoid(gate) * up)
+    monkeypatch.setattr(train_gpt, "fastkern_kernels", lambda: wrong)
+    monkeypatch.setattr(train_gpt, "plot", lambda runs, path: str(path))
+    with pytest.raises(train_gpt.DisagreementError, match="loss of step 1"):
+        train_gpt.main([*TINY.split(), "--data", str(data)])
+
+
+def test_train_gpt_without_matplotlib(train_gpt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib is not installed" in train_gpt.plot([], tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "no/such/file"], "cannot read the text no/such/file: No such file or directory"),
+        (["--data", __file__, "--context", "100000"], "too little text"),
+        (["--device", "cuda:99"], "PyTorch .* sees .* GPUs"),
+        (["--device", "gpu"], "--device gpu: not a device"),
+        (["--device", "meta"], "kernels for cpu and cuda"),
+        (["--width", "18", "--heads", "4"], "--width 18 is not a multiple of 2 x --heads 4"),
+        (["--kv-heads", "3"], "--heads 2 is not a multiple of --kv-heads 3"),
+        (["--steps", "0"], "--steps 0: must be positive"),
+        (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--vocab", "100"], "--vocab 100: a byte has 256 values"),
+    ],
+)
+def test_train_gpt_answers_errors_in_words(
+    train_gpt: ModuleType, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train_gpt.main([*TINY.split(), "--kernels", "torch", *options])
+    assert stopped.value.code not in (0, None)
+    assert re.search(message, f"{stopped.value}\n{capsys.readouterr().err}")
+
+
+def test_train_gpt_without_fastkern(train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastkern", None)
+    with pytest.raises(SystemExit, match="fastkern cannot be imported"):
+        train_gpt.fastkern_kernels()
