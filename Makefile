@@ -17,11 +17,11 @@ FASTKERN_CUDA ?= auto
 DEMO_ARGS ?= --kernels both
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
-export PYTHON VENV JOBS FASTKERN_CUDA CUDAARCHS
+FASTKERN_BUILD ?= build/editable
+export PYTHON VENV JOBS FASTKERN_CUDA CUDAARCHS FASTKERN_BUILD
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-BUILD := build/editable
 
 .PHONY: demo test build build-tests lint wheel bench clean
 

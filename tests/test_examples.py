@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def train_gpt() -> ModuleType:
 
 def run(*options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *TINY.split(), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # too tiny for more threads
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
 
 
 @pytest.mark.parametrize("kernels", ["both", "fastkern", "torch"])

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from fastkern.specs import SPECS, BadCall, OpSpec
 from harness import gpu, layouts, numerics, runtime, transforms
 from harness.cases import Variant, pick_dims, variant_text
-
-from fastkern.specs import SPECS, BadCall, OpSpec
 
 Rows = Callable[[Any], Any]
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the libraries and installs the package, editable, into $VENV; with the argument "tests" the
-# C++ tests too. One tree, build/editable, serves all: a second run compiles only what changed.
+# C++ tests too. One tree, $FASTKERN_BUILD, serves all: a second run compiles only what changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
-BUILD=build/editable
+BUILD=${FASTKERN_BUILD:-build/editable}
 python=$VENV/bin/python
+export SKBUILD_BUILD_DIR=$BUILD
 export PATH="$PWD/$VENV/bin:$PATH" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)}
 
 choice=$(tools/cuda_choice.sh)

@@ -21,6 +21,6 @@ rm -rf build/wheel
 mkdir -p dist
 rm -f dist/*.whl
 # torch's library comes from the user's torch.
-"$python" -m auditwheel repair --plat manylinux_2_28_x86_64 --exclude libtorch_cpu.so --wheel-dir dist \
-  build/wheel/*.whl >build/auditwheel.log 2>&1 || { cat build/auditwheel.log; exit 1; }
+"$python" -m auditwheel repair --only-plat --plat manylinux_2_28_x86_64 \
+  --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl >build/auditwheel.log 2>&1 || { cat build/auditwheel.log; exit 1; }
 ls -l dist/*.whl

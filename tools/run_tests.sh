@@ -16,7 +16,7 @@ echo "== pytest"
 python -m pytest -n "$workers" "$@" 2>&1 | tee "$logs/pytest.log"
 pytest_status=${PIPESTATUS[0]}
 echo "== ctest"
-ctest --test-dir build/editable --output-on-failure --no-tests=error -j "${JOBS:-$(nproc)}" 2>&1 |
+ctest --test-dir "${FASTKERN_BUILD:-build/editable}" --output-on-failure --no-tests=error -j "${JOBS:-$(nproc)}" 2>&1 |
   tee "$logs/ctest.log"
 ctest_status=${PIPESTATUS[0]}
 

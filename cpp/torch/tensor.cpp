@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "fastkern/rows.h"
 
@@ -26,59 +27,39 @@ std::string device_text(Device device) {
   return "device type " + std::to_string(device.type);
 }
 
-std::string scalar_type_text(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::Byte:
-      return "torch.uint8";
-    case ScalarType::Char:
-      return "torch.int8";
-    case ScalarType::Short:
-      return "torch.int16";
-    case ScalarType::Int:
-      return "torch.int32";
-    case ScalarType::Long:
-      return "torch.int64";
-    case ScalarType::Bool:
-      return "torch.bool";
-    case ScalarType::ComplexHalf:
-      return "torch.complex32";
-    case ScalarType::ComplexFloat:
-      return "torch.complex64";
-    case ScalarType::ComplexDouble:
-      return "torch.complex128";
-    case ScalarType::Float8_e4m3fn:
-      return "torch.float8_e4m3fn";
-    case ScalarType::Float8_e5m2:
-      return "torch.float8_e5m2";
-    default:
-      return "scalar type " + std::to_string(static_cast<int>(type));
+// torch's own numbers, compared as numbers: its header-only conversion throws on types it does not know.
+std::int32_t number_of(ScalarType type) { return static_cast<std::int32_t>(type); }
+
+std::string type_text(std::int32_t type) {
+  static constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Float, "float32"},         {ScalarType::Half, "float16"},
+      {ScalarType::BFloat16, "bfloat16"},     {ScalarType::Double, "float64"},
+      {ScalarType::Byte, "uint8"},            {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},           {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"},            {ScalarType::Bool, "bool"},
+      {ScalarType::ComplexHalf, "complex32"}, {ScalarType::ComplexFloat, "complex64"},
+      {ScalarType::ComplexDouble, "complex128"}, {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
+      {ScalarType::Float8_e5m2, "float8_e5m2"},
+  };
+  for (const auto& [known, name] : kNames) {
+    if (number_of(known) == type) return std::string("torch.") + name;
   }
+  return "torch scalar type number " + std::to_string(type);
 }
 
-ScalarType scalar_type(DType dtype) {
-  return dtype == DType::f32 ? ScalarType::Float : dtype == DType::f16 ? ScalarType::Half : ScalarType::BFloat16;
+std::int32_t scalar_type(DType dtype) {
+  return number_of(dtype == DType::f32   ? ScalarType::Float
+                   : dtype == DType::f16 ? ScalarType::Half
+                                         : ScalarType::BFloat16);
 }
 
 DType dtype_of(const Tensor& t, const char* op, const char* argument) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ",
-           scalar_type_text(t.scalar_type()));
-  }
+  std::int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  if (type == number_of(ScalarType::BFloat16)) return DType::bf16;
+  if (type == number_of(ScalarType::Half)) return DType::f16;
+  if (type == number_of(ScalarType::Float)) return DType::f32;
+  fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ", type_text(type));
 }
 
 void set_dense_strides(TensorRef& ref) {
@@ -89,17 +70,17 @@ void set_dense_strides(TensorRef& ref) {
   }
 }
 
-Tensor allocate(const std::int64_t* sizes, int ndim, ScalarType type, Device device) {
+Tensor allocate(const std::int64_t* sizes, int ndim, std::int32_t type, Device device) {
   TensorRef shape;
   shape.ndim = ndim;
   std::copy(sizes, sizes + ndim, shape.sizes.begin());
   set_dense_strides(shape);
   AtenTensorHandle handle = nullptr;
   const AOTITorchError status =
-      aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), static_cast<std::int32_t>(type), device.type,
+      aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), type, device.type,
                                device.index, &handle);
   FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ", shape.shape(), " and ",
-           scalar_type_text(type), " on ", device_text(device), " (out of memory?)");
+           type_text(type), " on ", device_text(device), " (out of memory?)");
   return Tensor(handle);
 }
 
@@ -116,7 +97,7 @@ CurrentStream find_current_stream() {
 
 }  // namespace
 
-std::string dtype_text(DType dtype) { return scalar_type_text(scalar_type(dtype)); }
+std::string dtype_text(DType dtype) { return type_text(scalar_type(dtype)); }
 
 Device device_of(const Tensor& t) {
   static const std::int32_t cuda = aoti_torch_device_type_cuda();
@@ -162,7 +143,7 @@ Tensor no_output(DType dtype, Device device) {
 
 Tensor new_bytes(std::size_t bytes, Device device) {
   const std::int64_t size = static_cast<std::int64_t>(bytes);
-  return allocate(&size, 1, ScalarType::Byte, device);
+  return allocate(&size, 1, number_of(ScalarType::Byte), device);
 }
 
 TensorRef dense_ref(const Tensor& t, const TensorRef& like) {

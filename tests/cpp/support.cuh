@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA tests share: a fixture that skips without a GPU, and device memory between canaries.
+// What the CUDA tests share: a fixture that skips without a GPU, and device memory between
+// canaries.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +13,9 @@
 
 namespace fastkern::test {
 
-inline void cuda_ok(cudaError_t status, const char* what = "CUDA") { cuda::check(status, "test", what); }
+inline void cuda_ok(cudaError_t status, const char* what = "CUDA") {
+  cuda::check(status, "test", what);
+}
 
 /// Skips without a device; after each test the device must be healthy and no error pending.
 class CudaTest : public testing::Test {
@@ -49,9 +52,10 @@ class DeviceTensor {
     copy(copied.bytes().data(), memory_.get(), cudaMemcpyDeviceToHost);
     return copied;
   }
-  /// The tensor's bytes, on a stream, from memory of the host that outlives the copy.
-  void upload_on(cudaStream_t stream, const Tensor& from) {
-    cuda_ok(cudaMemcpyAsync(memory_.get(), from.bytes().data(), from.bytes().size(), cudaMemcpyHostToDevice, stream));
+  /// Takes over another tensor's bytes, in stream order and without waiting.
+  void copy_on(cudaStream_t stream, const DeviceTensor& from) {
+    cuda_ok(cudaMemcpyAsync(memory_.get(), from.memory_.get(), host_.bytes().size(),
+                            cudaMemcpyDeviceToDevice, stream));
   }
 
  private:
@@ -75,12 +79,14 @@ class DeviceArray {
     memory_.reset(p);
     cuda_ok(cudaMemcpy(p, host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
   }
-  explicit DeviceArray(std::size_t count, T value = {}) : DeviceArray(std::vector<T>(count, value)) {}
+  explicit DeviceArray(std::size_t count, T value = {})
+      : DeviceArray(std::vector<T>(count, value)) {}
 
   T* data() const { return static_cast<T*>(memory_.get()); }
   std::vector<T> download() const {
     std::vector<T> host(count_);
-    cuda_ok(cudaMemcpy(host.data(), data(), count_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    cuda_ok(cudaMemcpy(host.data(), data(), count_ * sizeof(T), cudaMemcpyDeviceToHost),
+            "cudaMemcpy");
     return host;
   }
 
@@ -97,7 +103,7 @@ class SideStream {
   SideStream(const SideStream&) = delete;
   SideStream& operator=(const SideStream&) = delete;
   operator cudaStream_t() const { return handle_; }
-  operator Stream() const { return {handle_, 0}; }
+  Stream stream() const { return {handle_, 0}; }
 
  private:
   cudaStream_t handle_ = nullptr;

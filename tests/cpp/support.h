@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the C++ tests share: tensors of any strides in guarded memory, and RMSNorm as plain double loops.
+// What the C++ tests share: tensors of any strides in guarded memory, and RMSNorm as plain double
+// loops.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -39,7 +40,8 @@ inline Layout dense_layout(const Sizes& sizes, std::int64_t offset = 0) {
   return {"dense+" + std::to_string(offset), sizes, dense_strides(sizes), offset};
 }
 
-/// The ways M rows of N columns come: dense first, then padded, misaligned and, for an even M, under two strides.
+/// The ways M rows of N columns come: dense first, then padded, misaligned and, for an even M,
+/// under two strides.
 inline std::vector<Layout> row_layouts(std::int64_t m, std::int64_t n) {
   std::vector<Layout> layouts{
       dense_layout({m, n}),
@@ -55,14 +57,18 @@ inline std::vector<Layout> row_layouts(std::int64_t m, std::int64_t n) {
   return layouts;
 }
 
-/// A tensor in its own memory. Guards on both sides and the gaps between elements hold a canary; elements start as NaN.
+/// A tensor in its own memory. Guards on both sides and the gaps between elements hold a canary;
+/// elements start as NaN.
 class Tensor {
  public:
   static constexpr unsigned char kCanary = 0xA5;
   static constexpr std::size_t kGuard = 1024;
 
   Tensor() = default;  // "not given"
-  Tensor(DType dtype, const Layout& layout) : ref_{nullptr, dtype, 0, {}, {}}, offset_(layout.offset) {
+  Tensor(DType dtype, const Layout& layout)
+      : ref_{nullptr, dtype, 0, {}, {}},
+        offset_(layout.offset),
+        dense_(layout.strides == dense_strides(layout.sizes)) {
     ref_.ndim = static_cast<int>(layout.sizes.size());
     std::copy(layout.sizes.begin(), layout.sizes.end(), ref_.sizes.begin());
     std::copy(layout.strides.begin(), layout.strides.end(), ref_.strides.begin());
@@ -141,8 +147,10 @@ class Tensor {
       return testing::AssertionFailure() << "different dtype or size";
     }
     for (std::int64_t i = 0; given() && i < numel(); ++i) {
-      if (std::memcmp(&bytes_[byte_of(i)], &other.bytes_[other.byte_of(i)], size_of(dtype())) != 0) {
-        return testing::AssertionFailure() << "element " << i << ": " << get(i) << " and " << other.get(i);
+      if (std::memcmp(&bytes_[byte_of(i)], &other.bytes_[other.byte_of(i)], size_of(dtype())) !=
+          0) {
+        return testing::AssertionFailure()
+               << "element " << i << ": " << get(i) << " and " << other.get(i);
       }
     }
     return testing::AssertionSuccess();
@@ -150,8 +158,8 @@ class Tensor {
 
  private:
   std::int64_t byte_of(std::int64_t i) const {
-    std::int64_t element = offset_;
-    for (int d = ref_.ndim - 1; d >= 0 && i > 0; --d) {
+    std::int64_t element = offset_ + (dense_ ? i : 0);
+    for (int d = ref_.ndim - 1; d >= 0 && i > 0 && !dense_; --d) {
       element += i % ref_.sizes[d] * ref_.strides[d];
       i /= ref_.sizes[d];
     }
@@ -160,6 +168,7 @@ class Tensor {
 
   TensorRef ref_;
   std::int64_t offset_ = 0;
+  bool dense_ = true;
   std::vector<unsigned char> bytes_;
 };
 
@@ -168,7 +177,8 @@ struct Expected {
   std::vector<double> value, scale;
 };
 
-/// One rounding to the dtype of `actual`, plus the noise of an f32 computation of terms as large as `scale`.
+/// One rounding to the dtype of `actual`, plus the noise of an f32 computation of terms as large as
+/// `scale`.
 inline testing::AssertionResult close(const Tensor& actual, const Expected& expected) {
   const DType dtype = actual.dtype();
   const double rounding = dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
@@ -177,10 +187,12 @@ inline testing::AssertionResult close(const Tensor& actual, const Expected& expe
     return testing::AssertionFailure() << "different size";
   }
   for (std::int64_t i = 0; i < actual.numel(); ++i) {
-    const double bound = rounding * std::abs(expected.value[i]) + 4e-6 * expected.scale[i] + smallest;
+    const double bound =
+        rounding * std::abs(expected.value[i]) + 4e-6 * expected.scale[i] + smallest;
     if (!(std::abs(actual.get(i) - expected.value[i]) <= bound)) {
-      return testing::AssertionFailure() << "element " << i << " is " << actual.get(i) << ", expected "
-                                         << expected.value[i] << " within " << bound;
+      return testing::AssertionFailure()
+             << "element " << i << " is " << actual.get(i) << ", expected " << expected.value[i]
+             << " within " << bound;
     }
   }
   return testing::AssertionSuccess();
@@ -206,8 +218,10 @@ struct ExpectedGrads {
   Expected dx, dweight;
 };
 
-inline ExpectedGrads rms_norm_bwd_reference(const std::vector<double>& dy, const std::vector<double>& x,
-                                            const std::vector<double>& weight, std::int64_t n, double eps) {
+inline ExpectedGrads rms_norm_bwd_reference(const std::vector<double>& dy,
+                                            const std::vector<double>& x,
+                                            const std::vector<double>& weight, std::int64_t n,
+                                            double eps) {
   ExpectedGrads grads{{std::vector<double>(x.size()), std::vector<double>(x.size())},
                       {std::vector<double>(n), std::vector<double>(n)}};
   for (std::size_t first = 0; n > 0 && first < x.size(); first += n) {

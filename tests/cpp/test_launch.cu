@@ -68,7 +68,8 @@ TEST_F(Launcher, SharedMemoryAbove48KilobytesWorks) {
     for (int i = 0; i < n; ++i) values[i] = i % 101 - 50;
     for (int i = 0; i < n; ++i) expected += (i % 7 + 1) * values[n - 1 - i];
     const DeviceArray<int> in(values), out(1);
-    cuda::launch(sum_shared_kernel, {kOp, 1, 256, n * sizeof(int)}, Stream{}, in.data(), n, out.data());
+    cuda::launch(sum_shared_kernel, {kOp, 1, 256, n * sizeof(int)}, Stream{}, in.data(), n,
+                 out.data());
     EXPECT_EQ(out.download()[0], expected) << kilobytes;
   }
 }
@@ -121,9 +122,11 @@ TEST_F(Launcher, GuardSelectsTheDeviceForItsScope) {
 TEST_F(Launcher, UsesTheStreamItIsGiven) {
   const test::SideStream side;
   const DeviceArray<int> out(64);
+  cuda::launch(add_kernel, {kOp, 1, 64}, Stream{}, out.data(),
+               0);  // loads the kernel: no matter for a capture
   cudaGraph_t graph = nullptr;
   test::cuda_ok(cudaStreamBeginCapture(side, cudaStreamCaptureModeGlobal));
-  cuda::launch(add_kernel, {kOp, 1, 64}, side, out.data(), 5);
+  cuda::launch(add_kernel, {kOp, 1, 64}, side.stream(), out.data(), 5);
   test::cuda_ok(cudaStreamEndCapture(side, &graph));
   std::size_t nodes = 0;
   test::cuda_ok(cudaGraphGetNodes(graph, nullptr, &nodes));

@@ -18,8 +18,9 @@ using test::Tensor;
 
 constexpr double kEps = 1e-6;
 
-const std::pair<std::int64_t, std::int64_t> kShapes[] = {{1, 1},   {3, 5},    {6, 31},   {4, 32},    {5, 33},
-                                                         {130, 7}, {64, 257}, {2, 1000}, {200, 1024}, {1, 70'000}};
+const std::pair<std::int64_t, std::int64_t> kShapes[] = {
+    {1, 1},   {3, 5},    {6, 31},   {4, 32},     {5, 33},
+    {130, 7}, {64, 257}, {2, 1000}, {200, 1024}, {1, 70'000}};
 
 /// Every dtype of x with every dtype of weight, and without one.
 using Mix = std::tuple<DType, std::optional<DType>>;
@@ -31,7 +32,9 @@ class RmsNormCpu : public testing::TestWithParam<Mix> {
     const std::optional<DType> dtype = std::get<1>(GetParam());
     return dtype ? Tensor(*dtype, Layout{"weight", {n}, {stride}}).fill(7, 1.0) : Tensor();
   }
-  Tensor make(const Layout& layout, unsigned seed) const { return Tensor(dtype(), layout).fill(seed); }
+  Tensor make(const Layout& layout, unsigned seed) const {
+    return Tensor(dtype(), layout).fill(seed);
+  }
 };
 
 std::string mix_name(const testing::TestParamInfo<Mix>& mix) {
@@ -41,21 +44,24 @@ std::string mix_name(const testing::TestParamInfo<Mix>& mix) {
 
 INSTANTIATE_TEST_SUITE_P(Mixes, RmsNormCpu,
                          testing::Combine(testing::ValuesIn(test::kDTypes),
-                                          testing::Values(std::nullopt, DType::f32, DType::f16, DType::bf16)),
+                                          testing::Values(std::nullopt, DType::f32, DType::f16,
+                                                          DType::bf16)),
                          mix_name);
 
 TEST_P(RmsNormCpu, ForwardMatches) {
   for (const auto& [m, n] : kShapes) {
     Tensor x = make(dense_layout({m, n}), 1), weight = make_weight(n), y(dtype(), {m, n});
     cpu::rms_norm({x.ref(), weight.ref(), y.ref(), kEps});
-    EXPECT_TRUE(close(y, test::rms_norm_reference(x.values(), weight.values(), n, kEps))) << m << " x " << n;
+    EXPECT_TRUE(close(y, test::rms_norm_reference(x.values(), weight.values(), n, kEps)))
+        << m << " x " << n;
     EXPECT_TRUE(y.gaps_intact());
   }
 }
 
 TEST_P(RmsNormCpu, BackwardMatches) {
   for (const auto& [m, n] : kShapes) {
-    Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2), weight = make_weight(n);
+    Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2),
+           weight = make_weight(n);
     const test::ExpectedGrads expected =
         test::rms_norm_bwd_reference(dy.values(), x.values(), weight.values(), n, kEps);
     Tensor dx(dtype(), {m, n}), dweight = weight.given() ? Tensor(weight.dtype(), {n}) : Tensor();
@@ -75,7 +81,8 @@ TEST_P(RmsNormCpu, BackwardMatches) {
 
 TEST_P(RmsNormCpu, AnyStridesGiveTheSameBits) {
   constexpr std::int64_t m = 6, n = 45;
-  const Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2), weight = make_weight(n);
+  const Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2),
+               weight = make_weight(n);
   const auto run = [&](const Layout& layout, std::int64_t weight_stride) {
     Tensor xs = Tensor(dtype(), layout).copy_from(x), dys = Tensor(dtype(), layout).copy_from(dy);
     Tensor ws = make_weight(n, weight_stride), y(dtype(), layout), dx(dtype(), layout);
@@ -95,16 +102,19 @@ TEST_P(RmsNormCpu, AnyStridesGiveTheSameBits) {
   for (const Layout& layout : test::row_layouts(m, n)) {
     for (const std::int64_t weight_stride : {1, 3}) {
       const auto found = run(layout, weight_stride);
-      for (int i = 0; i < 3; ++i) EXPECT_TRUE(found[i].same_bits(expected[i])) << layout.name << ", output " << i;
+      for (int i = 0; i < 3; ++i)
+        EXPECT_TRUE(found[i].same_bits(expected[i])) << layout.name << ", output " << i;
     }
   }
 }
 
 TEST_P(RmsNormCpu, EachGradientAloneHasTheSameBits) {
   constexpr std::int64_t m = 37, n = 65;
-  Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2), weight = make_weight(n);
+  Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2),
+         weight = make_weight(n);
   if (!weight.given()) return;  // one gradient only
-  RmsNormBwd args{.dy = dy.ref(), .x = x.ref(), .weight = weight.ref(), .dx = {}, .dweight = {}, .eps = kEps};
+  RmsNormBwd args{
+      .dy = dy.ref(), .x = x.ref(), .weight = weight.ref(), .dx = {}, .dweight = {}, .eps = kEps};
   Tensor dx(dtype(), {m, n}), dweight(weight.dtype(), {n}), dx_alone = dx, dweight_alone = dweight;
   args.dx = dx.ref(), args.dweight = dweight.ref();
   cpu::rms_norm_bwd(args);
@@ -119,7 +129,8 @@ TEST_P(RmsNormCpu, EachGradientAloneHasTheSameBits) {
 TEST_P(RmsNormCpu, NoRowsOrNoColumns) {
   for (const auto& [m, n] : {std::pair<std::int64_t, std::int64_t>{0, 5}, {3, 0}, {0, 0}}) {
     Tensor x(dtype(), {m, n}), dy(dtype(), {m, n}), y(dtype(), {m, n}), dx(dtype(), {m, n});
-    Tensor weight = make_weight(n), dweight = weight.given() ? Tensor(weight.dtype(), {n}) : Tensor();
+    Tensor weight = make_weight(n),
+           dweight = weight.given() ? Tensor(weight.dtype(), {n}) : Tensor();
     cpu::rms_norm({x.ref(), weight.ref(), y.ref(), kEps});
     cpu::rms_norm_bwd({.dy = dy.ref(),
                        .x = x.ref(),
@@ -140,15 +151,19 @@ int calls = 0;
 void split(std::int64_t count, std::int64_t, ParallelBody body, void* context) {
   ++calls;
   const int parts = static_cast<int>(std::min<std::int64_t>(pieces, count));
-  const auto cut = [&](std::int64_t i) { return i == parts ? count : count * i * i / (parts * parts); };
+  const auto cut = [&](std::int64_t i) {
+    return i == parts ? count : count * i * i / (parts * parts);
+  };
   std::vector<std::thread> threads;
-  for (int i = 0; i < parts; ++i) threads.emplace_back([&, i] { body(context, cut(i), cut(i + 1)); });
+  for (int i = 0; i < parts; ++i)
+    threads.emplace_back([&, i] { body(context, cut(i), cut(i + 1)); });
   for (std::thread& thread : threads) thread.join();
 }
 
 TEST_P(RmsNormCpu, ThreadsDoNotChangeTheResult) {
   constexpr std::int64_t m = 301, n = 640;
-  Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2), weight = make_weight(n);
+  Tensor x = make(dense_layout({m, n}), 1), dy = make(dense_layout({m, n}), 2),
+         weight = make_weight(n);
   const auto run = [&] {
     Tensor y(dtype(), {m, n}), dx(dtype(), {m, n});
     Tensor dweight = weight.given() ? Tensor(weight.dtype(), {n}) : Tensor();
@@ -168,7 +183,8 @@ TEST_P(RmsNormCpu, ThreadsDoNotChangeTheResult) {
     calls = 0;
     const auto found = run();
     EXPECT_GE(calls, 2);
-    for (int i = 0; i < 3; ++i) EXPECT_TRUE(found[i].same_bits(expected[i])) << count << " pieces, output " << i;
+    for (int i = 0; i < 3; ++i)
+      EXPECT_TRUE(found[i].same_bits(expected[i])) << count << " pieces, output " << i;
   }
   set_parallel_for(nullptr);
 }
@@ -214,11 +230,16 @@ TEST(RmsNormCpuEdge, LargeF16SumsDoNotOverflow) {
 
 TEST(RmsNormCpuEdge, RefusedStridesNameTheArgument) {
   Tensor x(DType::f32, {"", {4, 8}, {1, 4}}), y(DType::f32, {4, 8});
-  const auto message_for = [](RmsNormFwd args) { return test::error_of([&] { cpu::rms_norm(args); }); };
-  EXPECT_TRUE(test::contains(message_for({x.ref(), {}, y.ref(), kEps}), "fastkern::rms_norm: x must"));
-  EXPECT_TRUE(test::contains(message_for({y.ref(), {}, x.ref(), kEps}), "fastkern::rms_norm: y must"));
+  const auto message_for = [](RmsNormFwd args) {
+    return test::error_of([&] { cpu::rms_norm(args); });
+  };
+  EXPECT_TRUE(
+      test::contains(message_for({x.ref(), {}, y.ref(), kEps}), "fastkern::rms_norm: x must"));
+  EXPECT_TRUE(
+      test::contains(message_for({y.ref(), {}, x.ref(), kEps}), "fastkern::rms_norm: y must"));
   RmsNormBwd args{.dy = x.ref(), .x = y.ref(), .weight = {}, .dx = {}, .dweight = {}};
-  EXPECT_TRUE(test::contains(test::error_of([&] { cpu::rms_norm_bwd(args); }), "fastkern::rms_norm_bwd: dy must"));
+  EXPECT_TRUE(test::contains(test::error_of([&] { cpu::rms_norm_bwd(args); }),
+                             "fastkern::rms_norm_bwd: dy must"));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How CPU kernels share work. The default pool is not exported, so its source is compiled into this test.
+// How CPU kernels share work. The default pool is not exported, so its source is compiled into this
+// test.
 #include <atomic>
 #include <mutex>
 #include <set>
@@ -41,7 +42,8 @@ TEST_F(Parallel, NothingRunsForNoItems) {
 
 TEST_F(Parallel, SmallWorkStaysOnTheCallingThread) {
   std::set<std::thread::id> threads;
-  cpu::parallel_for(10, 10, [&](std::int64_t, std::int64_t) { threads.insert(std::this_thread::get_id()); });
+  cpu::parallel_for(
+      10, 10, [&](std::int64_t, std::int64_t) { threads.insert(std::this_thread::get_id()); });
   EXPECT_EQ(threads, std::set{std::this_thread::get_id()});
 }
 
@@ -81,7 +83,8 @@ TEST_F(Parallel, CallsMayNest) {
   std::atomic<int> items = 0;
   cpu::parallel_for(8, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      cpu::parallel_for(8, 1, [&](std::int64_t first, std::int64_t last) { items += last - first; });
+      cpu::parallel_for(8, 1,
+                        [&](std::int64_t first, std::int64_t last) { items += last - first; });
     }
   });
   EXPECT_EQ(items, 64);
@@ -103,7 +106,8 @@ TEST_F(Parallel, AnInstalledPoolTakesOver) {
   EXPECT_EQ(installed_grain, 3);
   EXPECT_EQ(order, (std::vector<std::int64_t>{3, 2, 1, 0}));
   EXPECT_EQ(test::error_of([] {
-              cpu::parallel_for(4, 1, [](std::int64_t begin, std::int64_t) { FK_CHECK(begin != 2, "piece 2"); });
+              cpu::parallel_for(
+                  4, 1, [](std::int64_t begin, std::int64_t) { FK_CHECK(begin != 2, "piece 2"); });
             }),
             "piece 2");
 }

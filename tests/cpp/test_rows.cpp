@@ -58,7 +58,8 @@ void expect_starts(const Sizes& sizes, const Sizes& strides) {
   const Sizes starts = starts_of(sizes, strides);
   ASSERT_EQ(found->count, static_cast<std::int64_t>(starts.size()));
   ASSERT_EQ(found->length, sizes.back());
-  for (std::int64_t r = 0; r < found->count; ++r) ASSERT_EQ(found->start(r), starts[r]) << "row " << r;
+  for (std::int64_t r = 0; r < found->count; ++r)
+    ASSERT_EQ(found->start(r), starts[r]) << "row " << r;
 }
 
 TEST(Rows, DenseTensorsMergeIntoOneStride) {
@@ -122,7 +123,8 @@ TEST(Rows, ExpandedDimensionsHaveStrideZero) {
 TEST(Rows, NegativeStridesWalkBackwards) { expect_starts({3, 4, 8}, {32, -8, 1}); }
 
 TEST(Rows, EmptyTensors) {
-  for (const Sizes& sizes : {Sizes{0}, Sizes{0, 5}, Sizes{3, 0}, Sizes{2, 0, 3, 5}, Sizes{2, 3, 0}}) {
+  for (const Sizes& sizes :
+       {Sizes{0}, Sizes{0, 5}, Sizes{3, 0}, Sizes{2, 0, 3, 5}, Sizes{2, 3, 0}}) {
     const auto found = rows(sizes, Sizes(sizes.size(), 1));
     ASSERT_TRUE(found);
     EXPECT_EQ(found->length, sizes.back());
@@ -148,7 +150,8 @@ TEST(Rows, AnyStridesAgreeWithTheDefinition) {
     for (std::int64_t& size : sizes) size = 1 + below(4);
     for (std::size_t d = 0; d < order.size(); ++d) order[d] = static_cast<std::int64_t>(d);
     std::shuffle(order.begin(), order.end(), random);
-    Sizes strides(sizes.size(), 1);  // leading dimensions in any order, padded or expanded here and there
+    Sizes strides(sizes.size(),
+                  1);  // leading dimensions in any order, padded or expanded here and there
     std::int64_t stride = sizes.back();
     for (const std::int64_t d : order) {
       if (below(4) == 0) stride += below(5);
@@ -169,7 +172,8 @@ TEST(Rows, AnyStridesAgreeWithTheDefinition) {
 
 TEST(Rows, RowsOfNamesOpArgumentAndShape) {
   EXPECT_EQ(rows_of(strided({3, 4}, {4, 1}), "fastkern::op", "x").count, 3);
-  const std::string message = test::error_of([] { rows_of(strided({3, 4}, {1, 3}), "fastkern::op", "x"); });
+  const std::string message =
+      test::error_of([] { rows_of(strided({3, 4}, {1, 3}), "fastkern::op", "x"); });
   EXPECT_TRUE(test::contains(message, "fastkern::op: x must")) << message;
   EXPECT_TRUE(test::contains(message, "(3, 4)")) << message;
 }

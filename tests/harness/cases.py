@@ -9,9 +9,8 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fastkern.specs import Dims, Inputs, OpSpec
+from torch import Tensor
 
 Variant = Mapping[str, Any]
 Grads = dict[str, Tensor]
@@ -149,7 +148,9 @@ def assert_bitwise(got: Tensor, expected: Tensor, what: str) -> None:
     differs &= ~(got.flatten().isnan() & expected.flatten().isnan())
     first = differs.nonzero()[:1].flatten().tolist()
     where = f"first at flat index {first[0]}: {got.flatten()[first[0]]} against {expected.flatten()[first[0]]}"
-    raise AssertionError(f"{what}: {int(differs.sum())} of {got.numel()} values differ, {where if first else 'in sign'}")
+    raise AssertionError(
+        f"{what}: {int(differs.sum())} of {got.numel()} values differ, {where if first else 'in sign'}"
+    )
 
 
 def assert_all_bitwise(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

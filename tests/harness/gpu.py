@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fastkern.specs import Dims, Inputs, OpSpec
+from torch import Tensor
+
 from harness.cases import (
     Variant,
     as_tuple,
@@ -24,9 +27,6 @@ from harness.cases import (
     run_backward,
     run_forward,
 )
-from torch import Tensor
-
-from fastkern.specs import Dims, Inputs, OpSpec
 
 _DELAY_CYCLES = 50_000_000  # about 30 ms: longer than all launches of a check take
 
@@ -187,7 +187,9 @@ def check_no_leak(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:
     for _ in range(50):
         run_all(spec, inputs, grad_outs)
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before, f"{spec.name}: memory grew by {torch.cuda.memory_allocated() - before}"
+    assert torch.cuda.memory_allocated() == before, (
+        f"{spec.name}: memory grew by {torch.cuda.memory_allocated() - before}"
+    )
 
 
 def check_second_device(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from fastkern.specs import Dims, Inputs, OpSpec
+from torch import Tensor
+
 from harness.cases import (
     Variant,
     assert_all_bitwise,
@@ -18,9 +21,6 @@ from harness.cases import (
     strided_names,
     volume,
 )
-from torch import Tensor
-
-from fastkern.specs import Dims, Inputs, OpSpec
 
 # A layout takes a tensor and gives one of the same shape and dtype at other strides, or None where the rank does not
 # allow it. What lies around the values is NaN, so that a read past them shows. Expanded layouts change the values.

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from fastkern.specs import BadCall, Dims, OpSpec
+from torch import Tensor
+
 from harness.cases import (
     Variant,
     assert_all_bitwise,
@@ -20,9 +23,6 @@ from harness.cases import (
     pick_dims,
     run_all,
 )
-from torch import Tensor
-
-from fastkern.specs import BadCall, Dims, OpSpec
 
 
 def check_determinism(
@@ -37,7 +37,9 @@ def check_determinism(
         for name, value in run_all(spec, inputs, grad_outs).items():
             differing[name] += (bits(value) != first[name]).any()
     for name, count in differing.items():
-        assert int(count) == 0, f"{case_text(spec, dims, dtype, variant)}: {name} differs in {int(count)} of {repeats} runs"
+        assert int(count) == 0, (
+            f"{case_text(spec, dims, dtype, variant)}: {name} differs in {int(count)} of {repeats} runs"
+        )
 
 
 def check_thread_counts(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:
@@ -160,10 +162,11 @@ def check_canaries(spec: OpSpec, device: str, dtype: torch.dtype, variant: Varia
     """
     for dims in pick_dims(spec, 8, limit=1 << 16):
         inputs = make_inputs(spec, device, dtype, dims, variant)
-        grad_outs = make_grad_outs(spec, inputs)
         watched = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-        watched |= {f"grad_out {i}": g for i, g in enumerate(grad_outs)}
         copies = {name: value.clone() for name, value in watched.items()}
+        grad_outs = make_grad_outs(spec, inputs)
+        for i, grad_out in enumerate(grad_outs):
+            watched[f"grad_out {i}"], copies[f"grad_out {i}"] = grad_out, grad_out.clone()
         kept, holes = _canaries(next(iter(watched.values())))
         del holes
         run_all(spec, inputs, grad_outs)

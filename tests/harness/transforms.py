@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastkern.specs import Dims, Inputs, OpSpec, assert_accurate, in_float64
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from harness.cases import (
     Variant,
     as_tuple,
@@ -25,10 +29,6 @@ from harness.cases import (
     strided_names,
 )
 from harness.layouts import column_slice, step_slice
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastkern.specs import Dims, Inputs, OpSpec, assert_accurate, in_float64
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -102,9 +102,7 @@ def compile_sizes(spec: OpSpec) -> list[Dims]:
     return good[:: max(1, len(good) // 4)][:4]
 
 
-def check_compile(
-    spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant, backend: str = "aot_eager"
-) -> None:
+def check_compile(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant, backend: str = "aot_eager") -> None:
     """fullgraph, dynamic: one graph for four sizes, forward and backward, with the values of the eager op."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -189,11 +187,7 @@ def check_vmap(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) 
 
 
 def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
-    """vmap(grad(...)): the gradient of every sample on its own, as the reference in float64 gives it.
-
-    torch's register_autograd does not take part in functorch's grad yet (2.10 to 2.13): then it must say so, and
-    ``check_batched_gradients`` is what users have.
-    """
+    """vmap(grad(...)): the gradient of every sample on its own, as the reference in float64 gives it."""
     for dims in pick_dims(spec, 1, limit=1 << 10):
         copies = [make_inputs(spec, device, dtype, dims, variant, salt=i) for i in range(3)]
         batched = {k: torch.stack([c[k] for c in copies]) for k in spec.batched if is_float(copies[0].get(k))}
@@ -210,11 +204,7 @@ def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, va
             )
             return {**one_grad, **common_grad}
 
-        try:
-            got = per_sample(spec.function, batched, shared, fixed)
-        except RuntimeError as error:
-            assert "functorch" in str(error), f"{spec.name}: {error}"
-            continue
+        got = per_sample(spec.function, batched, shared, fixed)
         theirs = per_sample(spec.baseline, batched, shared, fixed)
         truth = per_sample(spec.reference, in_float64(batched), in_float64(shared), in_float64(fixed))
         for name in got:

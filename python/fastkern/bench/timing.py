@@ -27,7 +27,7 @@ GRAPH_BELOW_US = 20.0
 # Autograd's host time can hide how short a backward is. A row whose bytes take less than the first of these is short
 # all the same, unless its fastest column takes longer than the second and so does more than move bytes.
 TINY_TRAFFIC_US = 5.0
-GRAPH_NEVER_ABOVE_US = 100.0
+GRAPH_NEVER_ABOVE_US = 200.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkern.ops import _check
+
 _rms_norm = torch.ops.fastkern.rms_norm.default
 _rms_norm_fwd = torch.ops.fastkern.rms_norm_fwd.default
 _rms_norm_bwd = torch.ops.fastkern.rms_norm_bwd.default
@@ -31,15 +33,21 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     Raises:
         RuntimeError: a dtype, shape, device or ``eps`` other than the above; the message names the argument.
+        TypeError: ``x`` or ``weight`` is no tensor.
 
     Notes:
         * Deterministic, forward and backward. Batch-invariant: a row's output does not depend on other rows.
         * Under autocast the dtypes given are kept: the statistics are float32 in any case.
         * Backward saves only ``x`` and ``weight``. It can be differentiated again (through plain PyTorch formulas).
         * Works under ``torch.compile``, ``torch.export``, ``torch.func`` (``vmap``, ``grad``) and CUDA graph capture.
-        * Empty inputs give empty outputs; NaN and infinities stay in their rows.
+        * Empty inputs give empty outputs; NaN and infinities stay in their rows. The sum of squares of a row is a
+          float32: beyond 3.4e38 (all elements around 1e17, say) the row becomes 0.
     """
-    if not ((x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled()):
+    try:
+        grad = (x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled()
+    except AttributeError:
+        raise _check.not_a_tensor("rms_norm", x=x, weight=weight) from None
+    if not grad:
         return _rms_norm_fwd(x, weight, eps)
     if torch.compiler.is_compiling():
         return _rms_norm(x, weight, eps)
@@ -50,8 +58,19 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 # ---- shapes for tracing ----------------------------------------------------------------------------------------------
 
 
+def _check_norm(op: str, x: Tensor, weight: Tensor | None, eps: float) -> None:
+    _check.float_tensor(op, "x", x)
+    _check.at_least_one_dimension(op, "x", x)
+    _check.eps(op, eps)
+    if weight is not None:
+        _check.float_tensor(op, "weight", weight)
+        _check.shape(op, "weight", weight, x.shape[-1:])
+        _check.device(op, "weight", weight, x)
+
+
 @torch.library.register_fake("fastkern::rms_norm")
 def _rms_norm_fake(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    _check_norm("rms_norm", x, weight, eps)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -67,6 +86,13 @@ def _rms_norm_bwd_fake(
     need_dx: bool = True,
     need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    op = "rms_norm_bwd"
+    _check_norm(op, x, weight, eps)
+    _check.same_dtype(op, "dy", dy, x)
+    _check.shape(op, "dy", dy, x.shape)
+    _check.device(op, "dy", dy, x)
+    if need_dweight and weight is None:
+        raise RuntimeError(f"fastkern::{op}: need_dweight must be False without a weight, got True")
     like = x if weight is None else weight
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
     return dx, torch.empty_like(like, memory_format=torch.contiguous_format) if need_dweight else like.new_empty(0)

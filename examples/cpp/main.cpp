@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// fastkern in a C++ program: the operator through torch's dispatcher, the typed function with
+// gradients, and a small network trained with it. Runs on the GPU if there is one, prints what it
+// compares, exits with 1 on a mismatch.
+//
+// Build and run, with torch and fastkern installed for `python`:
+//   cmake -S examples/cpp -B build/example -DCMAKE_BUILD_TYPE=Release
+//       -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+//       -Dfastkern_DIR="$(python -c 'import fastkern; print(fastkern.get_cmake_dir())')"
+//   cmake --build build/example && build/example/fastkern_example
+// A CUDA build of torch makes find_package(Torch) ask for the CUDA toolkit; fastkern itself does
+// not need it.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <fastkern/torch.h>
+#include <torch/torch.h>
+
+#include <cstdio>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr double kEps = 1e-6;
+bool all_good = true;
+
+torch::Tensor plain_rms_norm(const torch::Tensor& x, const torch::Tensor& weight) {
+  const torch::Tensor x32 = x.to(torch::kFloat);
+  const torch::Tensor rstd = (x32.square().mean(-1, true) + kEps).rsqrt();
+  return (x32 * rstd * weight.to(torch::kFloat)).to(x.scalar_type());
+}
+
+void report(const std::string& what, bool good, const std::string& detail = "") {
+  std::printf("%-6s %s%s\n", good ? "ok" : "WRONG", what.c_str(), detail.c_str());
+  all_good = all_good && good;
+}
+
+void compare(const std::string& what, const torch::Tensor& found, const torch::Tensor& expected,
+             double tolerance) {
+  const torch::Tensor difference = (found.to(torch::kDouble) - expected.to(torch::kDouble)).abs();
+  const double largest = difference.max().item<double>(),
+               scale = expected.abs().max().item<double>();
+  report(what, largest <= tolerance * scale, ": largest difference " + std::to_string(largest));
+}
+
+/// The operator by its name: what code without our header can do. No gradient comes of it in a C++
+/// program.
+torch::Tensor rms_norm_by_dispatcher(const torch::Tensor& x, const torch::Tensor& weight) {
+  const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastkern::rms_norm", "")
+          .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, double)>();
+  return op.call(x, weight, kEps);
+}
+
+void check_values(torch::Device device, torch::Dtype dtype, double tolerance) {
+  const std::string name = std::string(" (") + torch::toString(dtype) + ")";
+  const auto options = torch::TensorOptions().device(device).dtype(dtype);
+  const torch::Tensor x = torch::randn({3, 5, 640}, options), weight = torch::randn({640}, options);
+  const torch::Tensor expected = plain_rms_norm(x, weight);
+  compare("dispatcher, forward" + name, rms_norm_by_dispatcher(x, weight), expected, tolerance);
+  compare("fastkern::rms_norm, forward" + name, fastkern::rms_norm(x, weight, kEps), expected,
+          tolerance);
+  compare("a slice of the columns" + name,
+          fastkern::rms_norm(x.slice(-1, 3, 200), weight.slice(0, 3, 200), kEps),
+          plain_rms_norm(x.slice(-1, 3, 200), weight.slice(0, 3, 200)), tolerance);
+  compare("no weight" + name, fastkern::rms_norm(x), plain_rms_norm(x, torch::ones_like(weight)),
+          tolerance);
+}
+
+void check_gradients(torch::Device device, torch::Dtype dtype, double tolerance) {
+  const std::string name = std::string(" (") + torch::toString(dtype) + ")";
+  const auto options = torch::TensorOptions().device(device).dtype(dtype);
+  const torch::Tensor x = torch::randn({7, 320}, options).requires_grad_();
+  const torch::Tensor weight = torch::randn({320}, options).requires_grad_(),
+                      dy = torch::randn({7, 320}, options);
+  const auto expected = torch::autograd::grad({plain_rms_norm(x, weight)}, {x, weight}, {dy});
+  const auto found =
+      torch::autograd::grad({fastkern::rms_norm(x, weight, kEps)}, {x, weight}, {dy});
+  compare("gradient of x" + name, found[0], expected[0], tolerance);
+  compare("gradient of weight" + name, found[1], expected[1], tolerance);
+  const auto only_x =
+      torch::autograd::grad({fastkern::rms_norm(x, weight.detach(), kEps)}, {x}, {dy});
+  const auto only_weight =
+      torch::autograd::grad({fastkern::rms_norm(x.detach(), weight, kEps)}, {weight}, {dy});
+  report("each gradient alone" + name, only_x[0].equal(found[0]) && only_weight[0].equal(found[1]));
+}
+
+/// What is not supported says so.
+void check_second_derivative(torch::Device device) {
+  const torch::Tensor x = torch::randn({4, 32}, device).requires_grad_();
+  const torch::Tensor dx =
+      torch::autograd::grad({fastkern::rms_norm(x).square().sum()}, {x}, {}, true, true)[0];
+  std::string message;
+  try {
+    dx.square().sum().backward();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  const std::string expected =
+      "fastkern::rms_norm: the C++ function can be differentiated once only";
+  report("a second derivative is refused", message.find(expected) != std::string::npos);
+}
+
+struct Network : torch::nn::Module {
+  Network(int inputs, int hidden) {
+    in = register_module("in", torch::nn::Linear(inputs, hidden));
+    middle = register_module("middle", torch::nn::Linear(hidden, hidden));
+    out = register_module("out", torch::nn::Linear(hidden, 1));
+    norm_in = register_parameter("norm_in", torch::ones(hidden));
+    norm_middle = register_parameter("norm_middle", torch::ones(hidden));
+  }
+  torch::Tensor forward(torch::Tensor x) {
+    x = torch::gelu(fastkern::rms_norm(in(x), norm_in));
+    x = x + torch::gelu(fastkern::rms_norm(middle(x), norm_middle));
+    return out(x);
+  }
+  torch::nn::Linear in = nullptr, middle = nullptr, out = nullptr;
+  torch::Tensor norm_in, norm_middle;
+};
+
+void check_training(torch::Device device) {
+  constexpr int kInputs = 8, kSteps = 60;
+  Network network(kInputs, 64);
+  network.to(device);
+  const torch::Tensor x = torch::randn({256, kInputs}, device);
+  const torch::Tensor target = (x.slice(1, 0, 4) * x.slice(1, 4, 8)).sum(1, true).sin();
+  torch::optim::AdamW optimizer(network.parameters(), torch::optim::AdamWOptions(1e-2));
+  double first = 0.0, last = 0.0;
+  for (int step = 0; step < kSteps; ++step) {
+    optimizer.zero_grad();
+    const torch::Tensor loss = torch::mse_loss(network.forward(x), target);
+    loss.backward();
+    optimizer.step();
+    last = loss.item<double>();
+    if (step == 0) first = last;
+    if (step % 10 == 0 || step == kSteps - 1) std::printf("step %2d  loss %.4f\n", step, last);
+  }
+  report("the loss falls to a quarter", last < first / 4);
+}
+
+}  // namespace
+
+int main() {
+  torch::manual_seed(0);
+  const torch::Device device(torch::cuda::is_available() ? torch::kCUDA : torch::kCPU);
+  std::printf("fastkern operators with torch %s on %s\n", TORCH_VERSION, device.str().c_str());
+  check_values(device, torch::kFloat, 1e-5);
+  check_values(device, torch::kHalf, 2e-3);
+  check_values(device, torch::kBFloat16, 1.6e-2);
+  check_gradients(device, torch::kFloat, 1e-5);
+  check_gradients(device, torch::kBFloat16, 1.6e-2);
+  check_second_derivative(device);
+  check_training(device);
+  std::printf("%s\n", all_good ? "all good" : "MISMATCH");
+  return all_good ? 0 : 1;
+}

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments made from an operator's schema: right ones, nearly right ones and nonsense."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from fastkern.specs import OpSpec, assert_accurate, in_float64
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.cases import (
+    Variant,
+    as_tuple,
+    assert_bitwise,
+    is_float,
+    make_inputs,
+    run_forward,
+    strided_names,
+    volume,
+    with_batch,
+)
+from harness.layouts import LAYOUTS, offset_by
+from harness.transforms import helper_calls
+
+ALLOWED_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+
+DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64,
+    torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+
+Arguments = dict[str, Any]
+
+
+def operator_names(spec: OpSpec) -> list[str]:
+    """The public operator and its helpers, as registered."""
+    registered = (n.removeprefix("fastkern::") for n in torch._C._dispatch_get_all_op_names() if "fastkern::" in n)
+    return sorted(n for n in registered if n == spec.name or n.startswith(f"{spec.name}_"))
+
+
+# ---- single values ---------------------------------------------------------------------------------------------------
+
+
+def _as_sparse(t: Tensor) -> Tensor:
+    return t.to_sparse() if t.dim() else t
+
+
+def _as_csr(t: Tensor) -> Tensor:
+    return t.to_sparse_csr() if t.dim() == 2 and t.numel() else t
+
+
+_FORMS = {
+    "dense": lambda t: t,
+    "dense again": lambda t: t,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() >= 2 else t,
+    "flipped": lambda t: t.permute(tuple(range(t.dim()))[::-1]),
+    "step": lambda t: torch.cat([t, t], -1)[..., ::2] if t.dim() else t,
+    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() else t,
+    "offset": lambda t: offset_by(3, t) if t.is_floating_point() and t.element_size() > 1 else t,
+    "sparse": _as_sparse,
+    "csr": _as_csr,
+    "meta": lambda t: t.to("meta"),
+    "negative view": lambda t: torch._neg_view(t) if is_float(t) and t.element_size() > 1 else t,
+    "subclass": lambda t: torch.nn.Parameter(t, requires_grad=False) if is_float(t) else t,
+}
+
+
+@st.composite
+def tensors(draw: st.DrawFn, device: str) -> Tensor:
+    shape = draw(st.lists(st.integers(0, 9), max_size=5))
+    while volume(dict(enumerate(shape))) > 4096:
+        shape.pop()
+    dtype = draw(st.sampled_from(DTYPES))
+    t = (3 * torch.randn(shape, device=device)).to(dtype)
+    form = draw(st.sampled_from(sorted(_FORMS)))
+    t = _FORMS[form](t) if "float8" not in str(dtype) else t  # torch itself can do little with these
+    if t.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) and draw(st.booleans()):
+        t = t.detach().requires_grad_()
+    return t
+
+
+WRONG_TYPES = st.sampled_from([None, "text", b"bytes", 3, -1, 2.5, True, (1, 2), [0.5], {}, 1j, 2**70, object, ...])
+FLOATS = st.one_of(
+    st.floats(), st.sampled_from([0.0, -0.0, -1e-6, 1e-300, 1e30, 1e300, float("nan"), float("inf"), float("-inf")])
+)
+INTEGERS = st.one_of(st.integers(-9, 9), st.integers(-(2**63), 2**63 - 1))
+
+
+def values_for(type_text: str, device: str) -> st.SearchStrategy[Any]:
+    """Values of a schema type, and of wrong types."""
+    by_type = {
+        "Tensor": tensors(device),
+        "Optional[Tensor]": st.one_of(st.none(), tensors(device)),
+        "float": FLOATS,
+        "Optional[float]": st.one_of(st.none(), FLOATS),
+        "bool": st.booleans(),
+        "int": INTEGERS,
+        "SymInt": INTEGERS,
+        "Optional[int]": st.one_of(st.none(), INTEGERS),
+        "List[int]": st.lists(INTEGERS, max_size=4),
+        "List[Tensor]": st.lists(tensors(device), max_size=3),
+    }
+    right = by_type.get(type_text, WRONG_TYPES)
+    return st.one_of(right, right, right, WRONG_TYPES)
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def good_inputs(draw: st.DrawFn, spec: OpSpec, device: str) -> Arguments:
+    """Inputs of the spec's own making, at random sizes, strides and grad flags."""
+    small = [d for d in spec.dims if volume(d) <= 1 << 12]
+    dims = with_batch(draw(st.sampled_from(small)), draw(st.integers(0, 5)))
+    variant: Variant = draw(st.sampled_from(spec.variants))
+    inputs = make_inputs(spec, device, draw(st.sampled_from(spec.dtypes)), dims, variant)
+    for name in strided_names(spec, inputs):
+        label = draw(st.sampled_from(["dense", *LAYOUTS]))
+        if label != "dense" and inputs[name].numel():
+            view = LAYOUTS[label](inputs[name])
+            inputs[name] = inputs[name] if view is None else view
+    return inputs
+
+
+def arguments_of(spec: OpSpec, op_name: str, inputs: Arguments) -> Arguments | None:
+    """Arguments of the operator or helper for these inputs, None where this helper is not taken."""
+    if op_name == spec.name:
+        return dict(inputs)
+    call = helper_calls(spec, inputs).get(op_name)
+    if call is None:
+        return None
+    op, args, kwargs = call
+    return {**{a.name: v for a, v in zip(op._schema.arguments, args, strict=False)}, **kwargs}
+
+
+@st.composite
+def calls(draw: st.DrawFn, spec: OpSpec, op_name: str, device: str) -> Arguments:
+    schema = getattr(torch.ops.fastkern, op_name).default._schema
+    kind = draw(st.sampled_from(["good", "one wrong", "one wrong", "two wrong", "random", "missing", "unknown"]))
+    arguments = None if kind == "random" else arguments_of(spec, op_name, draw(good_inputs(spec, device)))
+    if arguments is None:
+        return {a.name: draw(values_for(str(a.type), device)) for a in schema.arguments}
+    for k, v in arguments.items():
+        if k in spec.differentiable and is_float(v) and draw(st.booleans()):
+            arguments[k] = v.detach().requires_grad_()
+    for _ in range({"one wrong": 1, "two wrong": 2}.get(kind, 0)):
+        argument = draw(st.sampled_from(schema.arguments))
+        arguments[argument.name] = draw(values_for(str(argument.type), device))
+    if kind == "missing":
+        arguments.pop(draw(st.sampled_from(sorted(arguments))))
+    if kind == "unknown":
+        arguments["no_such_argument"] = 1
+    return arguments
+
+
+# ---- verdict ---------------------------------------------------------------------------------------------------------
+
+
+def _assert_words(spec: OpSpec, op_name: str, error: Exception) -> None:
+    """The text names the operator; our own errors also name an argument and carry no path."""
+    text = str(error)
+    assert spec.name in text, f"{op_name}: {type(error).__name__} does not name the operator: {text!r}"
+    own = re.match(r"fastkern::\w+: (\w+)", text)
+    if own:
+        schema = getattr(torch.ops.fastkern, op_name).default._schema
+        names = {a.name for a in schema.arguments}
+        assert own[1] in names, f"{op_name}: the message starts with no argument of {sorted(names)}: {text!r}"
+
+
+def _assert_right(spec: OpSpec, op_name: str, arguments: Arguments, result: tuple[Tensor, ...]) -> None:
+    """An accepted call gives what the same call on dense copies gives, and forward ops what the reference gives."""
+    given = [v for v in arguments.values() if isinstance(v, Tensor)]
+    if any(t.device.type == "meta" for t in given):
+        assert all(t.device.type == "meta" for t in given), f"{op_name}: took a mix of meta and real tensors"
+        return
+    for value in result:
+        assert value.device == given[0].device, f"{op_name}: result on {value.device}"
+    copies = {
+        k: v.detach().resolve_neg().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
+        for k, v in arguments.items()
+    }
+    op = getattr(torch.ops.fastkern, op_name).default
+    with torch.no_grad():
+        for i, (ours, dense) in enumerate(zip(result, as_tuple(op(**copies)), strict=True)):
+            assert_bitwise(ours, dense, f"{op_name}: result {i} against dense copies")
+    if set(arguments) <= set(spec.reference.__code__.co_varnames) and copies[given and next(iter(arguments))].numel():
+        truth = run_forward(spec.reference, in_float64(copies))
+        theirs = run_forward(spec.baseline, copies)
+        for ours, base, exact in zip(result, theirs, truth, strict=True):
+            assert_accurate(ours, base, exact, 2 * spec.forward_factor, ulps=8, what=f"{op_name}: accepted call")
+
+
+def judge(spec: OpSpec, op_name: str, function: Any, arguments: Arguments) -> bool:
+    """Make the call; True if it was accepted. AssertionError unless it is right or refused in the right words."""
+    try:
+        result = as_tuple(function(**arguments))
+        if any(r.requires_grad for r in result) and op_name == spec.name and result[0].device.type != "meta":
+            wanted = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
+            outputs = [r for r in result if r.requires_grad]
+            grads = torch.autograd.grad(outputs, wanted, [torch.ones_like(r) for r in outputs], allow_unused=True)
+            for grad, tensor in zip(grads, wanted, strict=True):
+                assert grad is not None and (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype), f"{op_name}: grad"
+    except ALLOWED_ERRORS as error:
+        _assert_words(spec, op_name, error)
+        return False
+    _assert_right(spec, op_name, arguments, tuple(r.detach() for r in result))
+    return True
