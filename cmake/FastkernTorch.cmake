@@ -11,14 +11,16 @@ set(
 )
 
 # Under build isolation torch cannot be imported but still lies in the interpreter's site-packages.
-if(NOT FASTKERN_TORCH_INCLUDE AND Python_Interpreter_FOUND)
+set(_torch_include "${FASTKERN_TORCH_INCLUDE}")
+if(NOT _torch_include)
+  set(_torch_include "$ENV{FASTKERN_TORCH_INCLUDE}")
+endif()
+if(NOT _torch_include AND Python_Interpreter_FOUND)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/find_torch_include.py"
     OUTPUT_VARIABLE _torch_include
     OUTPUT_STRIP_TRAILING_WHITESPACE
   )
-else()
-  set(_torch_include "${FASTKERN_TORCH_INCLUDE}")
 endif()
 set(_torch_version "0")
 if(EXISTS "${_torch_include}/torch/headeronly/version.h")

@@ -61,8 +61,8 @@ void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, const
   FK_CHECK(shape.grid > 0 && shape.grid <= std::numeric_limits<std::int32_t>::max(), shape.op, ": ", shape.grid,
            " blocks do not fit a CUDA grid; split the call");
   const DeviceGuard guard(stream.device, shape.op);
-  constexpr std::size_t kDefaultShared = 48 * 1024;
-  if (shape.shared > kDefaultShared) {
+  // Dynamic and static shared memory together may take 48 KB unasked; how much is static is the kernel's secret.
+  if (shape.shared > 0) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)),
           shape.op, "raising the shared-memory limit");
   }

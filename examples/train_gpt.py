@@ -328,7 +328,7 @@ def plot(runs: Sequence[Run], path: Path) -> str:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 PRESETS: dict[str, tuple[int | float | str, int | float | str, str]] = {  # option: on the CPU, on the GPU, meaning
-    "steps": (500, 300, "training steps"),
+    "steps": (400, 300, "training steps"),
     "batch": (8, 32, "sequences a step"),
     "context": (128, 1024, "bytes a sequence"),
     "layers": (4, 12, "decoder blocks"),
@@ -403,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"   speed: {runs[1].kernels.name} / {runs[0].kernels.name} = {ratio:.2f}, median of blocks run in turns")
         print(f"   agree: {assert_agreement(*runs)}")
     if o.sample_bytes > 0:
-        print(f"\n{runs[-1].kernels.name} writes:\n\n{runs[-1].sample('def ', o.sample_bytes, temperature=0.7)}")
+        prompt = "\n" if o.data else "class Reader:\n    def __init__(self"
+        print(f"\n{runs[-1].kernels.name} writes:\n\n{runs[-1].sample(prompt, o.sample_bytes, temperature=0.8)}")
 
 
 if __name__ == "__main__":

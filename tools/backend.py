@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from scikit_build_core import build as _build
@@ -40,12 +42,28 @@ NVCC_WHEELS = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     """What a wheel build needs besides ``build-system.requires``."""
+    _insist_on_torch(config_settings or {})
     return [*_build.get_requires_for_build_wheel(config_settings), *_compiler(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
     """What an editable build needs besides ``build-system.requires``."""
+    _insist_on_torch(config_settings or {})
     return [*_build.get_requires_for_build_editable(config_settings), *_compiler(config_settings)]
+
+
+def _insist_on_torch(settings: dict[str, Any]) -> None:
+    """Say it now that torch's headers are missing, before pip downloads torch only to fail afterwards."""
+    named = "cmake.define.FASTKERN_TORCH_INCLUDE" in settings or "FASTKERN_TORCH_INCLUDE" in os.environ
+    if named or "FASTKERN_TORCH_INCLUDE" in os.environ.get("CMAKE_ARGS", ""):
+        return
+    finder = Path(__file__).resolve().parent.parent / "cmake" / "find_torch_include.py"
+    if not subprocess.run([sys.executable, str(finder)], capture_output=True, text=True).stdout.strip():
+        raise SystemExit(
+            "\nfastkern: building from source needs the headers of torch >= 2.10, and this Python has no torch.\n"
+            'Install it first (python -m pip install "torch>=2.10"), then build again; or name the headers with\n'
+            "the environment variable FASTKERN_TORCH_INCLUDE=/path/to/site-packages/torch/include.\n"
+        )
 
 
 def _compiler(config_settings: dict[str, Any] | None) -> list[str]:

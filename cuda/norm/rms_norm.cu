@@ -4,11 +4,12 @@
 //   shapes   x, y, dy, dx (M, N), any row strides;  w, dw (N)
 //   work     a row belongs to 4..1024 threads of one block (rms_norm_plan), each holding its part of x in registers:
 //            pack i of thread t is columns (i · threads + t) · vector. Rows longer than the registers of a block are
-//            read twice, the second time out of L2.
-//            backward: persistent blocks walk over the rows and fetch row r + 1 while they work on row r; dw adds up
-//            in registers, one partial row a block, and a last kernel sums the partial rows in order.
-//   memory   shared: one f32 per warp, sum and phase; backward: w as f32.
-//             workspace (backward): partial rows of dw; rstd for long rows
+//            read twice, the second time out of L2 if all that are under way fit there.
+//            backward: persistent blocks walk over the rows, the next ones on their way to shared memory; dw adds up
+//            in registers, one partial row a block, and a last kernel sums the partial rows in order. Rows longer than
+//            that takes are read three times: two reductions and dx, then dw by columns.
+//   memory   shared: one f32 per warp, sum and phase; backward: w as f32 and the ring of rows.
+//            workspace (backward): partial rows of dw; rstd for long rows
 //   sync     one barrier a row; none where a warp holds the row
 //   cost     forward: reads M·N, writes M·N elements;  backward: reads 2·M·N, writes M·N;  bound by HBM
 #include <algorithm>
@@ -48,6 +49,7 @@ struct Backward {
   float* rstd;     // (M), long rows only
   std::int64_t rows, n;
   float eps;
+  int stages;  // rows of the ring
 };
 
 __device__ __forceinline__ float rstd_of(float sum_of_squares, float n, float eps) {
@@ -55,7 +57,7 @@ __device__ __forceinline__ float rstd_of(float sum_of_squares, float n, float ep
 }
 
 template <class T, int kThreads, int kPacks>
-__global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_kernel(const Forward<T> p) {
+__global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_fwd_kernel(const Forward<T> p) {
   constexpr int kBlock = std::max(kThreads, kBlockMin), kV = kVector<T>;
   __shared__ tile::RowSumScratch<kBlock, kThreads, 1> scratch;
   const int lane = threadIdx.x % kThreads, n = static_cast<int>(p.n);
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_kernel
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockLong) rms_norm_long_kernel(const Forward<T> p) {
+__global__ void __launch_bounds__(kBlockLong) rms_norm_fwd_long_kernel(const Forward<T> p) {
   constexpr int kV = kVector<T>;
   __shared__ tile::RowSumScratch<kBlockLong, kBlockLong, 1> scratch;
   const T* const gX = p.x.row(blockIdx.x);
@@ -135,12 +137,32 @@ template <class T, int kThreads, int kPacks>
 __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_kernel(const Backward<T> p) {
   constexpr int kBlock = std::max(kThreads, kBlockMin), kRows = kBlock / kThreads, kV = kVector<T>;
   __shared__ tile::RowSumScratch<kBlock, kThreads, 2> scratch;
+  // The weight as f32, in its readers' order: four columns of every lane. Behind it a ring of rows on their way.
+  extern __shared__ uint4 memory[];
+  float4* const sWeight = reinterpret_cast<float4*>(memory);         // [kPacks][kV / 4][kThreads]
+  uint4* const sRing = memory + kPacks * (kV / 4) * kThreads;         // [stages][x, dy][kPacks][kBlock]
   const int lane = threadIdx.x % kThreads, slot = threadIdx.x / kThreads, n = static_cast<int>(p.n);
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kRows;
   std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + slot;
 
-  // The weight waits in shared memory, in the order its readers come: four columns of every lane side by side.
-  extern __shared__ float4 sWeight[];  // [kPacks][kV / 4][kThreads]
+  // A thread fetches what it will itself read: the ring needs no barrier.
+  const auto slot_of = [&](int stage, int operand, int pack) {
+    return sRing + ((stage * 2 + operand) * kPacks + pack) * kBlock + threadIdx.x;
+  };
+  const auto fetch = [&](std::int64_t r, int stage) {
+    const bool active = r < p.rows;
+    const T* const gX = p.x.row(active ? r : 0);
+    const T* const gDy = p.dy.row(active ? r : 0);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = (i * kThreads + lane) * kV;
+      tile::load_async(slot_of(stage, 0, i), gX, column, active ? n : 0, p.x.whole);
+      tile::load_async(slot_of(stage, 1, i), gDy, column, active ? n : 0, p.dy.whole);
+    }
+    ptx::cp_async_commit();
+  };
+  for (int stage = 0; stage < p.stages - 1; ++stage) fetch(row + stage * stride, stage);
+
   for (int i = slot; i < kPacks; i += kRows) {
     float weight[kV];
     p.weight.load((i * kThreads + lane) * kV, n, weight);
@@ -154,30 +176,28 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_ke
     out[0] = w.x, out[1] = w.y, out[2] = w.z, out[3] = w.w;
   };
 
-  struct Operands {
-    Pack<T> x[kPacks], dy[kPacks];
-  };
-  const auto fetch = [&](std::int64_t r, Operands& to) {
-    const bool active = r < p.rows;
-    const T* const gX = active ? p.x.row(r) : nullptr;
-    const T* const gDy = active ? p.dy.row(r) : nullptr;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int column = (i * kThreads + lane) * kV;
-      to.x[i] = tile::load(gX, column, active ? n : 0, p.x.whole);
-      to.dy[i] = tile::load(gDy, column, active ? n : 0, p.dy.whole);
-    }
-  };
-
-  constexpr bool kPrefetch = kThreads < 1024;  // 64 registers a thread do not hold a second row
   float dweight[kPacks][kV] = {};
-  Operands now, next;
-  if constexpr (kPrefetch) fetch(row, now);
   __syncthreads();
   // All rows of a block take the same number of steps: the barrier in row_sum is for everybody.
-  int phase = 0;
+  int phase = 0, stage = 0;
   for (std::int64_t first = row - slot; first < p.rows; first += stride, row += stride, phase ^= 1) {
-    fetch(kPrefetch ? row + stride : row, kPrefetch ? next : now);
+    fetch(row + (p.stages - 1) * stride, stage == 0 ? p.stages - 1 : stage - 1);
+    if (p.stages == 4) {
+      ptx::cp_async_wait<3>();
+    } else if (p.stages == 3) {
+      ptx::cp_async_wait<2>();
+    } else {
+      ptx::cp_async_wait<1>();
+    }
+    struct {
+      Pack<T> x[kPacks], dy[kPacks];
+    } now;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      now.x[i].bits = *slot_of(stage, 0, i);
+      now.dy[i].bits = *slot_of(stage, 1, i);
+    }
+    stage = stage == p.stages - 1 ? 0 : stage + 1;
     float sums[2] = {0.0f, 0.0f};  // Σ x², Σ dy · w · x
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -220,7 +240,6 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_ke
       }
       if (gDx) tile::store(gDx, column, n, p.dx.whole, tile::pack_of<T>(dx));
     }
-    if constexpr (kPrefetch) now = next;
   }
 
   if (!p.partial) return;
@@ -295,7 +314,7 @@ __global__ void __launch_bounds__(kBlockLong) rms_norm_bwd_long_kernel(const Bac
 /// Partial weight gradients of long rows: a block owns some columns and one contiguous group of rows.
 template <class T>
 __global__ void __launch_bounds__(kBlockColumns)
-    rms_norm_dweight_long_kernel(const Backward<T> p, std::int64_t column_blocks, std::int64_t groups) {
+    rms_norm_bwd_dweight_long_kernel(const Backward<T> p, std::int64_t column_blocks, std::int64_t groups) {
   constexpr int kV = kVector<T>;
   const std::int64_t group = blockIdx.x / column_blocks;
   const std::int64_t column = (blockIdx.x % column_blocks * kBlockColumns + threadIdx.x) * kV;
@@ -320,7 +339,7 @@ constexpr int kFinishColumns = 32, kFinishRows = 16;
 /// dweight[c] = Σ partial[·][c]: each of 16 warps sums every sixteenth partial row, then they are added in order.
 template <class W>
 __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
-    rms_norm_dweight_kernel(const float* partial, std::int64_t partial_rows, std::int64_t n, W* dweight) {
+    rms_norm_bwd_dweight_kernel(const float* partial, std::int64_t partial_rows, std::int64_t n, W* dweight) {
   __shared__ float sums[kFinishRows][kFinishColumns];
   const int x = threadIdx.x % kFinishColumns, y = threadIdx.x / kFinishColumns;
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kFinishColumns + x;
@@ -371,7 +390,10 @@ struct Split {
 };
 
 Split split_of(const RmsNormBwd& args, const Rows& x, int device) {
-  Split split{.plan = rms_norm_bwd_plan(x.length, args.x.dtype)};
+  int shared_limit = 0;
+  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kBackward,
+        "cudaDeviceGetAttribute");
+  Split split{.plan = rms_norm_bwd_plan(x.length, args.x.dtype, shared_limit)};
   const bool want_dweight = args.dweight.given();
   const std::int64_t sms = multiprocessors(device, kBackward);
   if (!split.plan.resident) {
@@ -382,8 +404,7 @@ Split split_of(const RmsNormBwd& args, const Rows& x, int device) {
       split.partial_rows = std::clamp<std::int64_t>(4 * sms / split.column_blocks, 1, std::max<std::int64_t>(x.count, 1));
     }
   } else {
-    const std::int64_t per_sm = std::max(1, 768 / split.plan.threads_per_block);  // what the registers allow
-    split.blocks = std::min(ceil_div(x.count, split.plan.rows_per_block), per_sm * sms);
+    split.blocks = std::min(ceil_div(x.count, split.plan.rows_per_block), split.plan.blocks_per_sm * sms);
     if (want_dweight) split.partial_rows = split.blocks;
   }
   return split;
@@ -399,9 +420,9 @@ void rms_norm(const RmsNormFwd& args, Stream stream) {
     const Forward<T> p{tile::row_view<T>(args.x, x, kForward), tile::row_view<T>(args.y, y, kForward), tile::column_view(args.weight),
                        x.count, x.length, static_cast<float>(args.eps)};
     const Launch shape{kForward, ceil_div(x.count, plan.rows_per_block), plan.threads_per_block};
-    if (!plan.resident) return launch(rms_norm_long_kernel<T>, shape, stream, p);
+    if (!plan.resident) return launch(rms_norm_fwd_long_kernel<T>, shape, stream, p);
     dispatch_resident<T>(plan, [&]<int kThreads, int kPacks>() {
-      if constexpr (kThreads < 1024 || kPacks > 2) launch(rms_norm_kernel<T, kThreads, kPacks>, shape, stream, p);
+      if constexpr (kThreads < 1024 || kPacks > 2) launch(rms_norm_fwd_kernel<T, kThreads, kPacks>, shape, stream, p);
     });
   });
 }
@@ -430,13 +451,14 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
                         split.rstd_floats > 0 ? rstd : nullptr,
                         x.count,
                         x.length,
-                        static_cast<float>(args.eps)};
-    const std::size_t shared = sizeof(float) * split.plan.threads_per_row * split.plan.elements_per_thread;
-    const Launch shape{kBackward, split.blocks, split.plan.threads_per_block, split.plan.resident ? shared : 0};
+                        static_cast<float>(args.eps),
+                        split.plan.stages};
+    const Launch shape{kBackward, split.blocks, split.plan.threads_per_block,
+                       static_cast<std::size_t>(split.plan.shared_bytes)};
     if (!split.plan.resident) {
       launch(rms_norm_bwd_long_kernel<T>, shape, stream, p);
       if (want_dweight && x.count > 0) {
-        launch(rms_norm_dweight_long_kernel<T>, {kBackward, split.column_blocks * split.partial_rows, kBlockColumns},
+        launch(rms_norm_bwd_dweight_long_kernel<T>, {kBackward, split.column_blocks * split.partial_rows, kBlockColumns},
                stream, p, split.column_blocks, split.partial_rows);
       }
     } else {
@@ -447,7 +469,7 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
   });
   if (!want_dweight) return;
   dispatch(args.dweight.dtype, [&]<class W>() {
-    launch(rms_norm_dweight_kernel<W>, {kBackward, ceil_div(x.length, kFinishColumns), kFinishColumns * kFinishRows},
+    launch(rms_norm_bwd_dweight_kernel<W>, {kBackward, ceil_div(x.length, kFinishColumns), kFinishColumns * kFinishRows},
            stream, static_cast<const float*>(partial), x.count > 0 ? split.partial_rows : 0, x.length,
            static_cast<W*>(args.dweight.data));
   });

@@ -13,6 +13,7 @@
 
 #include "fastkern/core.h"
 #include "fastkern/rows.h"
+#include "ptx/cp_async.cuh"
 #include "ptx/memory.cuh"
 
 namespace fastkern::tile {
@@ -97,11 +98,22 @@ __device__ __forceinline__ void keep_packed(Pack<T>& pack) {
 /// allow 16-byte accesses only.
 template <class T, class Column>
 __device__ __forceinline__ Pack<T> load(const T* row, Column column, Column n, bool whole) {
-  if (whole) return {column < n ? ptx::ld_global_nc_no_allocate(row + column) : uint4{}};
+  if (whole) return {column < n ? ptx::ld_global_nc(row + column) : uint4{}};
   float v[kVector<T>];  // widening and rounding back changes no bit of a number
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) v[i] = column + i < n ? to_float(row[column + i]) : 0.0f;
   return pack_of<T>(v);
+}
+
+/// The same into shared memory, without waiting for it if the row is `whole`. For the calling thread's own use, after
+/// cp_async_wait.
+template <class T, class Column>
+__device__ __forceinline__ void load_async(uint4* shared, const T* row, Column column, Column n, bool whole) {
+  if (whole) {
+    ptx::cp_async_16(shared, row + (column < n ? column : 0), column < n ? 16 : 0);
+  } else {
+    *shared = load(row, column, n, false).bits;
+  }
 }
 
 template <class T, class Column>

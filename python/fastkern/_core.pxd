@@ -25,6 +25,9 @@ cdef extern from "fastkern/core.h" namespace "fastkern" nogil:
         int threads_per_row
         int elements_per_thread
         cbool resident
+        int64_t shared_bytes
+        int stages
+        int blocks_per_sm
 
     const BuildInfo& _build_info "fastkern::build_info"()
 

@@ -79,4 +79,7 @@ def plan(op, int64_t n, dtype):
         "threads_per_row": result.threads_per_row,
         "elements_per_thread": result.elements_per_thread,
         "resident": bool(result.resident),
+        "shared_bytes": result.shared_bytes,
+        "stages": result.stages,
+        "blocks_per_sm": result.blocks_per_sm,
     }

@@ -171,11 +171,12 @@ def _norm_traffic(inputs: Inputs, backward: bool) -> int:
 
 
 def _rms_norm_workspace(inputs: Inputs, backward: bool) -> int:
-    """Partial weight gradients in float32: one row a block, a block takes at least one row."""
+    """Partial weight gradients in float32, at most one row for each row of x; for long rows one statistic a row."""
     x = inputs["x"]
     if not backward or inputs["weight"] is None:
         return 0
-    return 4 * x.shape[-1] * min(x.numel() // max(x.shape[-1], 1), 4096)
+    rows = x.shape[:-1].numel()
+    return 4 * (-(-rows // 4) * 4 + x.shape[-1] * min(rows, 4096))
 
 
 def _liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

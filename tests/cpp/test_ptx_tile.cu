@@ -60,25 +60,57 @@ class Primitives : public test::CudaTest {};
 // ---- ptx
 // -----------------------------------------------------------------------------------------------------------
 
-__global__ void copy_kernel(const uint4* in, uint4* no_allocate, uint4* cached) {
+__global__ void copy_kernel(const uint4* in, uint4* out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  ptx::st_global(no_allocate + i, ptx::ld_global_nc_no_allocate(in + i));
-  ptx::st_global(cached + i, ptx::ld_global_nc(in + i));
+  ptx::st_global(out + i, ptx::ld_global_nc(in + i));
+}
+
+/// Three groups under way at once; of every third thread's last copy nothing is read.
+__global__ void copy_async_kernel(const uint4* in, uint4* out, int count) {
+  __shared__ uint4 ring[3][128];
+  for (int group = 0; group < 3; ++group) {
+    ring[group][threadIdx.x] = {1, 2, 3, 4};
+    const int bytes = group == 2 && threadIdx.x % 3 == 0 ? 0 : 16;
+    ptx::cp_async_16(&ring[group][threadIdx.x], in + group * count + threadIdx.x, bytes);
+    ptx::cp_async_commit();
+  }
+  ptx::cp_async_wait<2>();
+  out[threadIdx.x] = ring[0][threadIdx.x];
+  ptx::cp_async_wait<0>();
+  for (int group = 1; group < 3; ++group)
+    out[group * count + threadIdx.x] = ring[group][threadIdx.x];
+}
+
+std::vector<uint4> random_words(int count) {
+  std::vector<uint4> values(count);
+  std::mt19937 random(1);
+  const auto word = [&] { return static_cast<unsigned>(random()); };
+  for (uint4& v : values) v = {word(), word(), word(), word()};
+  return values;
+}
+
+void expect_equal(const std::vector<uint4>& found, const std::vector<uint4>& expected) {
+  ASSERT_EQ(found.size(), expected.size());
+  EXPECT_EQ(std::memcmp(found.data(), expected.data(), found.size() * sizeof(uint4)), 0);
 }
 
 TEST_F(Primitives, SixteenByteAccesses) {
   constexpr int kCount = 4 * 256;
-  std::vector<uint4> values(kCount);
-  std::mt19937 random(1);
-  const auto word = [&] { return static_cast<unsigned>(random()); };
-  for (uint4& v : values) v = {word(), word(), word(), word()};
-  const DeviceArray<uint4> in(values), no_allocate(kCount), cached(kCount);
-  copy_kernel<<<4, 256>>>(in.data(), no_allocate.data(), cached.data());
+  const std::vector<uint4> values = random_words(kCount);
+  const DeviceArray<uint4> in(values), out(kCount);
+  copy_kernel<<<4, 256>>>(in.data(), out.data());
   test::cuda_ok(cudaGetLastError());
-  for (const DeviceArray<uint4>* out : {&no_allocate, &cached}) {
-    const std::vector<uint4> found = out->download();
-    EXPECT_EQ(std::memcmp(found.data(), values.data(), kCount * sizeof(uint4)), 0);
-  }
+  expect_equal(out.download(), values);
+}
+
+TEST_F(Primitives, AsynchronousCopies) {
+  constexpr int kCount = 128;
+  std::vector<uint4> values = random_words(3 * kCount);
+  const DeviceArray<uint4> in(values), out(3 * kCount);
+  copy_async_kernel<<<1, kCount>>>(in.data(), out.data(), kCount);
+  test::cuda_ok(cudaGetLastError());
+  for (int thread = 0; thread < kCount; thread += 3) values[2 * kCount + thread] = {};
+  expect_equal(out.download(), values);
 }
 
 // ---- packs
@@ -195,14 +227,20 @@ TEST_F(Primitives, Bf16RoundsLikeTheHost) { expect_rounds_like_the_host<Bfloat>(
 // ---- rows in and out
 // -----------------------------------------------------------------------------------------------
 
-/// Thread t takes the pack of columns from t · kVector on: what it loaded, and the store of it.
+/// Thread t takes the pack of columns from t · kVector on: what it loaded, in both ways, and the
+/// store of it.
 template <class T, class Column>
-__global__ void load_store_kernel(const T* in, T* out, Pack<T>* loaded, Column n, bool in_whole,
-                                  bool out_whole) {
+__global__ void load_store_kernel(const T* in, T* out, Pack<T>* loaded, Pack<T>* loaded_async,
+                                  Column n, bool in_whole, bool out_whole) {
+  __shared__ uint4 shared[32];
   const Column column = static_cast<Column>(threadIdx.x) * kVector<T>;
+  tile::load_async(&shared[threadIdx.x], in, column, n, in_whole);
+  ptx::cp_async_commit();
   const Pack<T> pack = tile::load(in, column, n, in_whole);
   loaded[threadIdx.x] = pack;
   tile::store(out, column, n, out_whole, pack);
+  ptx::cp_async_wait<0>();
+  loaded_async[threadIdx.x].bits = shared[threadIdx.x];
 }
 
 /// Every row length up to four packs, at every offset of source and target from a 16-byte boundary.
@@ -213,7 +251,8 @@ void expect_loads_and_stores() {
   const std::vector<Host<T>> values = random_elements<T>(kSpan, 1);
   std::vector<Host<T>> canary(kSpan);
   std::memset(canary.data(), 0xA5, kSpan * sizeof(T));
-  const DeviceArray<Host<T>> in(values), out(canary), loaded(kPacks * kV);
+  const DeviceArray<Host<T>> in(values), out(canary), loaded(kPacks * kV),
+      loaded_async(kPacks * kV);
   for (int n = 0; n <= 4 * kV; ++n) {
     for (int in_offset = 0; in_offset < kV; ++in_offset) {
       for (const int out_offset : {0, 1, in_offset}) {
@@ -228,12 +267,16 @@ void expect_loads_and_stores() {
               cudaMemcpy(out.data(), canary.data(), kSpan * sizeof(T), cudaMemcpyHostToDevice));
           load_store_kernel<T, Column>
               <<<1, kPacks>>>(gX.data, gY.data, reinterpret_cast<Pack<T>*>(loaded.data()),
-                              Column{n}, gX.whole && allow_whole, gY.whole && allow_whole);
+                              reinterpret_cast<Pack<T>*>(loaded_async.data()), Column{n},
+                              gX.whole && allow_whole, gY.whole && allow_whole);
           test::cuda_ok(cudaGetLastError());
-          const std::vector<Host<T>> registers = loaded.download(), stored = out.download();
+          const std::vector<Host<T>> registers = loaded.download(),
+                                     shared = loaded_async.download(), stored = out.download();
           for (int c = 0; c < kPacks * kV; ++c) {
             const std::uint32_t expected = c < n ? bits_of(values[in_offset + c]) : 0u;
             ASSERT_EQ(bits_of(registers[c]), expected)
+                << "column " << c << " of " << n << " from " << in_offset;
+            ASSERT_EQ(bits_of(shared[c]), expected)
                 << "column " << c << " of " << n << " from " << in_offset;
           }
           for (int c = 0; c < kSpan; ++c) {

@@ -146,11 +146,11 @@ def assert_bitwise(got: Tensor, expected: Tensor, what: str) -> None:
         return
     differs = got.flatten() != expected.flatten()
     differs &= ~(got.flatten().isnan() & expected.flatten().isnan())
-    first = differs.nonzero()[:1].flatten().tolist()
-    where = f"first at flat index {first[0]}: {got.flatten()[first[0]]} against {expected.flatten()[first[0]]}"
-    raise AssertionError(
-        f"{what}: {int(differs.sum())} of {got.numel()} values differ, {where if first else 'in sign'}"
-    )
+    if not differs.any():
+        raise AssertionError(f"{what}: equal values, but not the same zeros or NaNs, in {got.numel()} elements")
+    first = int(differs.nonzero()[0])
+    where = f"first at flat index {first}: {got.flatten()[first]} against {expected.flatten()[first]}"
+    raise AssertionError(f"{what}: {int(differs.sum())} of {got.numel()} values differ, {where}")
 
 
 def assert_all_bitwise(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

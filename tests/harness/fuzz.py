@@ -82,7 +82,7 @@ def tensors(draw: st.DrawFn, device: str) -> Tensor:
     return t
 
 
-WRONG_TYPES = st.sampled_from([None, "text", b"bytes", 3, -1, 2.5, True, (1, 2), [0.5], {}, 1j, 2**70, object, ...])
+WRONG_TYPES = st.sampled_from([None, "text", b"bytes", 3, -1, 2.5, True, (1, 2), [0.5], {}, 1j, object, ...])
 FLOATS = st.one_of(
     st.floats(), st.sampled_from([0.0, -0.0, -1e-6, 1e-300, 1e30, 1e300, float("nan"), float("inf"), float("-inf")])
 )
@@ -202,7 +202,8 @@ def judge(spec: OpSpec, op_name: str, function: Any, arguments: Arguments) -> bo
             outputs = [r for r in result if r.requires_grad]
             grads = torch.autograd.grad(outputs, wanted, [torch.ones_like(r) for r in outputs], allow_unused=True)
             for grad, tensor in zip(grads, wanted, strict=True):
-                assert grad is not None and (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype), f"{op_name}: grad"
+                assert grad is not None, f"{op_name}: an input that requires grad got none"
+                assert (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype), f"{op_name}: gradient's shape or dtype"
     except ALLOWED_ERRORS as error:
         _assert_words(spec, op_name, error)
         return False

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,34 +124,36 @@ def check_no_synchronisation(spec: OpSpec, dtype: torch.dtype, variant: Variant)
         run_all(spec, inputs, grad_outs)
         torch.cuda.synchronize()
         done = torch.cuda.Event()
-        with no_synchronisation():
-            torch.cuda._sleep(4 * _DELAY_CYCLES)
-            run_all(spec, inputs, grad_outs)
-            done.record()
+        what = case_text(spec, dims, dtype, variant)
+        try:
+            with no_synchronisation():
+                torch.cuda._sleep(4 * _DELAY_CYCLES)
+                run_all(spec, inputs, grad_outs)
+                done.record()
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            raise AssertionError(f"{what}: {error}") from error
         still_busy = not done.query()
         torch.cuda.synchronize()
-        assert still_busy, f"{case_text(spec, dims, dtype, variant)}: the call waited for the device"
+        assert still_busy, f"{what}: the call waited for the device"
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _block(nbytes: int) -> int:
-    """What torch's caching allocator counts for a block: multiples of 512 bytes."""
-    return -(-nbytes // 512) * 512
-
-
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(_block(t.numel() * t.element_size()) for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _peak_of(call: Any) -> tuple[int, Any]:
+def _peak_of(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Most bytes asked of torch's allocator at a time during the call (before its rounding), and the result."""
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     result = call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, result
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before, result
 
 
 def check_peak_memory(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:
@@ -162,17 +165,12 @@ def check_peak_memory(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> Non
         run_backward(spec.function, inputs, names, grad_outs)
         what = case_text(spec, dims, dtype, variant)
 
-        peak, outputs = _peak_of(lambda inputs=inputs: run_forward(spec.function, inputs))
-        allowed = _bytes(outputs) + _block(spec.workspace(inputs, False))
+        peak, outputs = _peak_of(partial(run_forward, spec.function, inputs))
+        allowed = _bytes(outputs) + spec.workspace(inputs, False)
         assert peak <= allowed, f"{what}: forward takes {peak} bytes, outputs and workspace are {allowed}"
 
-        def backward(inputs: Inputs = inputs, names: list[str] = names, grad_outs: list[Tensor] = grad_outs) -> Any:
-            return run_backward(spec.function, inputs, names, grad_outs)
-
-        peak, (outputs, grads) = _peak_of(backward)
-        held = _bytes([*outputs, *grads.values()])
-        # One block more: an empty gradient or workspace still takes the smallest one.
-        allowed = held + _block(spec.workspace(inputs, True)) + 512
+        peak, (outputs, grads) = _peak_of(partial(run_backward, spec.function, inputs, names, grad_outs))
+        allowed = _bytes([*outputs, *grads.values()]) + spec.workspace(inputs, True)
         assert peak <= allowed, f"{what}: backward takes {peak} bytes, results and workspace are {allowed}"
 
 
@@ -187,9 +185,8 @@ def check_no_leak(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:
     for _ in range(50):
         run_all(spec, inputs, grad_outs)
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before, (
-        f"{spec.name}: memory grew by {torch.cuda.memory_allocated() - before}"
-    )
+    grown = torch.cuda.memory_allocated() - before
+    assert grown == 0, f"{spec.name}: memory grew by {grown} bytes in 50 calls"
 
 
 def check_second_device(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:

@@ -254,7 +254,7 @@ def check_empty(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant)
 def check_size_one(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     kinds = {tuple(dims): dims for dims in spec.dims}
     for dims in kinds.values():
-        for ones in subsets(list(dims)):
+        for ones in dict.fromkeys([*((key,) for key in dims), tuple(dims)[:-1], tuple(dims)]):
             cases = draws(spec, device, dtype, {**dims, **dict.fromkeys(ones, 1)}, variant)
             what = case_text(spec, dims, "with 1 for", ones)
             assert_forward_accurate(spec, cases, what)

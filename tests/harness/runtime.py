@@ -37,9 +37,8 @@ def check_determinism(
         for name, value in run_all(spec, inputs, grad_outs).items():
             differing[name] += (bits(value) != first[name]).any()
     for name, count in differing.items():
-        assert int(count) == 0, (
-            f"{case_text(spec, dims, dtype, variant)}: {name} differs in {int(count)} of {repeats} runs"
-        )
+        what = case_text(spec, dims, dtype, variant)
+        assert int(count) == 0, f"{what}: {name} differs in {int(count)} of {repeats} runs"
 
 
 def check_thread_counts(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:
@@ -122,8 +121,8 @@ def poisoned_memory(device: str) -> Iterator[None]:
             torch.cuda.empty_cache()
             blocks = [
                 torch.full((size,), float("nan"), device="cuda")
-                for size in (1 << k for k in range(7, 24))
-                for _ in range(4)
+                for size in (1 << k for k in range(7, 21))
+                for _ in range(3)
             ]
             torch.cuda.synchronize()
             del blocks

@@ -46,23 +46,31 @@ FASTKERN_API std::size_t rms_norm_bwd_workspace(const RmsNormBwd& args, int devi
 constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = (n + vector - 1) / vector;
-  if (vectors > 8 * 1024) return {"rms_norm_long_kernel", 1024, 1, 1024, vector, false};
-  if (vectors > 8 * 512) return {"rms_norm_kernel", 1024, 1, 1024, 8 * vector};
-  if (vectors > 4 * 512) return {"rms_norm_kernel", 512, 1, 512, 8 * vector};
-  if (vectors > 2 * 512) return {"rms_norm_kernel", 512, 1, 512, 4 * vector};
+  if (vectors > 8 * 1024) return {"rms_norm_fwd_long_kernel", 1024, 1, 1024, vector, false};
+  if (vectors > 8 * 512) return {"rms_norm_fwd_kernel", 1024, 1, 1024, 8 * vector};
+  if (vectors > 4 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 8 * vector};
+  if (vectors > 2 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 4 * vector};
   const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
   const int block = std::max(128, row);
-  return {"rms_norm_kernel", block, block / row, row, 2 * vector};
+  return {"rms_norm_fwd_kernel", block, block / row, row, 2 * vector};
 }
 
-constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype) {
+/// Backward keeps the weight and a ring of rows in shared memory. `shared_limit`: bytes that a block, and all blocks of
+/// a multiprocessor together, may have; the default is what compute capability 9.0 gives.
+constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype, std::int64_t shared_limit = 227 * 1024) {
+  constexpr int kPacks = 2, kThreadsPerSm = 512, kStagesMin = 2, kStagesMax = 4;
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = (n + vector - 1) / vector;
-  if (vectors > 2 * 1024) return {"rms_norm_bwd_long_kernel", 1024, 1, 1024, vector, false};
-  if (vectors > 2 * 512) return {"rms_norm_bwd_kernel", 1024, 1, 1024, 2 * vector};
-  const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
-  const int block = std::max(128, row);
-  return {"rms_norm_bwd_kernel", block, block / row, row, 2 * vector};
+  const Plan read_again{"rms_norm_bwd_long_kernel", 1024, 1, 1024, vector, false};
+  if (vectors > kPacks * 1024) return read_again;
+  const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + kPacks - 1) / kPacks))));
+  const int block = std::max(128, row), blocks_per_sm = std::max(1, kThreadsPerSm / block);
+  const std::int64_t weight = 4 * static_cast<std::int64_t>(row) * kPacks * vector;
+  const std::int64_t stage = 2 * 16 * static_cast<std::int64_t>(block) * kPacks;
+  const std::int64_t stages = std::min<std::int64_t>(kStagesMax, (shared_limit / blocks_per_sm - 10 * 1024 - weight) / stage);
+  if (stages < kStagesMin) return read_again;
+  return {"rms_norm_bwd_kernel", block, block / row, row, kPacks * vector, true, weight + stages * stage,
+          static_cast<int>(stages), blocks_per_sm};
 }
 }  // namespace cuda
 }  // namespace fastkern

@@ -1,26 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators as C++ functions on at::Tensor, with gradients, for programs that use LibTorch
-// >= 2.10.
+// The operators as C++ functions on at::Tensor, with gradients, for programs that use LibTorch 2.10
+// or later.
 //
 //   #include <fastkern/torch.h>
 //   at::Tensor y = fastkern::rms_norm(x, weight);   // differentiable if x or weight requires grad
 //
-// This header is compiled by its user, with the user's LibTorch; it holds no kernels. The operators
-// come from libfastkern_torch.so, which registers them when it is loaded, so it has to be in the
-// process:
-//   * CMake: target_link_libraries(app PRIVATE fastkern::torch "${TORCH_LIBRARIES}"). The target
-//   keeps the linker
-//     from dropping a library that no symbol is taken from (--no-as-needed), and
-//   * by hand: -Wl,--no-as-needed -lfastkern_torch, or
-//   * at run time: dlopen("/.../libfastkern_torch.so", RTLD_NOW) after LibTorch, before the first
-//   call.
-//   * In a Python process `import fastkern` has done it.
+// This header is compiled by its user against the user's LibTorch and holds no kernels. The
+// operators come from libfastkern_torch.so, which registers them when it is loaded, by one of
+//   CMake     target_link_libraries(app PRIVATE fastkern::torch "${TORCH_LIBRARIES}"); the target
+//             keeps the linker from dropping a library no symbol is taken from
+//   by hand   -Wl,--no-as-needed -lfastkern_torch
+//   run time  dlopen("/path/to/libfastkern_torch.so", RTLD_NOW) before the first call
+//   Python    import fastkern, for extension modules
 //
-// Gradients: the formula of `torch.ops.fastkern.rms_norm` is registered from Python, so in a pure
-// C++ process a call of "fastkern::rms_norm" through the dispatcher is NOT differentiable:
-// backward() leaves the gradients of its inputs undefined, with no more than a warning. The
-// functions here bring their own formula and work everywhere. They can be differentiated once; a
-// second derivative raises an error.
+// Gradients: the formula of the operator "fastkern::rms_norm" is registered from Python. In a
+// process without Python a call of it through the dispatcher is NOT differentiable: backward()
+// warns once and leaves the gradients of its inputs undefined. The functions here bring their own
+// formula and work everywhere. They can be differentiated once; a second derivative raises an
+// error.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -111,8 +108,8 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
 ///   x       (..., N) float32, float16 or bfloat16, on the CPU or a CUDA device, any strides
 ///   weight  (N) float32, float16 or bfloat16; none (or an undefined tensor): ones
 ///   eps     added inside the root; finite and >= 0
-/// Returns (..., N), contiguous, dtype of x. Throws c10::Error on anything else, naming the
-/// argument.
+/// Returns (..., N), contiguous, dtype of x. Anything else throws a std::runtime_error that names
+/// the argument.
 inline at::Tensor rms_norm(const at::Tensor& x,
                            const std::optional<at::Tensor>& weight = std::nullopt,
                            double eps = 1e-6) {

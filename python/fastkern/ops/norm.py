@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkern.ops import _check
 
@@ -38,21 +40,25 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     Notes:
         * Deterministic, forward and backward. Batch-invariant: a row's output does not depend on other rows.
         * Under autocast the dtypes given are kept: the statistics are float32 in any case.
-        * Backward saves only ``x`` and ``weight``. It can be differentiated again (through plain PyTorch formulas).
-        * Works under ``torch.compile``, ``torch.export``, ``torch.func`` (``vmap``, ``grad``) and CUDA graph capture.
+        * Backward saves only ``x`` and ``weight``.
+        * Works under ``torch.compile``, ``torch.export``, ``torch.func`` (``vmap``, ``grad``, ``jvp``) and CUDA graph
+          capture. Forward mode and second derivatives take plain PyTorch formulas; ``torch.ops.fastkern.rms_norm``
+          itself has no forward mode.
         * Empty inputs give empty outputs; NaN and infinities stay in their rows. The sum of squares of a row is a
-          float32: beyond 3.4e38 (all elements around 1e17, say) the row becomes 0.
+          float32: beyond 3.4e38 (all elements above 1.8e19 / sqrt(N), say) the row becomes 0.
     """
     try:
         grad = (x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled()
     except AttributeError:
         raise _check.not_a_tensor("rms_norm", x=x, weight=weight) from None
-    if not grad:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not grad and not transformed:
         return _rms_norm_fwd(x, weight, eps)
     if torch.compiler.is_compiling():
         return _rms_norm(x, weight, eps)
-    function = _RmsNormFunctional if torch._C._are_functorch_transforms_active() else _RmsNorm
-    return function.apply(x, weight, eps)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0:
+        return _rms_norm_composite(x, weight, eps)
+    return (_RmsNormFunctional if transformed else _RmsNorm).apply(x, weight, eps)  # type: ignore[no-any-return]
 
 
 # ---- shapes for tracing ----------------------------------------------------------------------------------------------
@@ -103,7 +109,8 @@ def _rms_norm_bwd_fake(
 # One formula, three ways in. Calls of torch.ops.fastkern.rms_norm, and traced ones, find it through register_autograd.
 # The Python function goes through autograd.Function in eager mode, at half the host time; under torch.func through one
 # with a setup_context, which torch.func asks for and which costs more. rms_norm_fwd and rms_norm_bwd have no formula:
-# letting the autograd keys fall through spares them torch's boxed fallback on every call.
+# letting the autograd keys fall through spares them torch's boxed fallback on every call. What is rare (forward mode,
+# differentiating the gradient) is composed of torch's own operators.
 
 _fallthrough = torch.library.Library("fastkern", "IMPL")
 _fallthrough.impl("rms_norm_fwd", torch.library.fallthrough_kernel, "Autograd")
@@ -123,6 +130,13 @@ def _rms_norm_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, 
     else:
         dx, dweight = _rms_norm_bwd(dy, x, weight, ctx.eps, need_dx, need_dweight)
     return dx if need_dx else None, dweight if need_dweight else None, None
+
+
+def _rms_norm_composite(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    _check_norm("rms_norm", x, weight, eps)
+    x32 = x.float()
+    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight.float()).to(x.dtype)
 
 
 def _rms_norm_grad_differentiable(
@@ -166,15 +180,14 @@ class _RmsNormFunctional(torch.autograd.Function):
 # ---- batching --------------------------------------------------------------------------------------------------------
 
 
-def _rms_norm_vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, int]:
+def _rms_norm_vmap(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    x, weight, eps = (*args, *(None, 1e-6)[len(args) - 1 :])
     x_dim, weight_dim = (*in_dims, None)[:2]
     x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
     if weight is None or weight_dim is None:
-        return rms_norm(x, weight, eps), 0
+        return op(x, weight, eps), 0
     weights = weight.movedim(weight_dim, 0)
-    return torch.stack([rms_norm(row, w, eps) for row, w in zip(x, weights, strict=True)]), 0
+    return torch.stack([op(row, w, eps) for row, w in zip(x, weights, strict=True)]), 0
 
 
 def _rms_norm_bwd_vmap(
@@ -196,6 +209,6 @@ def _rms_norm_bwd_vmap(
     return (torch.stack([dx for dx, _ in grads]), torch.stack([dw for _, dw in grads])), (0, 0)
 
 
-torch.library.register_vmap("fastkern::rms_norm", _rms_norm_vmap)
-torch.library.register_vmap("fastkern::rms_norm_fwd", _rms_norm_vmap)
+torch.library.register_vmap("fastkern::rms_norm", partial(_rms_norm_vmap, _rms_norm))
+torch.library.register_vmap("fastkern::rms_norm_fwd", partial(_rms_norm_vmap, _rms_norm_fwd))
 torch.library.register_vmap("fastkern::rms_norm_bwd", _rms_norm_bwd_vmap)
