@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -77,10 +78,11 @@ def check_library(path: Path, pattern: str) -> list[str]:
 
 def architectures(library: Path) -> list[str]:
     """Architectures with machine code in the library; empty if there is no cuobjdump to ask."""
-    tool = shutil.which("cuobjdump")
+    wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/cuobjdump")
+    tool = shutil.which("cuobjdump") or next(wheels, None)
     if tool is None:
         return []
-    listing = output(tool, "--list-elf", str(library))
+    listing = output(str(tool), "--list-elf", str(library))
     return sorted(set(re.findall(r"\.sm_(\w+)\.cubin", listing)), key=lambda name: int(re.sub(r"\D", "", name)))
 
 

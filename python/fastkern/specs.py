@@ -97,9 +97,7 @@ class OpSpec:
 
 def in_float64(inputs: Inputs) -> Inputs:
     """The inputs, floating-point tensors widened to float64 (values unchanged)."""
-    return {
-        k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-    }
+    return {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def _same_kind(a: Tensor, b: Tensor) -> Tensor:
@@ -139,6 +137,11 @@ def assert_accurate(
 
 
 # ---- norm ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(m: int, *lengths: int) -> tuple[Dims, ...]:
+    """M = m rows of each of the lengths N."""
+    return tuple({"M": m, "N": n} for n in lengths)
 
 
 def _row_inputs(
@@ -221,35 +224,31 @@ RMS_NORM = OpSpec(
     reference=_rms_norm_reference,
     baseline=_rms_norm_torch,
     make=_row_inputs,
-    dims=tuple(
-        {"M": m, "N": n}
-        for m, n in (
-            *((3, n) for n in (1, 2, 7, 8, 9, 31, 64, 65, 96, 127, 128, 129, 255, 257, 760, 1000, 1023, 1024, 1025)),
-            *((2, n) for n in (2047, 3000, 4096, 4099, 5120, 8191, 8192, 8193, 16384, 16392, 32768, 65536, 65544)),
-            *((m, 64) for m in (1, 16, 17, 199, 1031)),
-            (1, 4096),
-            (131, 1536),
-        )
-    )
-    + ({"B": 2, "S": 5, "N": 96}, {"B": 3, "S": 5, "H": 2, "N": 64}, {"B": 2, "S": 3, "H": 4, "N": 129}),
+    dims=(
+        *_rows(3, 1, 2, 7, 8, 9, 31, 64, 65, 96, 127, 128, 129, 255, 257, 760, 1000, 1023, 1024, 1025),
+        *_rows(2, 2047, 3000, 4096, 4099, 5120, 8191, 8192, 8193, 16384, 16392, 32768, 65536, 65544),
+        *(dims for m in (1, 16, 17, 199, 1031) for dims in _rows(m, 64)),
+        *_rows(1, 4096),
+        *_rows(131, 1536),
+        {"B": 2, "S": 5, "N": 96},
+        {"B": 3, "S": 5, "H": 2, "N": 64},
+        {"B": 2, "S": 3, "H": 4, "N": 129},
+    ),
     variants=({"weight": "same"}, {"weight": None}, {"weight": torch.float32, "eps": 1e-5}, {"weight": torch.bfloat16}),
     differentiable=("x", "weight"),
     strided=("x", "weight"),
     batched=("x",),
     traffic=_norm_traffic,
     flops=lambda inputs, backward: (9 if backward else 4) * inputs["x"].numel(),
-    bench_dims=tuple(
-        {"M": m, "N": n}
-        for m, n in (
-            (1, 4096),
-            (64, 8192),
-            (131072, 128),
-            (32768, 1024),
-            (16384, 4096),
-            (8192, 8192),
-            (4096, 32768),
-            (512, 262144),
-        )
+    bench_dims=(
+        *_rows(1, 4096),
+        *_rows(64, 8192),
+        *_rows(131072, 128),
+        *_rows(32768, 1024),
+        *_rows(16384, 4096),
+        *_rows(8192, 8192),
+        *_rows(4096, 32768),
+        *_rows(512, 262144),
     ),
     bench_variant={"weight": "same"},
     peers={"liger": _liger_rms_norm, "quack": _quack_rms_norm},

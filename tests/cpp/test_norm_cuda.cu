@@ -379,6 +379,7 @@ TEST_F(RmsNormCuda, TooSmallAWorkspaceIsRefused) {
     const DeviceTensor dx(blank), dweight(blank_weight);
     RmsNormBwd args{
         .dy = dy.ref(), .x = x.ref(), .weight = w.ref(), .dx = dx.ref(), .dweight = dweight.ref()};
+    args.eps = kEps;
     const std::size_t needed = cuda::rms_norm_bwd_workspace(args, 0);
     ASSERT_GT(needed, 0u);
     const DeviceTensor workspace(Tensor(DType::f32, {static_cast<std::int64_t>(needed / 4)}));

@@ -19,7 +19,10 @@ Weight = Tensor | None
 
 
 class Honest:
-    """The two kernels; a fault overrides one of the small steps they are made of."""
+    """The two kernels; a fault overrides one of the small steps they are made of.
+
+    Means are taken in float64: torch's own float32 ones depend, on CUDA, on how many rows there are.
+    """
 
     def load_x(self, x: Tensor) -> Tensor:
         return x.contiguous()
@@ -28,7 +31,7 @@ class Honest:
         return dy.contiguous()
 
     def mean_square(self, x: Tensor) -> Tensor:
-        return x.float().square().mean(-1, keepdim=True)
+        return x.double().square().mean(-1, keepdim=True).float()
 
     def rstd(self, x: Tensor, eps: float) -> Tensor:
         return torch.rsqrt(self.mean_square(x) + eps)
@@ -37,7 +40,7 @@ class Honest:
         return y.to(dtype)
 
     def dx(self, g: Tensor, xhat: Tensor, rstd: Tensor) -> Tensor:
-        return rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+        return rstd * (g - xhat * (g * xhat).double().mean(-1, keepdim=True).float())
 
     def dweight(self, products: Tensor) -> Tensor:
         return products.sum(0)
