@@ -41,6 +41,6 @@ install(
   DESTINATION "${_cmake_dir}"
 )
 
-if(TARGET fastkern_core)
+if(TARGET fastkern_core AND SKBUILD)
   install(TARGETS fastkern_core LIBRARY DESTINATION "${FASTKERN_INSTALL_PACKAGEDIR}")
 endif()

@@ -388,7 +388,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     o = parse(argv)
-    tables = [Kernels()] * (o.kernels != "fastkern") + [fastkern_kernels()] * (o.kernels != "torch")
+    makers = {"torch": Kernels, "fastkern": fastkern_kernels}
+    tables = [make() for name, make in makers.items() if o.kernels in (name, "both")]
     try:
         runs = train(o, Text(o), tables)
     except torch.OutOfMemoryError:

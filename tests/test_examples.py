@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,17 +29,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train_gpt() -> ModuleType:
+def train_gpt() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("train_gpt", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_gpt"] = module
     spec.loader.exec_module(module)
-    return module
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # too tiny for more
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules["train_gpt"]
 
 
 def run(*options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *TINY.split(), *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # too tiny for more threads
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
 
 
@@ -130,7 +134,11 @@ def test_train_gpt_answers_errors_in_words(
     assert re.search(message, f"{stopped.value}\n{capsys.readouterr().err}")
 
 
-def test_train_gpt_without_fastkern(train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_gpt_without_fastkern(
+    train_gpt: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "fastkern", None)
+    options = [*TINY.split(), "--data", str(data), "--plot", str(tmp_path / "plot.png")]
+    train_gpt.main([*options, "--kernels", "torch"])
     with pytest.raises(SystemExit, match="fastkern cannot be imported"):
-        train_gpt.fastkern_kernels()
+        train_gpt.main(options)

@@ -40,9 +40,7 @@ def build(architecture: str, tree: Path, jobs: int) -> None:
         command = ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "-DFASTKERN_CUDA=on"]
         options = [f"-DCMAKE_CUDA_ARCHITECTURES={architecture}", "-DFASTKERN_TORCH=OFF", "-DFASTKERN_TESTS=OFF"]
         subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
-    known = subprocess.run(["ninja", "-C", str(tree), "-t", "targets", "all"], capture_output=True, text=True)
-    present = [name for name in TARGETS if f"\n{name}: phony" in known.stdout]
-    command = ["cmake", "--build", str(tree), "--parallel", str(jobs), "--target", *present]
+    command = ["cmake", "--build", str(tree), "--parallel", str(jobs), "--target", "fastkern_kernels"]
     built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if built.returncode:
         print(built.stdout)
@@ -131,7 +129,7 @@ def main() -> int:
             print(f"FAIL sm_{architecture}: no register count for {garbled[0].name} in its report")
         bad += len(spilling) + len(warnings) + len(garbled)
         most = max(kernel.registers for kernel in kernels)
-        print(f"sm_{architecture}: {len(kernels)} kernels, at most {most} registers, {len(spilling)} spill")
+        print(f"sm_{architecture}: {len(kernels)} kernels, at most {most} registers, {len(spilling)} spill beyond what is allowed")
     return int(bad > 0)
 
 

@@ -58,7 +58,7 @@ fi
 
 tools=("scikit-build-core>=0.11" "cython>=3.1" "numpy>=1.26")
 command -v cmake >/dev/null && printf '3.25\n%s\n' "$(cmake --version | sed -n '1s/.* //p')" | sort -VC ||
-  tools+=("cmake>=3.25,<4")
+  tools+=("cmake>=3.25")
 command -v ninja >/dev/null || tools+=(ninja)
 say "build tools: ${tools[*]}"
 pip install "${tools[@]}"

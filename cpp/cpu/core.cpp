@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,7 +25,14 @@ void run_threads(std::int64_t count, std::int64_t grain, ParallelBody body, void
     }
   };
   std::vector<std::thread> threads;
-  for (std::int64_t i = 1; i < pieces; ++i) threads.emplace_back(piece, i);
+  threads.reserve(pieces);
+  for (std::int64_t i = 1; i < pieces; ++i) {
+    try {
+      threads.emplace_back(piece, i);
+    } catch (const std::system_error&) {  // no more threads to be had: the work is still done
+      piece(i);
+    }
+  }
   piece(0);
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& error : errors) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <utility>
 
 #include "tensor.h"
 
@@ -66,12 +67,12 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const
     cpu::rms_norm_bwd(args);
   } else if constexpr (kHasCuda) {
     const Stream stream = current_stream(device);
-    const Tensor workspace = new_bytes(cuda::rms_norm_bwd_workspace(args, stream.device), device);
-    args.workspace = workspace.data_ptr();
-    args.workspace_size = static_cast<std::size_t>(workspace.numel());
+    args.workspace_size = cuda::rms_norm_bwd_workspace(args, stream.device);
+    const Tensor workspace = new_bytes(args.workspace_size, device);
+    args.workspace = data_of(workspace);
     cuda::rms_norm_bwd(args, stream);
   }
-  return {dx, dweight};
+  return {std::move(dx), std::move(dweight)};
 }
 
 }  // namespace
@@ -85,9 +86,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
 }
 
 FASTKERN_REGISTER(m) {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
+  m.impl("rms_norm", box<&rms_norm>);
+  m.impl("rms_norm_fwd", box<&rms_norm>);
+  m.impl("rms_norm_bwd", box<&rms_norm_bwd>);
 }
 
 }  // namespace fastkern::torch_layer

@@ -3,6 +3,7 @@
 #include "tensor.h"
 
 #include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <utility>
@@ -99,6 +100,12 @@ CurrentStream find_current_stream() {
 
 std::string dtype_text(DType dtype) { return type_text(scalar_type(dtype)); }
 
+void* data_of(const Tensor& t) {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &data));
+  return data;
+}
+
 Device device_of(const Tensor& t) {
   static const std::int32_t cuda = aoti_torch_device_type_cuda();
   Device device;
@@ -111,14 +118,14 @@ Device device_of(const Tensor& t) {
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
   TensorRef ref;
   ref.dtype = dtype_of(t, op, argument);
-  const auto sizes = t.sizes();
-  FK_CHECK(sizes.size() <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims, " dimensions, got ",
-           sizes.size());
-  ref.ndim = static_cast<int>(sizes.size());
-  ref.data = t.data_ptr();
-  std::copy(sizes.begin(), sizes.end(), ref.sizes.begin());
-  std::int64_t* strides = nullptr;
+  std::int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dims));
+  FK_CHECK(dims <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims, " dimensions, got ", dims);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  ref.ndim = static_cast<int>(dims);
+  ref.data = data_of(t);
+  std::copy(sizes, sizes + ref.ndim, ref.sizes.begin());
   std::copy(strides, strides + ref.ndim, ref.strides.begin());
   return ref;
 }
@@ -126,8 +133,13 @@ TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
 OptionalTensor make_rows(const Tensor& t, TensorRef& ref) {
   Rows rows;
   if (as_rows(ref, rows)) return std::nullopt;
-  Tensor copy = torch::stable::contiguous(t);
-  ref.data = copy.data_ptr();
+  AtenTensorHandle same = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &same));
+  const torch::stable::Tensor dense = torch::stable::contiguous(torch::stable::Tensor(same));
+  AtenTensorHandle copied = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(dense.get(), &copied));
+  Tensor copy(copied);
+  ref.data = data_of(copy);
   set_dense_strides(ref);
   return copy;
 }
@@ -148,7 +160,7 @@ Tensor new_bytes(std::size_t bytes, Device device) {
 
 TensorRef dense_ref(const Tensor& t, const TensorRef& like) {
   TensorRef ref = like;
-  ref.data = t.data_ptr();
+  ref.data = data_of(t);
   set_dense_strides(ref);
   return ref;
 }

@@ -2,22 +2,16 @@
 // Between torch's stable tensors and fastkern's plain ones: views, checks, allocation, stream, launch.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <string>
 
+#include "box.h"
 #include "fastkern/core.h"
 
 namespace fastkern::torch_layer {
 
 inline constexpr bool kHasCuda = FASTKERN_HAS_CUDA != 0;
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 struct Device {
   std::int32_t type = 0;   // torch's device type number
@@ -27,6 +21,7 @@ struct Device {
 };
 
 Device device_of(const Tensor& t);
+void* data_of(const Tensor& t);
 
 /// A view of `t`; fail() unless its dtype is one of fastkern's and its rank is supported.
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
@@ -63,7 +58,7 @@ std::string dtype_text(DType dtype);  // "torch.bfloat16"
 
 }  // namespace fastkern::torch_layer
 
-/// FASTKERN_REGISTER(m) { m.impl("op", TORCH_BOX(&f)); } registers the same functions for CPU and, in a build that
+/// FASTKERN_REGISTER(m) { m.impl("op", box<&f>); } registers the same functions for CPU and, in a build that
 /// has it, CUDA tensors; what else a call brings (meta, sparse, ...) is torch's to answer.
 #define FASTKERN_REGISTER(m)                                                  \
   static void register_kernels(torch::stable::detail::StableLibrary&);        \

@@ -8,8 +8,8 @@
 //       -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 //       -Dfastkern_DIR="$(python -c 'import fastkern; print(fastkern.get_cmake_dir())')"
 //   cmake --build build/example && build/example/fastkern_example
-// A CUDA build of torch makes find_package(Torch) ask for the CUDA toolkit; fastkern itself does
-// not need it.
+// find_package(Torch) of a CUDA build of torch asks for a whole CUDA toolkit. Without one, name the
+// libraries to g++: tests/test_cpp_example.py has the command line.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <fastkern/torch.h>
 #include <torch/torch.h>

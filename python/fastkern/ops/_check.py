@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The argument checks of the C++ operators, for the fakes: what a kernel would refuse, tracing refuses in the same words."""
+"""The argument checks of the C++ operators for the fakes: tracing refuses what a kernel would, in the same words."""
 
 from __future__ import annotations
 
