@@ -4,8 +4,9 @@
 #   make demo    trains a small GPT with these kernels and with plain PyTorch, side by side
 #   make test    every test this machine can run (with a GPU: the GPU tests too)
 #   make build   the libraries and an editable install in .venv, again and again quickly
-#   make lint    formatters, linters, types          make wheel   the release wheel, in dist/
-#   make bench   operator benchmarks                 make clean   removes builds (not .venv)
+#   make lint    formatters, linters, types          make format  lets the formatters write
+#   make wheel   the release wheel, in dist/         make bench   operator benchmarks
+#   make clean   removes builds (not .venv)
 #
 # FASTKERN_CUDA=auto|on|off and CUDAARCHS="90a;100" choose what is compiled; JOBS=n how many at a time.
 
@@ -23,7 +24,7 @@ export PYTHON VENV JOBS FASTKERN_CUDA CUDAARCHS FASTKERN_BUILD
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
-.PHONY: demo test build build-tests lint wheel bench clean
+.PHONY: demo test build build-tests lint format wheel bench clean
 
 demo: build $(STAMPS)/bench
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
@@ -42,6 +43,9 @@ build-tests: $(STAMPS)/env $(STAMPS)/bench $(STAMPS)/test
 
 lint: $(STAMPS)/env $(STAMPS)/lint $(STAMPS)/test
 	tools/lint.sh
+
+format: $(STAMPS)/env $(STAMPS)/lint
+	tools/lint.sh fix
 
 wheel: $(STAMPS)/env $(STAMPS)/wheel
 	tools/build_release_wheel.sh

@@ -129,7 +129,8 @@ def main() -> int:
             print(f"FAIL sm_{architecture}: no register count for {garbled[0].name} in its report")
         bad += len(spilling) + len(warnings) + len(garbled)
         most = max(kernel.registers for kernel in kernels)
-        print(f"sm_{architecture}: {len(kernels)} kernels, at most {most} registers, {len(spilling)} spill beyond what is allowed")
+        count = f"{len(kernels)} kernels, at most {most} registers"
+        print(f"sm_{architecture}: {count}, {len(spilling)} spill beyond what is allowed")
     return int(bad > 0)
 
 

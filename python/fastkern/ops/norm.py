@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from fastkern.ops import _check
 
+_functorch_active = torch._C._are_functorch_transforms_active
 _rms_norm = torch.ops.fastkern.rms_norm.default
 _rms_norm_fwd = torch.ops.fastkern.rms_norm_fwd.default
 _rms_norm_bwd = torch.ops.fastkern.rms_norm_bwd.default
@@ -51,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         grad = (x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled()
     except AttributeError:
         raise _check.not_a_tensor("rms_norm", x=x, weight=weight) from None
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = _functorch_active() or forward_ad._current_level >= 0
     if not grad and not transformed:
         return _rms_norm_fwd(x, weight, eps)
     if torch.compiler.is_compiling():
