@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // THE launcher: every kernel of the library goes through launch().
-// It selects the stream's device for the call, leaves an empty grid alone, refuses one that CUDA cannot take,
-// raises the shared-memory limit where needed, and turns a failed launch into an Error with the op's name.
+// It selects the stream's device for the call, leaves an empty grid alone, refuses one that CUDA
+// cannot take, raises the shared-memory limit where needed, and turns a failed launch into an Error
+// with the op's name.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,9 +15,11 @@
 namespace fastkern::cuda {
 
 inline void check(cudaError_t status, const char* op, const char* what) {
-  if (status == cudaSuccess) [[likely]] return;
+  if (status == cudaSuccess) [[likely]]
+    return;
   cudaGetLastError();  // an error reported here must not surface again in somebody else's next call
-  const bool no_code = status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction;
+  const bool no_code =
+      status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction;
   fail(op, ": ", what, " failed: ", cudaGetErrorName(status), ", ", cudaGetErrorString(status),
        no_code ? "; this build has code for " : "", no_code ? build_info().cuda_archs : "");
 }
@@ -44,7 +47,8 @@ class DeviceGuard {
 
 inline int multiprocessors(int device, const char* op) {
   int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op,
+        "cudaDeviceGetAttribute");
   return count;
 }
 
@@ -58,12 +62,14 @@ struct Launch {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, const Args&... args) {
   if (shape.grid == 0) return;
-  FK_CHECK(shape.grid > 0 && shape.grid <= std::numeric_limits<std::int32_t>::max(), shape.op, ": ", shape.grid,
-           " blocks do not fit a CUDA grid; split the call");
+  FK_CHECK(shape.grid > 0 && shape.grid <= std::numeric_limits<std::int32_t>::max(), shape.op, ": ",
+           shape.grid, " blocks do not fit a CUDA grid; split the call");
   const DeviceGuard guard(stream.device, shape.op);
-  // Dynamic and static shared memory together may take 48 KB unasked; how much is static is the kernel's secret.
+  // Dynamic and static shared memory together may take 48 KB unasked; how much is static is the
+  // kernel's secret.
   if (shape.shared > 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared)),
           shape.op, "raising the shared-memory limit");
   }
   cudaLaunchConfig_t config{};

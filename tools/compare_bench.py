@@ -2,7 +2,7 @@
 """Compares a benchmark document with the stored one and fails on what became slower.
 
     python -m fastkern.bench --json new.json
-    python tools/compare_bench.py new.json docs/baseline.json [--tolerance 5]
+    python tools/compare_bench.py new.json docs/bench_baseline.json [--tolerance 5]
 
 Times are compared relative to the copy bandwidth of their own run where both measured it, so that the
 clocks of the day matter less. ``--update`` writes the new document over the stored one.

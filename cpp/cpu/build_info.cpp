@@ -20,7 +20,9 @@ const BuildInfo& build_info() {
 namespace cuda {
 int device_count() { return 0; }
 int driver_version() { return 0; }
-DeviceInfo device_info(int) { fail("fastkern: this build has no CUDA kernels (FASTKERN_CUDA=off)"); }
+DeviceInfo device_info(int) {
+  fail("fastkern: this build has no CUDA kernels (FASTKERN_CUDA=off)");
+}
 }  // namespace cuda
 #endif
 

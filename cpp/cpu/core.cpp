@@ -15,7 +15,8 @@ namespace {
 
 void run_threads(std::int64_t count, std::int64_t grain, ParallelBody body, void* context) {
   const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  const std::int64_t pieces = std::clamp<std::int64_t>(count / std::max<std::int64_t>(grain, 1), 1, cores);
+  const std::int64_t pieces =
+      std::clamp<std::int64_t>(count / std::max<std::int64_t>(grain, 1), 1, cores);
   std::vector<std::exception_ptr> errors(pieces);
   const auto piece = [&](std::int64_t i) {
     try {

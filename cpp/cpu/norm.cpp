@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Norms on the CPU: fallback for CPU tensors and oracle of the CUDA tests. f32 arithmetic, lanes summed in fixed order.
+// Norms on the CPU: fallback for CPU tensors and oracle of the CUDA tests. f32 arithmetic, lanes
+// summed in fixed order.
 #include "fastkern/norm.h"
 
 #include <cmath>
@@ -12,7 +13,8 @@
 namespace fastkern::cpu {
 namespace {
 
-constexpr int kLanes = 32;  // independent partial sums: hides the latency of an add, two AVX-512 registers
+constexpr int kLanes =
+    32;  // independent partial sums: hides the latency of an add, two AVX-512 registers
 
 template <class Term>
 FASTKERN_INLINE float lane_sum(std::int64_t n, const Term& term) {
@@ -53,8 +55,8 @@ FASTKERN_INLINE float rstd_of(float sum_of_squares, std::int64_t n, double eps) 
   return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(n) + static_cast<float>(eps));
 }
 
-// Weight gradients are summed over fixed groups of rows, then over the groups: the split depends on M alone,
-// so the result does not depend on the number of threads.
+// Weight gradients are summed over fixed groups of rows, then over the groups: the split depends on
+// M alone, so the result does not depend on the number of threads.
 constexpr std::int64_t kRowGroups = 64;
 
 }  // namespace
@@ -76,7 +78,8 @@ void rms_norm(const RmsNormFwd& args) {
             return v * v;
           });
           const float rstd = rstd_of(square, n, args.eps);
-          for (std::int64_t c = 0; c < n; ++c) out[c] = from_float<T>(to_float(in[c]) * rstd * w[c]);
+          for (std::int64_t c = 0; c < n; ++c)
+            out[c] = from_float<T>(to_float(in[c]) * rstd * w[c]);
         }
       });
     });
@@ -96,38 +99,41 @@ void rms_norm_bwd(const RmsNormBwd& args) {
   std::vector<float> partials(want_dweight ? groups * n : 0, 0.0f);
 
   dispatch(args.x.dtype, [&]<class T>() {
-    parallel_for(groups, 1 + groups * row_grain(n) / std::max<std::int64_t>(m, 1), [&](std::int64_t begin,
-                                                                                     std::int64_t end) {
-      with_best_isa([&]() __attribute__((always_inline)) {
-        for (std::int64_t group = begin; group < end; ++group) {
-          float* __restrict partial = partials.data() + (want_dweight ? group * n : 0);
-          for (std::int64_t row = m * group / groups; row < m * (group + 1) / groups; ++row) {
-            const T* __restrict in = row_of<T>(args.x, x, row);
-            const T* __restrict grad = row_of<T>(args.dy, dy, row);
-            const float* __restrict w = weight.data();
-            const float square = lane_sum(n, [&](std::int64_t c) __attribute__((always_inline)) {
-              const float v = to_float(in[c]);
-              return v * v;
-            });
-            const float rstd = rstd_of(square, n, args.eps);
-            if (want_dx) {
-              const float dot = lane_sum(n, [&](std::int64_t c) __attribute__((always_inline)) {
-                return to_float(grad[c]) * w[c] * (to_float(in[c]) * rstd);
-              });
-              const float mean = dot / static_cast<float>(n);
-              T* __restrict out = mutable_row_of<T>(args.dx, dx, row);
-              for (std::int64_t c = 0; c < n; ++c) {
-                const float xhat = to_float(in[c]) * rstd;
-                out[c] = from_float<T>(rstd * (to_float(grad[c]) * w[c] - xhat * mean));
+    parallel_for(
+        groups, 1 + groups * row_grain(n) / std::max<std::int64_t>(m, 1),
+        [&](std::int64_t begin, std::int64_t end) {
+          with_best_isa([&]() __attribute__((always_inline)) {
+            for (std::int64_t group = begin; group < end; ++group) {
+              float* __restrict partial = partials.data() + (want_dweight ? group * n : 0);
+              for (std::int64_t row = m * group / groups; row < m * (group + 1) / groups; ++row) {
+                const T* __restrict in = row_of<T>(args.x, x, row);
+                const T* __restrict grad = row_of<T>(args.dy, dy, row);
+                const float* __restrict w = weight.data();
+                const float square =
+                    lane_sum(n, [&](std::int64_t c) __attribute__((always_inline)) {
+                      const float v = to_float(in[c]);
+                      return v * v;
+                    });
+                const float rstd = rstd_of(square, n, args.eps);
+                if (want_dx) {
+                  const float dot = lane_sum(n, [&](std::int64_t c) __attribute__((always_inline)) {
+                    return to_float(grad[c]) * w[c] * (to_float(in[c]) * rstd);
+                  });
+                  const float mean = dot / static_cast<float>(n);
+                  T* __restrict out = mutable_row_of<T>(args.dx, dx, row);
+                  for (std::int64_t c = 0; c < n; ++c) {
+                    const float xhat = to_float(in[c]) * rstd;
+                    out[c] = from_float<T>(rstd * (to_float(grad[c]) * w[c] - xhat * mean));
+                  }
+                }
+                if (want_dweight) {
+                  for (std::int64_t c = 0; c < n; ++c)
+                    partial[c] += to_float(grad[c]) * (to_float(in[c]) * rstd);
+                }
               }
             }
-            if (want_dweight) {
-              for (std::int64_t c = 0; c < n; ++c) partial[c] += to_float(grad[c]) * (to_float(in[c]) * rstd);
-            }
-          }
-        }
-      });
-    });
+          });
+        });
   });
 
   if (!want_dweight) return;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// parallel_for(count, grain, [&](begin, end) {...}) for the CPU kernels, on whatever pool is installed;
-// with_best_isa(body) runs an inlined body compiled for the widest vectors this processor has.
+// parallel_for(count, grain, [&](begin, end) {...}) for the CPU kernels, on whatever pool is
+// installed; with_best_isa(body) runs an inlined body compiled for the widest vectors this
+// processor has.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +31,12 @@ inline std::int64_t row_grain(std::int64_t row_length) {
   return 1 + 16384 / (row_length > 0 ? row_length : 1);
 }
 
-// The body (and all it calls in its hot loop) must be always_inline: it is then compiled once per target.
+// The body (and all it calls in its hot loop) must be always_inline: it is then compiled once per
+// target.
 #if defined(__x86_64__)
 template <class F>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void run_avx512(const F& f) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void run_avx512(
+    const F& f) {
   f();
 }
 template <class F>
@@ -45,8 +48,9 @@ __attribute__((target("avx2,fma,f16c"))) void run_avx2(const F& f) {
 template <class F>
 void with_best_isa(const F& f) {
 #if defined(__x86_64__)
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool has_avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx512) return run_avx512(f);
   if (has_avx2) return run_avx2(f);

@@ -6,9 +6,10 @@
 
 namespace {
 
-void run_on_torch_pool(std::int64_t count, std::int64_t grain, fastkern::ParallelBody body, void* context) {
-  torch::stable::parallel_for(0, count, grain,
-                              [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
+void run_on_torch_pool(std::int64_t count, std::int64_t grain, fastkern::ParallelBody body,
+                       void* context) {
+  torch::stable::parallel_for(
+      0, count, grain, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
 }
 
 [[maybe_unused]] const bool installed = (fastkern::set_parallel_for(run_on_torch_pool), true);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Norm ops for torch: schema, checks, allocation, launch. Fakes and autograd: python/fastkern/ops/norm.py.
+// Norm ops for torch: schema, checks, allocation, launch. Fakes and autograd:
+// python/fastkern/ops/norm.py.
 #include "fastkern/norm.h"
 
 #include <cmath>
@@ -18,7 +19,8 @@ TensorRef check_norm_input(const Tensor& x, double eps, const char* op) {
   return ref;
 }
 
-TensorRef check_norm_weight(const OptionalTensor& weight, const TensorRef& x, Device device, const char* op) {
+TensorRef check_norm_weight(const OptionalTensor& weight, const TensorRef& x, Device device,
+                            const char* op) {
   if (!weight) return {};
   const TensorRef ref = ref_of(*weight, op, "weight");
   check_shape(ref, &x.sizes[x.ndim - 1], 1, op, "weight");
@@ -42,21 +44,23 @@ Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, double eps,
-                                        bool need_dx, bool need_dweight) {
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x,
+                                        const OptionalTensor& weight, double eps, bool need_dx,
+                                        bool need_dweight) {
   constexpr const char* kOp = "fastkern::rms_norm_bwd";
   RmsNormBwd args;
   args.eps = eps;
   args.x = check_norm_input(x, eps, kOp);
   args.dy = ref_of(dy, kOp, "dy");
   const Device device = device_of(x);
-  FK_CHECK(args.dy.dtype == args.x.dtype, kOp, ": dy must be ", dtype_text(args.x.dtype), " like x, got ",
-           dtype_text(args.dy.dtype));
+  FK_CHECK(args.dy.dtype == args.x.dtype, kOp, ": dy must be ", dtype_text(args.x.dtype),
+           " like x, got ", dtype_text(args.dy.dtype));
   check_shape(args.dy, args.x.sizes.data(), args.x.ndim, kOp, "dy");
   check_device(dy, device, kOp, "dy");
   FK_CHECK(weight || !need_dweight, kOp, ": need_dweight must be False without a weight, got True");
   args.weight = check_norm_weight(weight, args.x, device, kOp);
-  const OptionalTensor copies[] = {make_rows(x, args.x), make_rows(dy, args.dy), make_rows(weight, args.weight)};
+  const OptionalTensor copies[] = {make_rows(x, args.x), make_rows(dy, args.dy),
+                                   make_rows(weight, args.weight)};
 
   Tensor dx = need_dx ? new_like(args.x, device) : no_output(args.x.dtype, device);
   Tensor dweight = need_dweight ? new_like(args.weight, device)

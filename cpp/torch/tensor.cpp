@@ -28,18 +28,26 @@ std::string device_text(Device device) {
   return "device type " + std::to_string(device.type);
 }
 
-// torch's own numbers, compared as numbers: its header-only conversion throws on types it does not know.
+// torch's own numbers, compared as numbers: its header-only conversion throws on types it does not
+// know.
 std::int32_t number_of(ScalarType type) { return static_cast<std::int32_t>(type); }
 
 std::string type_text(std::int32_t type) {
   static constexpr std::pair<ScalarType, const char*> kNames[] = {
-      {ScalarType::Float, "float32"},         {ScalarType::Half, "float16"},
-      {ScalarType::BFloat16, "bfloat16"},     {ScalarType::Double, "float64"},
-      {ScalarType::Byte, "uint8"},            {ScalarType::Char, "int8"},
-      {ScalarType::Short, "int16"},           {ScalarType::Int, "int32"},
-      {ScalarType::Long, "int64"},            {ScalarType::Bool, "bool"},
-      {ScalarType::ComplexHalf, "complex32"}, {ScalarType::ComplexFloat, "complex64"},
-      {ScalarType::ComplexDouble, "complex128"}, {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
+      {ScalarType::Float, "float32"},
+      {ScalarType::Half, "float16"},
+      {ScalarType::BFloat16, "bfloat16"},
+      {ScalarType::Double, "float64"},
+      {ScalarType::Byte, "uint8"},
+      {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},
+      {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"},
+      {ScalarType::Bool, "bool"},
+      {ScalarType::ComplexHalf, "complex32"},
+      {ScalarType::ComplexFloat, "complex64"},
+      {ScalarType::ComplexDouble, "complex128"},
+      {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
       {ScalarType::Float8_e5m2, "float8_e5m2"},
   };
   for (const auto& [known, name] : kNames) {
@@ -60,7 +68,8 @@ DType dtype_of(const Tensor& t, const char* op, const char* argument) {
   if (type == number_of(ScalarType::BFloat16)) return DType::bf16;
   if (type == number_of(ScalarType::Half)) return DType::f16;
   if (type == number_of(ScalarType::Float)) return DType::f32;
-  fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ", type_text(type));
+  fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ",
+       type_text(type));
 }
 
 void set_dense_strides(TensorRef& ref) {
@@ -77,22 +86,23 @@ Tensor allocate(const std::int64_t* sizes, int ndim, std::int32_t type, Device d
   std::copy(sizes, sizes + ndim, shape.sizes.begin());
   set_dense_strides(shape);
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError status =
-      aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), type, device.type,
-                               device.index, &handle);
-  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ", shape.shape(), " and ",
-           type_text(type), " on ", device_text(device), " (out of memory?)");
+  const AOTITorchError status = aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), type,
+                                                         device.type, device.index, &handle);
+  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ",
+           shape.shape(), " and ", type_text(type), " on ", device_text(device),
+           " (out of memory?)");
   return Tensor(handle);
 }
 
 using CurrentStream = AOTITorchError (*)(std::int32_t, void**);
 
-// The symbol lives in libtorch_cuda.so, which a CPU build of torch does not have: it is looked up at the first
-// CUDA call, when the tensor at hand proves that the library is loaded.
+// The symbol lives in libtorch_cuda.so, which a CPU build of torch does not have: it is looked up
+// at the first CUDA call, when the tensor at hand proves that the library is loaded.
 CurrentStream find_current_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
   void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  FK_CHECK(symbol, "fastkern: this torch has CUDA tensors but no libtorch_cuda.so with a current stream");
+  FK_CHECK(symbol,
+           "fastkern: this torch has CUDA tensors but no libtorch_cuda.so with a current stream");
   return reinterpret_cast<CurrentStream>(symbol);
 }
 
@@ -120,7 +130,8 @@ TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
   ref.dtype = dtype_of(t, op, argument);
   std::int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dims));
-  FK_CHECK(dims <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims, " dimensions, got ", dims);
+  FK_CHECK(dims <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims,
+           " dimensions, got ", dims);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
   ref.ndim = static_cast<int>(dims);
@@ -168,18 +179,19 @@ TensorRef dense_ref(const Tensor& t, const TensorRef& like) {
 Stream current_stream(Device device) {
   static const CurrentStream find = find_current_stream();
   Stream stream{nullptr, device.index};
-  FK_CHECK(find(device.index, &stream.handle) == AOTI_TORCH_SUCCESS, "fastkern: torch gave no current stream for ",
-           device_text(device));
+  FK_CHECK(find(device.index, &stream.handle) == AOTI_TORCH_SUCCESS,
+           "fastkern: torch gave no current stream for ", device_text(device));
   return stream;
 }
 
 void check_device(const Tensor& t, Device device, const char* op, const char* argument) {
   const Device found = device_of(t);
-  FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device), " like x, got ",
-           device_text(found));
+  FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device),
+           " like x, got ", device_text(found));
 }
 
-void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op, const char* argument) {
+void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op,
+                 const char* argument) {
   FK_CHECK(t.ndim == ndim && std::equal(sizes, sizes + ndim, t.sizes.begin()), op, ": ", argument,
            " must have shape ", shape_text(sizes, ndim), ", got ", t.shape());
 }

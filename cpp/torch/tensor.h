@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between torch's stable tensors and fastkern's plain ones: views, checks, allocation, stream, launch.
+// Between torch's stable tensors and fastkern's plain ones: views, checks, allocation, stream,
+// launch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -26,8 +27,9 @@ void* data_of(const Tensor& t);
 /// A view of `t`; fail() unless its dtype is one of fastkern's and its rank is supported.
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
 
-/// Makes `ref`, the view of `t`, readable as rows where its strides are not (last dimension not dense, or leading
-/// strides that do not merge into two): turns it to a dense copy, which is returned and must outlive the launch.
+/// Makes `ref`, the view of `t`, readable as rows where its strides are not (last dimension not
+/// dense, or leading strides that do not merge into two): turns it to a dense copy, which is
+/// returned and must outlive the launch.
 OptionalTensor make_rows(const Tensor& t, TensorRef& ref);
 inline OptionalTensor make_rows(const OptionalTensor& t, TensorRef& ref) {
   return t ? make_rows(*t, ref) : std::nullopt;
@@ -52,18 +54,20 @@ Stream current_stream(Device device);
 /// fail() unless `t` is on `device`, the one of x.
 void check_device(const Tensor& t, Device device, const char* op, const char* argument);
 /// fail() unless `t` has exactly these sizes.
-void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op, const char* argument);
+void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op,
+                 const char* argument);
 
 std::string dtype_text(DType dtype);  // "torch.bfloat16"
 
 }  // namespace fastkern::torch_layer
 
-/// FASTKERN_REGISTER(m) { m.impl("op", box<&f>); } registers the same functions for CPU and, in a build that
-/// has it, CUDA tensors; what else a call brings (meta, sparse, ...) is torch's to answer.
-#define FASTKERN_REGISTER(m)                                                  \
-  static void register_kernels(torch::stable::detail::StableLibrary&);        \
+/// FASTKERN_REGISTER(m) { m.impl("op", box<&f>); } registers the same functions for CPU and, in a
+/// build that has it, CUDA tensors; what else a call brings (meta, sparse, ...) is torch's to
+/// answer.
+#define FASTKERN_REGISTER(m)                                                       \
+  static void register_kernels(torch::stable::detail::StableLibrary&);             \
   STABLE_TORCH_LIBRARY_IMPL(fastkern, CPU, library) { register_kernels(library); } \
-  FASTKERN_REGISTER_CUDA                                                      \
+  FASTKERN_REGISTER_CUDA                                                           \
   static void register_kernels(torch::stable::detail::StableLibrary& m)
 
 #if FASTKERN_HAS_CUDA

@@ -23,10 +23,11 @@ int driver_version() {
 
 DeviceInfo device_info(int device) {
   const int count = device_count();
-  FK_CHECK(device >= 0 && device < count, "fastkern::cuda::device_info: device must be in [0, ", count, "), got ",
-           device);
+  FK_CHECK(device >= 0 && device < count, "fastkern::cuda::device_info: device must be in [0, ",
+           count, "), got ", device);
   cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, device), "fastkern::cuda::device_info", "cudaGetDeviceProperties");
+  check(cudaGetDeviceProperties(&properties, device), "fastkern::cuda::device_info",
+        "cudaGetDeviceProperties");
   return {
       .name = properties.name,
       .capability_major = properties.major,

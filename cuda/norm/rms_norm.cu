@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // RMSNorm, forward and backward.   y = x · rstd · w,  rstd = rsqrt(mean(x²) + eps)
-//                                  dx = rstd · (g − x̂ · mean(g · x̂)),  dw = Σ_rows dy · x̂,  x̂ = x · rstd,  g = dy · w
+//                                  dx = rstd · (g − x̂ · mean(g · x̂)),  dw = Σ_rows dy · x̂,  x̂ = x ·
+//                                  rstd,  g = dy · w
 //   shapes   x, y, dy, dx (M, N), any row strides;  w, dw (N)
-//   work     a row belongs to 4..1024 threads of one block (rms_norm_plan), each holding its part of x in registers:
-//            pack i of thread t is columns (i · threads + t) · vector. Rows longer than the registers of a block are
-//            read twice, the second time out of L2 if all that are under way fit there.
-//            backward: persistent blocks walk over the rows, the next ones on their way to shared memory; dw adds up
-//            in registers, one partial row a block, and a last kernel sums the partial rows in order. Rows longer than
-//            that takes are read three times: two reductions and dx, then dw by columns.
+//   work     a row belongs to 4..1024 threads of one block (rms_norm_plan), each holding its part
+//   of x in registers:
+//            pack i of thread t is columns (i · threads + t) · vector. Rows longer than the
+//            registers of a block are read twice, the second time out of L2 if all that are under
+//            way fit there. backward: persistent blocks walk over the rows, the next ones on their
+//            way to shared memory; dw adds up in registers, one partial row a block, and a last
+//            kernel sums the partial rows in order. Rows longer than that takes are read three
+//            times: two reductions and dx, then dw by columns.
 //   memory   shared: one f32 per warp, sum and phase; backward: w as f32 and the ring of rows.
 //            workspace (backward): partial rows of dw; rstd for long rows
 //   sync     one barrier a row; none where a warp holds the row
-//   cost     forward: reads M·N, writes M·N elements;  backward: reads 2·M·N, writes M·N;  bound by HBM
+//   cost     forward: reads M·N, writes M·N elements;  backward: reads 2·M·N, writes M·N;  bound by
+//   HBM
 #include <algorithm>
 
 #include "dispatch.h"
@@ -57,17 +61,20 @@ __device__ __forceinline__ float rstd_of(float sum_of_squares, float n, float ep
 }
 
 template <class T, int kThreads, int kPacks>
-__global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_fwd_kernel(const Forward<T> p) {
+__global__ void __launch_bounds__(std::max(kThreads, kBlockMin))
+    rms_norm_fwd_kernel(const Forward<T> p) {
   constexpr int kBlock = std::max(kThreads, kBlockMin), kV = kVector<T>;
   __shared__ tile::RowSumScratch<kBlock, kThreads, 1> scratch;
   const int lane = threadIdx.x % kThreads, n = static_cast<int>(p.n);
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
   const bool active = row < p.rows;
 
   Pack<T> x[kPacks];
   const T* const gX = active ? p.x.row(row) : nullptr;
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) x[i] = tile::load(gX, (i * kThreads + lane) * kV, active ? n : 0, p.x.whole);
+  for (int i = 0; i < kPacks; ++i)
+    x[i] = tile::load(gX, (i * kThreads + lane) * kV, active ? n : 0, p.x.whole);
 
   // Short rows fetch the weight while x is on its way; long ones have no registers to keep it in.
   constexpr bool kKeepWeight = kPacks <= 2;
@@ -134,20 +141,22 @@ __global__ void __launch_bounds__(kBlockLong) rms_norm_fwd_long_kernel(const For
 }
 
 template <class T, int kThreads, int kPacks>
-__global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_kernel(const Backward<T> p) {
+__global__ void __launch_bounds__(std::max(kThreads, kBlockMin))
+    rms_norm_bwd_kernel(const Backward<T> p) {
   constexpr int kBlock = std::max(kThreads, kBlockMin), kRows = kBlock / kThreads, kV = kVector<T>;
   __shared__ tile::RowSumScratch<kBlock, kThreads, 2> scratch;
-  // The weight as f32, in its readers' order: four columns of every lane. Behind it a ring of rows on their way.
+  // The weight as f32, in its readers' order: four columns of every lane. Behind it a ring of rows
+  // on their way.
   extern __shared__ uint4 memory[];
-  float4* const sWeight = reinterpret_cast<float4*>(memory);         // [kPacks][kV / 4][kThreads]
-  uint4* const sRing = memory + kPacks * (kV / 4) * kThreads;         // [stages][x, dy][kPacks][kBlock]
+  float4* const sWeight = reinterpret_cast<float4*>(memory);   // [kPacks][kV / 4][kThreads]
+  uint4* const sRows = memory + kPacks * (kV / 4) * kThreads;  // [stages][x, dy][kPacks][kBlock]
   const int lane = threadIdx.x % kThreads, slot = threadIdx.x / kThreads, n = static_cast<int>(p.n);
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kRows;
   std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRows + slot;
 
   // A thread fetches what it will itself read: the ring needs no barrier.
   const auto slot_of = [&](int stage, int operand, int pack) {
-    return sRing + ((stage * 2 + operand) * kPacks + pack) * kBlock + threadIdx.x;
+    return sRows + ((stage * 2 + operand) * kPacks + pack) * kBlock + threadIdx.x;
   };
   const auto fetch = [&](std::int64_t r, int stage) {
     const bool active = r < p.rows;
@@ -168,7 +177,8 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_ke
     p.weight.load((i * kThreads + lane) * kV, n, weight);
 #pragma unroll
     for (int s = 0; s < kV; s += 4) {
-      sWeight[(i * (kV / 4) + s / 4) * kThreads + lane] = {weight[s], weight[s + 1], weight[s + 2], weight[s + 3]};
+      sWeight[(i * (kV / 4) + s / 4) * kThreads + lane] = {weight[s], weight[s + 1], weight[s + 2],
+                                                           weight[s + 3]};
     }
   }
   const auto weight_of = [&](int pack, int step, float (&out)[4]) {
@@ -180,7 +190,8 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_ke
   __syncthreads();
   // All rows of a block take the same number of steps: the barrier in row_sum is for everybody.
   int phase = 0, stage = 0;
-  for (std::int64_t first = row - slot; first < p.rows; first += stride, row += stride, phase ^= 1) {
+  for (std::int64_t first = row - slot; first < p.rows;
+       first += stride, row += stride, phase ^= 1) {
     fetch(row + (p.stages - 1) * stride, stage == 0 ? p.stages - 1 : stage - 1);
     if (p.stages == 4) {
       ptx::cp_async_wait<3>();
@@ -244,7 +255,8 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin)) rms_norm_bwd_ke
 
   if (!p.partial) return;
   float* const gPartial = p.partial + static_cast<std::int64_t>(blockIdx.x) * n;
-  if constexpr (kRows > 1) {  // rows side by side in the block: their sums meet in shared memory, in slot order
+  if constexpr (kRows > 1) {  // rows side by side in the block: their sums meet in shared memory,
+                              // in slot order
     constexpr int kColumns = kThreads * kPacks * kV;
     __shared__ float sums[kRows][kColumns];
 #pragma unroll
@@ -311,10 +323,12 @@ __global__ void __launch_bounds__(kBlockLong) rms_norm_bwd_long_kernel(const Bac
   }
 }
 
-/// Partial weight gradients of long rows: a block owns some columns and one contiguous group of rows.
+/// Partial weight gradients of long rows: a block owns some columns and one contiguous group of
+/// rows.
 template <class T>
 __global__ void __launch_bounds__(kBlockColumns)
-    rms_norm_bwd_dweight_long_kernel(const Backward<T> p, std::int64_t column_blocks, std::int64_t groups) {
+    rms_norm_bwd_dweight_long_kernel(const Backward<T> p, std::int64_t column_blocks,
+                                     std::int64_t groups) {
   constexpr int kV = kVector<T>;
   const std::int64_t group = blockIdx.x / column_blocks;
   const std::int64_t column = (blockIdx.x % column_blocks * kBlockColumns + threadIdx.x) * kV;
@@ -336,17 +350,20 @@ __global__ void __launch_bounds__(kBlockColumns)
 
 constexpr int kFinishColumns = 32, kFinishRows = 16;
 
-/// dweight[c] = Σ partial[·][c]: each of 16 warps sums every sixteenth partial row, then they are added in order.
+/// dweight[c] = Σ partial[·][c]: each of 16 warps sums every sixteenth partial row, then they are
+/// added in order.
 template <class W>
 __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
-    rms_norm_bwd_dweight_kernel(const float* partial, std::int64_t partial_rows, std::int64_t n, W* dweight) {
+    rms_norm_bwd_dweight_kernel(const float* partial, std::int64_t partial_rows, std::int64_t n,
+                                W* dweight) {
   __shared__ float sums[kFinishRows][kFinishColumns];
   const int x = threadIdx.x % kFinishColumns, y = threadIdx.x / kFinishColumns;
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kFinishColumns + x;
   float sum = 0.0f;
   if (column < n) {
 #pragma unroll 4
-    for (std::int64_t row = y; row < partial_rows; row += kFinishRows) sum += partial[row * n + column];
+    for (std::int64_t row = y; row < partial_rows; row += kFinishRows)
+      sum += partial[row * n + column];
   }
   sums[y][x] = sum;
   __syncthreads();
@@ -356,7 +373,8 @@ __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
   dweight[column] = tile::from_float<W>(sum);
 }
 
-// ---- host ----------------------------------------------------------------------------------------------------------
+// ---- host
+// ----------------------------------------------------------------------------------------------------------
 
 constexpr const char* kForward = "fastkern::rms_norm";
 constexpr const char* kBackward = "fastkern::rms_norm_bwd";
@@ -366,7 +384,8 @@ template <class T, class F>
 void dispatch_resident(const Plan& plan, F&& f) {
   const int packs = plan.elements_per_thread / kVector<T>;
   if (packs > 4) {
-    dispatch_ceil<512, 1024>(plan.threads_per_row, [&]<int kThreads>() { f.template operator()<kThreads, 8>(); });
+    dispatch_ceil<512, 1024>(plan.threads_per_row,
+                             [&]<int kThreads>() { f.template operator()<kThreads, 8>(); });
   } else if (packs > 2) {
     f.template operator()<512, 4>();
   } else {
@@ -391,8 +410,8 @@ struct Split {
 
 Split split_of(const RmsNormBwd& args, const Rows& x, int device) {
   int shared_limit = 0;
-  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kBackward,
-        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        kBackward, "cudaDeviceGetAttribute");
   Split split{.plan = rms_norm_bwd_plan(x.length, args.x.dtype, shared_limit)};
   const bool want_dweight = args.dweight.given();
   const std::int64_t sms = multiprocessors(device, kBackward);
@@ -401,10 +420,12 @@ Split split_of(const RmsNormBwd& args, const Rows& x, int device) {
     if (want_dweight) {
       split.rstd_floats = ceil_div(x.count, 4) * 4;
       split.column_blocks = ceil_div(x.length, kBlockColumns * 16 / size_of(args.x.dtype));
-      split.partial_rows = std::clamp<std::int64_t>(4 * sms / split.column_blocks, 1, std::max<std::int64_t>(x.count, 1));
+      split.partial_rows = std::clamp<std::int64_t>(4 * sms / split.column_blocks, 1,
+                                                    std::max<std::int64_t>(x.count, 1));
     }
   } else {
-    split.blocks = std::min(ceil_div(x.count, split.plan.rows_per_block), split.plan.blocks_per_sm * sms);
+    split.blocks =
+        std::min(ceil_div(x.count, split.plan.rows_per_block), split.plan.blocks_per_sm * sms);
     if (want_dweight) split.partial_rows = split.blocks;
   }
   return split;
@@ -417,12 +438,17 @@ void rms_norm(const RmsNormFwd& args, Stream stream) {
   if (x.count * x.length == 0) return;
   const Plan plan = rms_norm_plan(x.length, args.x.dtype);
   dispatch(args.x.dtype, [&]<class T>() {
-    const Forward<T> p{tile::row_view<T>(args.x, x, kForward), tile::row_view<T>(args.y, y, kForward), tile::column_view(args.weight),
-                       x.count, x.length, static_cast<float>(args.eps)};
+    const Forward<T> p{tile::row_view<T>(args.x, x, kForward),
+                       tile::row_view<T>(args.y, y, kForward),
+                       tile::column_view(args.weight),
+                       x.count,
+                       x.length,
+                       static_cast<float>(args.eps)};
     const Launch shape{kForward, ceil_div(x.count, plan.rows_per_block), plan.threads_per_block};
     if (!plan.resident) return launch(rms_norm_fwd_long_kernel<T>, shape, stream, p);
     dispatch_resident<T>(plan, [&]<int kThreads, int kPacks>() {
-      if constexpr (kThreads < 1024 || kPacks > 2) launch(rms_norm_fwd_kernel<T, kThreads, kPacks>, shape, stream, p);
+      if constexpr (kThreads < 1024 || kPacks > 2)
+        launch(rms_norm_fwd_kernel<T, kThreads, kPacks>, shape, stream, p);
     });
   });
 }
@@ -437,8 +463,9 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
   const Rows dx = args.dx.given() ? rows_of(args.dx, kBackward, "dx") : x;
   if (x.length == 0) return;
   const Split split = split_of(args, x, stream.device);
-  FK_CHECK(args.workspace_size >= split.bytes(x.length), kBackward, ": workspace must have at least ",
-           split.bytes(x.length), " bytes, got ", args.workspace_size);
+  FK_CHECK(args.workspace_size >= split.bytes(x.length), kBackward,
+           ": workspace must have at least ", split.bytes(x.length), " bytes, got ",
+           args.workspace_size);
   const bool want_dweight = args.dweight.given();
   float* const rstd = static_cast<float*>(args.workspace);
   float* const partial = want_dweight ? rstd + split.rstd_floats : nullptr;
@@ -458,19 +485,22 @@ void rms_norm_bwd(const RmsNormBwd& args, Stream stream) {
     if (!split.plan.resident) {
       launch(rms_norm_bwd_long_kernel<T>, shape, stream, p);
       if (want_dweight && x.count > 0) {
-        launch(rms_norm_bwd_dweight_long_kernel<T>, {kBackward, split.column_blocks * split.partial_rows, kBlockColumns},
-               stream, p, split.column_blocks, split.partial_rows);
+        launch(rms_norm_bwd_dweight_long_kernel<T>,
+               {kBackward, split.column_blocks * split.partial_rows, kBlockColumns}, stream, p,
+               split.column_blocks, split.partial_rows);
       }
     } else {
       dispatch_resident<T>(split.plan, [&]<int kThreads, int kPacks>() {
-        if constexpr (kPacks <= 2) launch(rms_norm_bwd_kernel<T, kThreads, kPacks>, shape, stream, p);
+        if constexpr (kPacks <= 2)
+          launch(rms_norm_bwd_kernel<T, kThreads, kPacks>, shape, stream, p);
       });
     }
   });
   if (!want_dweight) return;
   dispatch(args.dweight.dtype, [&]<class W>() {
-    launch(rms_norm_bwd_dweight_kernel<W>, {kBackward, ceil_div(x.length, kFinishColumns), kFinishColumns * kFinishRows},
-           stream, static_cast<const float*>(partial), x.count > 0 ? split.partial_rows : 0, x.length,
+    launch(rms_norm_bwd_dweight_kernel<W>,
+           {kBackward, ceil_div(x.length, kFinishColumns), kFinishColumns * kFinishRows}, stream,
+           static_cast<const float*>(partial), x.count > 0 ? split.partial_rows : 0, x.length,
            static_cast<W*>(args.dweight.data));
   });
 }

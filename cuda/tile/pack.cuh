@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen bytes of a row in registers, and the way in and out of memory.
 //
-// A thread owns the same columns whatever the alignment: an operand that is not 16-byte aligned is read element by
-// element into the same pack. So the order of every sum, and with it every bit of the result, does not depend on
-// strides or storage offsets.
+// A thread owns the same columns whatever the alignment: an operand that is not 16-byte aligned is
+// read element by element into the same pack. So the order of every sum, and with it every bit of
+// the result, does not depend on strides or storage offsets.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -80,22 +80,23 @@ __device__ __forceinline__ void unpack(const Pack<T>& pack, float (&out)[kVector
 template <class T>
 __device__ __forceinline__ Pack<T> pack_of(const float (&v)[kVector<T>]) {
   if constexpr (sizeof(T) == 4) {
-    return {{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])}};
+    return {{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+             __float_as_uint(v[3])}};
   } else {
     return {{pack_pair(v[0], v[1], T{}), pack_pair(v[2], v[3], T{}), pack_pair(v[4], v[5], T{}),
              pack_pair(v[6], v[7], T{})}};
   }
 }
 
-/// Hides from the compiler that the pack is still what it was, so that floats made of it before are not kept alive for
-/// a use after: twice the registers for 16-bit types. Costs no instruction.
+/// Hides from the compiler that the pack is still what it was, so that floats made of it before are
+/// not kept alive for a use after: twice the registers for 16-bit types. Costs no instruction.
 template <class T>
 __device__ __forceinline__ void keep_packed(Pack<T>& pack) {
   asm volatile("" : "+r"(pack.bits.x), "+r"(pack.bits.y), "+r"(pack.bits.z), "+r"(pack.bits.w));
 }
 
-/// Columns [column, column + kVector) of a row of n; zero beyond its end. `whole`: the row's address and length
-/// allow 16-byte accesses only.
+/// Columns [column, column + kVector) of a row of n; zero beyond its end. `whole`: the row's
+/// address and length allow 16-byte accesses only.
 template <class T, class Column>
 __device__ __forceinline__ Pack<T> load(const T* row, Column column, Column n, bool whole) {
   if (whole) return {column < n ? ptx::ld_global_nc(row + column) : uint4{}};
@@ -105,10 +106,11 @@ __device__ __forceinline__ Pack<T> load(const T* row, Column column, Column n, b
   return pack_of<T>(v);
 }
 
-/// The same into shared memory, without waiting for it if the row is `whole`. For the calling thread's own use, after
-/// cp_async_wait.
+/// The same into shared memory, without waiting for it if the row is `whole`. For the calling
+/// thread's own use, after cp_async_wait.
 template <class T, class Column>
-__device__ __forceinline__ void load_async(uint4* shared, const T* row, Column column, Column n, bool whole) {
+__device__ __forceinline__ void load_async(uint4* shared, const T* row, Column column, Column n,
+                                           bool whole) {
   if (whole) {
     ptx::cp_async_16(shared, row + (column < n ? column : 0), column < n ? 16 : 0);
   } else {
@@ -117,7 +119,8 @@ __device__ __forceinline__ void load_async(uint4* shared, const T* row, Column c
 }
 
 template <class T, class Column>
-__device__ __forceinline__ void store(T* row, Column column, Column n, bool whole, const Pack<T>& pack) {
+__device__ __forceinline__ void store(T* row, Column column, Column n, bool whole,
+                                      const Pack<T>& pack) {
   if (whole) {
     if (column < n) ptx::st_global(row + column, pack.bits);
     return;
@@ -148,9 +151,12 @@ struct RowView {
 template <class T>
 RowView<T> row_view(const TensorRef& t, const Rows& rows, const char* op) {
   const bool one_level = rows.inner >= rows.count;
-  FK_CHECK(one_level || rows.count >> 32 == 0, op, ": ", rows.count,
-           " rows with two strides are more than 2^32; split the call or make the tensor contiguous");
-  const auto aligned = [](std::int64_t stride) { return stride * static_cast<std::int64_t>(sizeof(T)) % 16 == 0; };
+  FK_CHECK(
+      one_level || rows.count >> 32 == 0, op, ": ", rows.count,
+      " rows with two strides are more than 2^32; split the call or make the tensor contiguous");
+  const auto aligned = [](std::int64_t stride) {
+    return stride * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
+  };
   return {.data = static_cast<T*>(t.data),
           .outer_stride = rows.outer_stride,
           .inner_stride = rows.inner_stride,
@@ -212,7 +218,8 @@ struct ColumnView {
 };
 
 inline ColumnView column_view(const TensorRef& t) {
-  return {t.given() ? t.data : nullptr, t.dtype, reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
+  return {t.given() ? t.data : nullptr, t.dtype,
+          reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
 }
 
 }  // namespace fastkern::tile

@@ -10,7 +10,8 @@ inline constexpr int kWarp = 32;
 template <int kWidth>
 __device__ __forceinline__ float lane_sum(float v) {
 #pragma unroll
-  for (int offset = kWidth / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  for (int offset = kWidth / 2; offset > 0; offset /= 2)
+    v += __shfl_xor_sync(0xffffffffu, v, offset);
   return v;
 }
 
@@ -21,13 +22,16 @@ struct RowSumScratch {
   float partial[2][kSize];  // two phases: a row's sums may be read while the next row's are written
 };
 
-/// Sums each of `values` over the kThreads threads (a power of two) of the calling thread's row. All threads of the
-/// block call it, `phase` alternating 0, 1, 0, ... : one barrier a call, none if a row lies within a warp.
+/// Sums each of `values` over the kThreads threads (a power of two) of the calling thread's row.
+/// All threads of the block call it, `phase` alternating 0, 1, 0, ... : one barrier a call, none if
+/// a row lies within a warp.
 template <int kBlock, int kThreads, int kValues>
-__device__ __forceinline__ void row_sum(float (&values)[kValues], RowSumScratch<kBlock, kThreads, kValues>& scratch,
+__device__ __forceinline__ void row_sum(float (&values)[kValues],
+                                        RowSumScratch<kBlock, kThreads, kValues>& scratch,
                                         int phase) {
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) values[i] = lane_sum<(kThreads < kWarp ? kThreads : kWarp)>(values[i]);
+  for (int i = 0; i < kValues; ++i)
+    values[i] = lane_sum<(kThreads < kWarp ? kThreads : kWarp)>(values[i]);
   if constexpr (kThreads > kWarp) {
     constexpr int kRowWarps = kThreads / kWarp;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -160,10 +160,7 @@ def _rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e
 
 
 def _rms_norm_torch(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    same = weight is None or weight.dtype == x.dtype
-    if same:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
 
 
 def _norm_traffic(inputs: Inputs, backward: bool) -> int:

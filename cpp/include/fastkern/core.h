@@ -72,7 +72,8 @@ struct Stream {
   int device = 0;
 };
 
-/// Everything fastkern throws. The message names the op, the argument, what was expected and what came.
+/// Everything fastkern throws. The message names the op, the argument, what was expected and what
+/// came.
 class FASTKERN_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -110,16 +111,19 @@ struct Plan {
   int rows_per_block = 0;
   int threads_per_row = 0;
   int elements_per_thread = 0;
-  bool resident = true;  // a row stays on the multiprocessor between its reductions; else it is read again
+  bool resident =
+      true;  // a row stays on the multiprocessor between its reductions; else it is read again
   std::int64_t shared_bytes = 0;  // dynamic shared memory
-  int stages = 1;                 // rows of a block's ring in shared memory, of which one is worked on
-  int blocks_per_sm = 0;          // of a persistent kernel; 0: one block for each group of rows
+  int stages = 1;         // rows of a block's ring in shared memory, of which one is worked on
+  int blocks_per_sm = 0;  // of a persistent kernel; 0: one block for each group of rows
 };
 
-/// How the CPU kernels share work: body(context, begin, end) over [0, count), at least `grain` items a piece.
-/// The default uses std::thread; a framework installs its own pool (fastkern's torch layer installs torch's).
+/// How the CPU kernels share work: body(context, begin, end) over [0, count), at least `grain`
+/// items a piece. The default uses std::thread; a framework installs its own pool (fastkern's torch
+/// layer installs torch's).
 using ParallelBody = void (*)(void* context, std::int64_t begin, std::int64_t end);
-using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, ParallelBody body, void* context);
+using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, ParallelBody body,
+                             void* context);
 FASTKERN_API void set_parallel_for(ParallelFor run);
 
 namespace cuda {

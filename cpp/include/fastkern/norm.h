@@ -41,7 +41,8 @@ FASTKERN_API void rms_norm(const RmsNormFwd& args, Stream stream);
 FASTKERN_API void rms_norm_bwd(const RmsNormBwd& args, Stream stream);
 FASTKERN_API std::size_t rms_norm_bwd_workspace(const RmsNormBwd& args, int device);
 
-// Who owns a row: a function of its length and element type alone, so a row's result does not depend on the batch.
+// Who owns a row: a function of its length and element type alone, so a row's result does not
+// depend on the batch.
 
 constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
   const int vector = static_cast<int>(16 / size_of(dtype));
@@ -50,27 +51,39 @@ constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
   if (vectors > 8 * 512) return {"rms_norm_fwd_kernel", 1024, 1, 1024, 8 * vector};
   if (vectors > 4 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 8 * vector};
   if (vectors > 2 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 4 * vector};
-  const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
+  const int row =
+      std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
   const int block = std::max(128, row);
   return {"rms_norm_fwd_kernel", block, block / row, row, 2 * vector};
 }
 
-/// Backward keeps the weight and a ring of rows in shared memory. `shared_limit`: bytes that a block, and all blocks of
-/// a multiprocessor together, may have; the default is what compute capability 9.0 gives.
-constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype, std::int64_t shared_limit = 227 * 1024) {
+/// Backward keeps the weight and a ring of rows in shared memory. `shared_limit`: bytes that a
+/// block, and all blocks of a multiprocessor together, may have; the default is what compute
+/// capability 9.0 gives.
+constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype,
+                                 std::int64_t shared_limit = 227 * 1024) {
   constexpr int kPacks = 2, kThreadsPerSm = 512, kStagesMin = 2, kStagesMax = 4;
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = (n + vector - 1) / vector;
   const Plan read_again{"rms_norm_bwd_long_kernel", 1024, 1, 1024, vector, false};
   if (vectors > kPacks * 1024) return read_again;
-  const int row = std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + kPacks - 1) / kPacks))));
+  const int row = std::max(
+      4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + kPacks - 1) / kPacks))));
   const int block = std::max(128, row), blocks_per_sm = std::max(1, kThreadsPerSm / block);
   const std::int64_t weight = 4 * static_cast<std::int64_t>(row) * kPacks * vector;
   const std::int64_t stage = 2 * 16 * static_cast<std::int64_t>(block) * kPacks;
-  const std::int64_t stages = std::min<std::int64_t>(kStagesMax, (shared_limit / blocks_per_sm - 10 * 1024 - weight) / stage);
+  const std::int64_t stages = std::min<std::int64_t>(
+      kStagesMax, (shared_limit / blocks_per_sm - 10 * 1024 - weight) / stage);
   if (stages < kStagesMin) return read_again;
-  return {"rms_norm_bwd_kernel", block, block / row, row, kPacks * vector, true, weight + stages * stage,
-          static_cast<int>(stages), blocks_per_sm};
+  return {"rms_norm_bwd_kernel",
+          block,
+          block / row,
+          row,
+          kPacks * vector,
+          true,
+          weight + stages * stage,
+          static_cast<int>(stages),
+          blocks_per_sm};
 }
 }  // namespace cuda
 }  // namespace fastkern

@@ -10,8 +10,9 @@
 
 namespace fastkern {
 
-/// Row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride. One level (inner == count)
-/// covers every tensor whose leading dimensions merge; two levels cover a head slice of a fused projection.
+/// Row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride. One level (inner ==
+/// count) covers every tensor whose leading dimensions merge; two levels cover a head slice of a
+/// fused projection.
 struct Rows {
   std::int64_t count = 0;   // M
   std::int64_t length = 0;  // N
@@ -24,7 +25,8 @@ struct Rows {
   }
 };
 
-/// True and fills `rows` if the last dimension is dense and the leading ones merge into at most two levels.
+/// True and fills `rows` if the last dimension is dense and the leading ones merge into at most two
+/// levels.
 inline bool as_rows(const TensorRef& t, Rows& rows) {
   if (t.ndim < 1) return false;
   rows = {};
@@ -58,7 +60,8 @@ inline bool as_rows(const TensorRef& t, Rows& rows) {
 inline Rows rows_of(const TensorRef& t, const char* op, const char* argument) {
   Rows rows;
   FK_CHECK(as_rows(t, rows), op, ": ", argument,
-           " must have at least one dimension, a dense last one, and leading dimensions that merge into at "
+           " must have at least one dimension, a dense last one, and leading dimensions that merge "
+           "into at "
            "most two strides; got shape ",
            t.shape());
   return rows;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit floating point on the host: storage types and branch-light conversions that compilers vectorise.
+// 16-bit floating point on the host: storage types and branch-light conversions that compilers
+// vectorise.
 #pragma once
 
 #include <bit>
@@ -7,7 +8,8 @@
 
 #include "fastkern/core.h"
 
-/// Hot-loop helpers must be inlined into their caller to be compiled for the caller's instruction set.
+/// Hot-loop helpers must be inlined into their caller to be compiled for the caller's instruction
+/// set.
 #define FASTKERN_INLINE [[gnu::always_inline]] inline
 
 namespace fastkern {
@@ -57,9 +59,10 @@ FASTKERN_INLINE f16 from_float<f16>(float v) {
   const std::uint32_t sign = (u >> 16) & 0x8000u;
   const std::uint32_t a = u & 0x7fffffffu;
   const std::uint32_t normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  // Adding 0.5 puts the last bit of the sum at 2^-24, the f16 subnormal step: the FPU does the rounding.
-  const std::uint32_t subnormal =
-      std::bit_cast<std::uint32_t>(std::bit_cast<float>(a) + 0.5f) - std::bit_cast<std::uint32_t>(0.5f);
+  // Adding 0.5 puts the last bit of the sum at 2^-24, the f16 subnormal step: the FPU does the
+  // rounding.
+  const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(a) + 0.5f) -
+                                  std::bit_cast<std::uint32_t>(0.5f);
   const std::uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const std::uint32_t magnitude = a >= 0x47800000u ? special : a < 0x38800000u ? subnormal : normal;
   return {static_cast<std::uint16_t>(sign | magnitude)};

@@ -59,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         return _rms_norm(x, weight, eps)
     if forward_ad._current_level >= 0:
         return _rms_norm_composite(x, weight, eps)
-    return (_RmsNormFunctional if transformed else _RmsNorm).apply(x, weight, eps)  # type: ignore[no-any-return]
+    return (_RmsNormFunctional if transformed else _RmsNorm).apply(x, weight, eps)
 
 
 # ---- shapes for tracing ----------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(x, weight)
-        return _rms_norm_fwd(x, weight, eps)  # type: ignore[no-any-return]
+        return _rms_norm_fwd(x, weight, eps)
 
     backward = staticmethod(_rms_norm_grad)
 
@@ -172,7 +172,7 @@ class _RmsNormFunctional(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return _rms_norm_fwd(x, weight, eps)  # type: ignore[no-any-return]
+        return _rms_norm_fwd(x, weight, eps)
 
     setup_context = staticmethod(_rms_norm_save)
     backward = staticmethod(_rms_norm_grad)
@@ -181,8 +181,14 @@ class _RmsNormFunctional(torch.autograd.Function):
 # ---- batching --------------------------------------------------------------------------------------------------------
 
 
-def _rms_norm_vmap(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    x, weight, eps = (*args, *(None, 1e-6)[len(args) - 1 :])
+def _rms_norm_vmap(
+    op: Any,
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, int]:
     x_dim, weight_dim = (*in_dims, None)[:2]
     x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
     if weight is None or weight_dim is None:
