@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From run-time values to template arguments. Each takes a templated lambda: dispatch(dtype,
-// [&]<class T>() { ... }).
+// From run-time values to template arguments. Each takes a templated lambda:
+// dispatch(dtype, [&]<class T>() { ... }).
 #pragma once
 
 #include <cuda_bf16.h>
