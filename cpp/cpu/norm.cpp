@@ -3,6 +3,7 @@
 // summed in fixed order.
 #include "fastkern/norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -16,18 +17,26 @@ namespace {
 constexpr int kLanes =
     32;  // independent partial sums: hides the latency of an add, two AVX-512 registers
 
+// Two levels, lanes of a stretch and then totals of the stretches: the rounding error of a long row
+// grows with the stretch and the number of stretches, not with their product.
 template <class Term>
 FASTKERN_INLINE float lane_sum(std::int64_t n, const Term& term) {
-  float lanes[kLanes] = {};
+  constexpr std::int64_t kStretch = 64 * kLanes;
+  float totals[kLanes] = {};
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  while (i < n) {
+    float lanes[kLanes] = {};
+    const std::int64_t end = std::min(n, i + kStretch);
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+    }
+    for (int l = 0; i < end; ++i, ++l) lanes[l] += term(i);
+    for (int l = 0; l < kLanes; ++l) totals[l] += lanes[l];
   }
-  for (int l = 0; i + l < n; ++l) lanes[l] += term(i + l);
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    for (int l = 0; l < width; ++l) totals[l] += totals[l + width];
   }
-  return lanes[0];
+  return totals[0];
 }
 
 template <class T>

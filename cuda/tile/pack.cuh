@@ -89,7 +89,8 @@ __device__ __forceinline__ Pack<T> pack_of(const float (&v)[kVector<T>]) {
 }
 
 /// Hides from the compiler that the pack is still what it was, so that floats made of it before are
-/// not kept alive for a use after: twice the registers for 16-bit types. Costs no instruction.
+/// not kept alive for a use after: twice the registers for 16-bit types. Costs no instruction. It
+/// stops nvcc's optimiser; ptxas, which sees no asm, may still share them: read its report.
 template <class T>
 __device__ __forceinline__ void keep_packed(Pack<T>& pack) {
   asm volatile("" : "+r"(pack.bits.x), "+r"(pack.bits.y), "+r"(pack.bits.z), "+r"(pack.bits.w));

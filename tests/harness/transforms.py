@@ -186,6 +186,12 @@ def check_vmap(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) 
                     assert_bitwise(ours, expected, f"{case_text(spec, dims, dtype)}: vmap over {mapped} at dim {dim}")
 
 
+def _weighted_squares(output: Tensor) -> Tensor:
+    """A loss with a gradient to speak of: the plain sum of squares of a normalised row hardly depends on it."""
+    weights = torch.linspace(0.5, 1.5, output.shape[-1], device=output.device, dtype=output.dtype)
+    return (output * weights).square().sum()
+
+
 def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     """vmap(grad(...)): the gradient of every sample on its own, as the reference in float64 gives it."""
     for dims in pick_dims(spec, 1, limit=1 << 10):
@@ -197,7 +203,7 @@ def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, va
         def per_sample(function: Any, batched: Inputs, shared: Inputs, fixed: Inputs) -> Inputs:
             def loss(one: Inputs, common: Inputs) -> Tensor:
                 outputs = as_tuple(function(**one, **common, **fixed))
-                return sum((o.float() if o.dtype != torch.float64 else o).square().sum() for o in outputs)
+                return sum(_weighted_squares(o if o.dtype == torch.float64 else o.float()) for o in outputs)
 
             one_grad, common_grad = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(
                 batched, shared

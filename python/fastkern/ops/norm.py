@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastkern.ops import _check
+from fastkern.ops import _check, _gradient
 
-_functorch_active = torch._C._are_functorch_transforms_active
 _rms_norm = torch.ops.fastkern.rms_norm.default
 _rms_norm_fwd = torch.ops.fastkern.rms_norm_fwd.default
 _rms_norm_bwd = torch.ops.fastkern.rms_norm_bwd.default
@@ -52,14 +50,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         grad = (x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled()
     except AttributeError:
         raise _check.not_a_tensor("rms_norm", x=x, weight=weight) from None
-    transformed = _functorch_active() or forward_ad._current_level >= 0
-    if not grad and not transformed:
-        return _rms_norm_fwd(x, weight, eps)
-    if torch.compiler.is_compiling():
-        return _rms_norm(x, weight, eps)
-    if forward_ad._current_level >= 0:
-        return _rms_norm_composite(x, weight, eps)
-    return (_RmsNormFunctional if transformed else _RmsNorm).apply(x, weight, eps)
+    if grad or _gradient.transformed():
+        return _rms_norm_with_gradient(x, weight, eps)
+    return _rms_norm_fwd(x, weight, eps)
 
 
 # ---- shapes for tracing ----------------------------------------------------------------------------------------------
@@ -106,16 +99,6 @@ def _rms_norm_bwd_fake(
 
 
 # ---- gradient --------------------------------------------------------------------------------------------------------
-#
-# One formula, three ways in. Calls of torch.ops.fastkern.rms_norm, and traced ones, find it through register_autograd.
-# The Python function goes through autograd.Function in eager mode, at half the host time; under torch.func through one
-# with a setup_context, which torch.func asks for and which costs more. rms_norm_fwd and rms_norm_bwd have no formula:
-# letting the autograd keys fall through spares them torch's boxed fallback on every call. What is rare (forward mode,
-# differentiating the gradient) is composed of torch's own operators.
-
-_fallthrough = torch.library.Library("fastkern", "IMPL")
-_fallthrough.impl("rms_norm_fwd", torch.library.fallthrough_kernel, "Autograd")
-_fallthrough.impl("rms_norm_bwd", torch.library.fallthrough_kernel, "Autograd")
 
 
 def _rms_norm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,28 +137,9 @@ def _rms_norm_grad_differentiable(
     return dx.to(x.dtype), dweight
 
 
-torch.library.register_autograd("fastkern::rms_norm", _rms_norm_grad, setup_context=_rms_norm_save)
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight)
-        return _rms_norm_fwd(x, weight, eps)
-
-    backward = staticmethod(_rms_norm_grad)
-
-
-class _RmsNormFunctional(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return _rms_norm_fwd(x, weight, eps)
-
-    setup_context = staticmethod(_rms_norm_save)
-    backward = staticmethod(_rms_norm_grad)
+_rms_norm_with_gradient = _gradient.register(
+    "rms_norm", save=_rms_norm_save, grad=_rms_norm_grad, composite=_rms_norm_composite
+)
 
 
 # ---- batching --------------------------------------------------------------------------------------------------------
@@ -190,6 +154,8 @@ def _rms_norm_vmap(
     eps: float = 1e-6,
 ) -> tuple[Tensor, int]:
     x_dim, weight_dim = (*in_dims, None)[:2]
+    if x_dim is not None:  # the batch is no dimension of the operator's
+        _check.at_least_one_dimension("rms_norm", "x", x.select(x_dim, 0))
     x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
     if weight is None or weight_dim is None:
         return op(x, weight, eps), 0
