@@ -228,9 +228,11 @@ __global__ void __launch_bounds__(std::max(kThreads, kBlockMin))
       }
     }
     tile::row_sum<kBlock, kThreads>(sums, scratch, phase);
-    const float rstd = rstd_of(sums[0], static_cast<float>(n), p.eps);
+    const bool active = row < p.rows;
+    // 0 for a row that is none: with eps = 0 its zeros would make NaN, and NaN would stay in dw.
+    const float rstd = active ? rstd_of(sums[0], static_cast<float>(n), p.eps) : 0.0f;
     const float mean = sums[1] * rstd / static_cast<float>(n);
-    T* const gDx = p.dx.data && row < p.rows ? p.dx.row(row) : nullptr;
+    T* const gDx = p.dx.data && active ? p.dx.row(row) : nullptr;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int column = (i * kThreads + lane) * kV;
