@@ -15,8 +15,8 @@
 //            workspace (backward): partial rows of dw; rstd for long rows
 //   sync     one barrier a row; none where a warp holds the row
 //   cost     forward: reads M·N, writes M·N;  backward: reads 2·M·N, writes M·N;  bound by HBM
-//   measured H200, 16384 x 4096 bf16: forward 90 %, backward 81 % of the bandwidth of a 1 GiB copy
-//            (4226 GB/s), 2026-11-21, torch 2.11; all sizes in docs/benchmarks.md
+//   measured H200, 16384 x 4096 bf16: forward 91 %, backward 81 % of the bandwidth of a 1 GiB copy
+//            (4245 GB/s), 2026-11-21, torch 2.11; all sizes in docs/benchmarks.md
 #include <algorithm>
 
 #include "dispatch.h"
