@@ -45,11 +45,10 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline int multiprocessors(int device, const char* op) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op,
-        "cudaDeviceGetAttribute");
-  return count;
+inline int device_attribute(cudaDeviceAttr attribute, int device, const char* op) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), op, "cudaDeviceGetAttribute");
+  return value;
 }
 
 struct Launch {

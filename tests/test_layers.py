@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_FILE = 600
 
 _SOURCE = {".h", ".cpp", ".cuh", ".cu"}
 _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -103,20 +103,13 @@ def test_one_launcher() -> None:
         assert "cudaLaunchKernel" not in code, f"{path.relative_to(ROOT)} launches a kernel itself: use cuda/launch.cuh"
 
 
-def test_file_length() -> None:
+def test_files() -> None:
+    """Length, licence line, leftovers: the rules of tools/check_tree.py, which `make lint` applies to every file."""
+    problems = runpy.run_path(str(ROOT / "tools/check_tree.py"))["problems"]
     python = [p for folder in ("python", "tests", "tools", "examples") for p in (ROOT / folder).rglob("*.py")]
-    for path in [*_files("cpp", "cuda", "tests", "examples"), *python]:
-        lines = len(path.read_text().splitlines())
-        assert lines <= LONGEST_FILE, (
-            f"{path.relative_to(ROOT)} has {lines} lines, above {LONGEST_FILE} it is two ideas"
-        )
-
-
-def test_licence_line() -> None:
-    python = [p for folder in ("python", "tests", "tools", "examples") for p in (ROOT / folder).rglob("*.py")]
-    for path in [*_files("cpp", "cuda", "tests", "examples"), *python]:
-        head = path.read_text()[:200]
-        assert "SPDX-License-Identifier: Apache-2.0" in head, f"{path.relative_to(ROOT)} has no SPDX line"
+    paths = [*_files("cpp", "cuda", "tests", "examples"), *python]
+    found = [f"{path.relative_to(ROOT)}: {problem}" for path in paths for problem in problems(path)]
+    assert not found, "\n".join(found)
 
 
 def test_family_rooms_agree() -> None:

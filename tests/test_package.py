@@ -291,3 +291,23 @@ def test_in_a_module(spec: OpSpec, device: str) -> None:
     for parameter, old in zip(parameters, before, strict=True):
         assert bool(parameter.isfinite().all())
         assert not torch.equal(parameter, old)
+
+
+@pytest.mark.parametrize("function", [fastkern.rms_norm, torch.ops.fastkern.rms_norm], ids=["function", "operator"])
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_nothing(function: Any, in_dims: tuple[int | None, ...]) -> None:
+    shapes = [(*([0] if dim == 0 else []), *shape) for dim, shape in zip(in_dims, [(3, 8), (8,)], strict=True)]
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    y = torch.func.vmap(function, in_dims=in_dims)(x, weight)
+    assert y.shape == (0, 3, 8)
+    y.sum().backward()
+    for t in (x, weight):
+        assert t.grad is not None
+        assert t.grad.shape == t.shape
+        assert not bool(t.grad.any())
+
+
+def test_vmap_refuses_scalars() -> None:
+    """The batch is no dimension of the operator's own."""
+    with pytest.raises(RuntimeError, match=r"rms_norm: x must have at least one dimension"):
+        torch.func.vmap(fastkern.rms_norm)(torch.arange(1.0, 4.0))

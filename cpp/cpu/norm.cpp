@@ -14,8 +14,8 @@
 namespace fastkern::cpu {
 namespace {
 
-constexpr int kLanes =
-    32;  // independent partial sums: hides the latency of an add, two AVX-512 registers
+// Independent partial sums: they hide the latency of an add, in two AVX-512 registers.
+constexpr int kLanes = 32;
 
 // Two levels, lanes of a stretch and then totals of the stretches: the rounding error of a long row
 // grows with the stretch and the number of stretches, not with their product.

@@ -410,12 +410,11 @@ struct Split {
 };
 
 Split split_of(const RmsNormBwd& args, const Rows& x, int device) {
-  int shared_limit = 0;
-  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        kBackward, "cudaDeviceGetAttribute");
+  const int shared_limit =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, kBackward);
   Split split{.plan = rms_norm_bwd_plan(x.length, args.x.dtype, shared_limit)};
   const bool want_dweight = args.dweight.given();
-  const std::int64_t sms = multiprocessors(device, kBackward);
+  const std::int64_t sms = device_attribute(cudaDevAttrMultiProcessorCount, device, kBackward);
   if (!split.plan.resident) {
     split.blocks = x.count;
     if (want_dweight) {

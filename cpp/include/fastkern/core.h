@@ -111,8 +111,7 @@ struct Plan {
   int rows_per_block = 0;
   int threads_per_row = 0;
   int elements_per_thread = 0;
-  bool resident =
-      true;  // a row stays on the multiprocessor between its reductions; else it is read again
+  bool resident = true;  // a row stays on the multiprocessor after its reduction; else read again
   std::int64_t shared_bytes = 0;  // dynamic shared memory
   int stages = 1;         // rows of a block's ring in shared memory, of which one is worked on
   int blocks_per_sm = 0;  // of a persistent kernel; 0: one block for each group of rows

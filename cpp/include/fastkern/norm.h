@@ -44,6 +44,12 @@ FASTKERN_API std::size_t rms_norm_bwd_workspace(const RmsNormBwd& args, int devi
 // Who owns a row: a function of its length and element type alone, so a row's result does not
 // depend on the batch.
 
+/// Threads for a row of `vectors` packs at most `packs` to each: a power of two, at least 4.
+constexpr int row_threads(std::int64_t vectors, int packs) {
+  const auto needed = static_cast<unsigned>((vectors + packs - 1) / packs);
+  return std::max(4, static_cast<int>(std::bit_ceil(needed)));
+}
+
 constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = (n + vector - 1) / vector;
@@ -51,9 +57,7 @@ constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
   if (vectors > 8 * 512) return {"rms_norm_fwd_kernel", 1024, 1, 1024, 8 * vector};
   if (vectors > 4 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 8 * vector};
   if (vectors > 2 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 4 * vector};
-  const int row =
-      std::max(4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + 1) / 2))));
-  const int block = std::max(128, row);
+  const int row = row_threads(vectors, 2), block = std::max(128, row);
   return {"rms_norm_fwd_kernel", block, block / row, row, 2 * vector};
 }
 
@@ -63,27 +67,27 @@ constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
 constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype,
                                  std::int64_t shared_limit = 227 * 1024) {
   constexpr int kPacks = 2, kThreadsPerSm = 512, kStagesMin = 2, kStagesMax = 4;
+  constexpr std::int64_t kStatic = 10 * 1024;  // the kernel's static shared memory, at most
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = (n + vector - 1) / vector;
   const Plan read_again{"rms_norm_bwd_long_kernel", 1024, 1, 1024, vector, false};
   if (vectors > kPacks * 1024) return read_again;
-  const int row = std::max(
-      4, static_cast<int>(std::bit_ceil(static_cast<unsigned>((vectors + kPacks - 1) / kPacks))));
+  const int row = row_threads(vectors, kPacks);
   const int block = std::max(128, row), blocks_per_sm = std::max(1, kThreadsPerSm / block);
   const std::int64_t weight = 4 * static_cast<std::int64_t>(row) * kPacks * vector;
   const std::int64_t stage = 2 * 16 * static_cast<std::int64_t>(block) * kPacks;
-  const std::int64_t stages = std::min<std::int64_t>(
-      kStagesMax, (shared_limit / blocks_per_sm - 10 * 1024 - weight) / stage);
+  const std::int64_t stages =
+      std::min<std::int64_t>(kStagesMax, (shared_limit / blocks_per_sm - kStatic - weight) / stage);
   if (stages < kStagesMin) return read_again;
-  return {"rms_norm_bwd_kernel",
-          block,
-          block / row,
-          row,
-          kPacks * vector,
-          true,
-          weight + stages * stage,
-          static_cast<int>(stages),
-          blocks_per_sm};
+  return {.kernel = "rms_norm_bwd_kernel",
+          .threads_per_block = block,
+          .rows_per_block = block / row,
+          .threads_per_row = row,
+          .elements_per_thread = kPacks * vector,
+          .resident = true,
+          .shared_bytes = weight + stages * stage,
+          .stages = static_cast<int>(stages),
+          .blocks_per_sm = blocks_per_sm};
 }
 }  // namespace cuda
 }  // namespace fastkern

@@ -60,9 +60,8 @@ inline bool as_rows(const TensorRef& t, Rows& rows) {
 inline Rows rows_of(const TensorRef& t, const char* op, const char* argument) {
   Rows rows;
   FK_CHECK(as_rows(t, rows), op, ": ", argument,
-           " must have at least one dimension, a dense last one, and leading dimensions that merge "
-           "into at "
-           "most two strides; got shape ",
+           " must have at least one dimension, a dense last one, and leading dimensions that "
+           "merge into at most two strides; got shape ",
            t.shape());
   return rows;
 }

@@ -12,10 +12,6 @@ from torch import Tensor
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _shape_text(shape: Sequence[int]) -> str:
-    return str(tuple(shape))
-
-
 def not_a_tensor(op: str, **arguments: object) -> TypeError:
     """The error for the first of ``arguments`` that is neither a tensor nor, but for the first of all, None."""
     names = list(arguments)
@@ -36,16 +32,14 @@ def same_dtype(op: str, name: str, t: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"fastkern::{op}: {name} must be {x.dtype} like x, got {t.dtype}")
 
 
-def at_least_one_dimension(op: str, name: str, t: Tensor) -> None:
-    if t.dim() < 1:
+def at_least_one_dimension(op: str, name: str, rank: int) -> None:
+    if rank < 1:
         raise RuntimeError(f"fastkern::{op}: {name} must have at least one dimension, got a scalar of shape ()")
 
 
 def shape(op: str, name: str, t: Tensor, expected: Sequence[int]) -> None:
     if t.dim() != len(expected) or any(got != want for got, want in zip(t.shape, expected, strict=True)):
-        raise RuntimeError(
-            f"fastkern::{op}: {name} must have shape {_shape_text(expected)}, got {_shape_text(t.shape)}"
-        )
+        raise RuntimeError(f"fastkern::{op}: {name} must have shape {tuple(expected)}, got {tuple(t.shape)}")
 
 
 def device(op: str, name: str, t: Tensor, x: Tensor) -> None:

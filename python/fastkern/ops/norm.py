@@ -60,7 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
 def _check_norm(op: str, x: Tensor, weight: Tensor | None, eps: float) -> None:
     _check.float_tensor(op, "x", x)
-    _check.at_least_one_dimension(op, "x", x)
+    _check.at_least_one_dimension(op, "x", x.dim())
     _check.eps(op, eps)
     if weight is not None:
         _check.float_tensor(op, "weight", weight)
@@ -145,6 +145,13 @@ _rms_norm_with_gradient = _gradient.register(
 # ---- batching --------------------------------------------------------------------------------------------------------
 
 
+def _entries(info: Any, t: Tensor | None, dim: int | None) -> list[Tensor | None]:
+    """A tensor for each entry of the batch; of an empty batch one to get the shape of a result from."""
+    if t is None or dim is None:
+        return [t] * max(info.batch_size, 1)
+    return list(t.unbind(dim)) or [t.sum(dim)]  # a sum of nothing: zeros, of the right shape and in the graph
+
+
 def _rms_norm_vmap(
     op: Any,
     info: Any,
@@ -154,13 +161,12 @@ def _rms_norm_vmap(
     eps: float = 1e-6,
 ) -> tuple[Tensor, int]:
     x_dim, weight_dim = (*in_dims, None)[:2]
-    if x_dim is not None:  # the batch is no dimension of the operator's
-        _check.at_least_one_dimension("rms_norm", "x", x.select(x_dim, 0))
-    x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
+    _check.at_least_one_dimension("rms_norm", "x", x.dim() - (x_dim is not None))  # the batch is none of x's own
     if weight is None or weight_dim is None:
+        x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
         return op(x, weight, eps), 0
-    weights = weight.movedim(weight_dim, 0)
-    return torch.stack([op(row, w, eps) for row, w in zip(x, weights, strict=True)]), 0
+    entries = zip(_entries(info, x, x_dim), _entries(info, weight, weight_dim), strict=True)
+    return torch.stack([op(row, w, eps) for row, w in entries])[: info.batch_size], 0
 
 
 def _rms_norm_bwd_vmap(
@@ -173,13 +179,11 @@ def _rms_norm_bwd_vmap(
     need_dx: bool = True,
     need_dweight: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    def batch(t: Tensor | None, dim: int | None) -> list[Tensor | None]:
-        return [t] * info.batch_size if t is None or dim is None else list(t.unbind(dim))
-
-    dy_dim, x_dim, weight_dim = (*in_dims, None)[:3]
-    rows = zip(batch(dy, dy_dim), batch(x, x_dim), batch(weight, weight_dim), strict=True)
-    grads = [_rms_norm_bwd(*row, eps, need_dx, need_dweight) for row in rows]
-    return (torch.stack([dx for dx, _ in grads]), torch.stack([dw for _, dw in grads])), (0, 0)
+    tensors = zip((dy, x, weight), (*in_dims, None)[:3], strict=True)
+    entries = zip(*(_entries(info, t, dim) for t, dim in tensors), strict=True)
+    grads = [_rms_norm_bwd(*entry, eps, need_dx, need_dweight) for entry in entries]
+    dx, dweight = (torch.stack(parts)[: info.batch_size] for parts in zip(*grads, strict=True))
+    return (dx, dweight), (0, 0)
 
 
 torch.library.register_vmap("fastkern::rms_norm", partial(_rms_norm_vmap, _rms_norm))
