@@ -11,10 +11,6 @@ namespace {
 
 using namespace groups;
 
-struct Moments {
-  float mean, m2;  // m2: sum of squared distances from the mean
-};
-
 /// mean and rstd of a group, of whose pieces all but the last hold `each` elements.
 void combine(const Moments* pieces, std::int64_t count, std::int64_t stride, std::int64_t each,
              std::int64_t total, double eps, float* stats) {
@@ -49,15 +45,9 @@ struct Forward {
 
   FASTKERN_INLINE Moments stretch_moments(std::int64_t group, std::int64_t piece) const {
     const T* __restrict in = x + group * cut.shape.group_size() + piece * kPiece;
-    const std::int64_t n = stretch(piece);
-    const float sum =
-        lane_sum(n, [&](std::int64_t i) __attribute__((always_inline)) { return to_float(in[i]); });
-    const float mean = sum / static_cast<float>(n);
-    const float m2 = lane_sum(n, [&](std::int64_t i) __attribute__((always_inline)) {
-      const float distance = to_float(in[i]) - mean;
-      return distance * distance;
+    return moments_of(stretch(piece), [&](std::int64_t i) __attribute__((always_inline)) {
+      return to_float(in[i]);
     });
-    return {mean, m2};
   }
 
   FASTKERN_INLINE void stretch_apply(std::int64_t group, std::int64_t piece) const {
@@ -82,28 +72,39 @@ struct Forward {
     const std::int64_t width = cut.width(), channels = cut.shape.channels;
     const std::int64_t d = cut.shape.group_channels(), rows = cut.rows_of(piece);
     const T* __restrict in = x + cut.row_start(sample, piece);
-    float* __restrict sum = scratch, * __restrict mean = scratch + width;
-    const auto group_sum = [&](std::int64_t g) __attribute__((always_inline)) {
+    float* __restrict sum = scratch;
+    float* __restrict squares = scratch + width;
+    float* __restrict mean = scratch + 2 * width;
+    const float count = static_cast<float>(rows * d);
+    const auto group_sum = [&](const float* columns, std::int64_t g) {
       float total = 0.0f;
-      for (std::int64_t f = g * d; f < width; f += channels) {
-        for (std::int64_t i = f; i < f + d; ++i) total += sum[i];
-      }
+      for (std::int64_t f = g * d; f < width; f += channels) total += sum_of(columns + f, d);
       return total;
     };
-    std::fill_n(sum, width, 0.0f);
-    sum_columns(rows * channels, width, sum,
-                [&](std::int64_t i, std::int64_t)
-                    __attribute__((always_inline)) { return to_float(in[i]); });
-    for (std::int64_t g = 0; g < cut.shape.groups; ++g)
-      out[g].mean = group_sum(g) / static_cast<float>(rows * d);
+    std::fill_n(sum, 2 * width, 0.0f);
+    sum_columns(rows * channels, width,
+                [&](std::int64_t column, const auto& over_rows) __attribute__((always_inline)) {
+                  sum[column] += over_rows([&](std::int64_t i) __attribute__((always_inline)) {
+                    return to_float(in[i]);
+                  });
+                });
+    for (std::int64_t g = 0; g < cut.shape.groups; ++g) out[g].mean = group_sum(sum, g) / count;
     spread(cut, &out->mean, 2, mean);
     std::fill_n(sum, width, 0.0f);
-    sum_columns(rows * channels, width, sum,
-                [&](std::int64_t i, std::int64_t column) __attribute__((always_inline)) {
-                  const float distance = to_float(in[i]) - mean[column];
-                  return distance * distance;
+    sum_columns(rows * channels, width,
+                [&](std::int64_t column, const auto& over_rows) __attribute__((always_inline)) {
+                  const auto distance = [&](std::int64_t i) __attribute__((always_inline)) {
+                    return to_float(in[i]) - mean[column];
+                  };
+                  sum[column] += over_rows(distance);
+                  squares[column] += over_rows([&](std::int64_t i) __attribute__((always_inline)) {
+                    return distance(i) * distance(i);
+                  });
                 });
-    for (std::int64_t g = 0; g < cut.shape.groups; ++g) out[g].m2 = group_sum(g);
+    for (std::int64_t g = 0; g < cut.shape.groups; ++g) {
+      const float off = group_sum(sum, g) / count;
+      out[g] = {out[g].mean + off, corrected(group_sum(squares, g), off, count)};
+    }
   }
 
   FASTKERN_INLINE void row_apply(std::int64_t sample, std::int64_t piece, float* scratch) const {
@@ -152,7 +153,7 @@ struct Forward {
                               }
                             };
     run_units<Moments>(cut.units(), pieces, cut.by_rows ? s.groups : 1, s.numel() / cut.units(),
-                       2 * cut.width(), first, finish, second);
+                       3 * cut.width(), first, finish, second);
   }
 };
 

@@ -11,6 +11,7 @@ namespace {
 using namespace groups;
 
 constexpr std::int64_t kKeepMost = 256 * 1024;
+constexpr std::int64_t kShort = 64;  // positions that are summed in 8 lanes
 
 template <class T, bool kSilu>
 struct Backward {
@@ -47,23 +48,22 @@ struct Backward {
         dz_lanes[l] += dz;
         xhat_lanes[l] += dz * xhat;
       };
-      const auto add_all = [&](bool keep) __attribute__((always_inline)) {
+      const auto add_all = [&]<int kWidth>(bool keep) __attribute__((always_inline)) {
         std::int64_t i = 0;
-        for (; i + kLanes <= n; i += kLanes) {
-          for (int l = 0; l < kLanes; ++l) add(i + l, l, keep);
+        for (; i + kWidth <= n; i += kWidth) {
+          for (int l = 0; l < kWidth; ++l) add(i + l, l, keep);
         }
-        for (; i + 8 <= n; i += 8) {
-          for (int l = 0; l < 8; ++l) add(i + l, l, keep);
-        }
-        for (int l = 8; i < n; ++i, ++l) add(i, l, keep);
+        for (int l = 0; i < n; ++i, ++l) add(i, l, keep);
+        dz_total += fold_lanes<kWidth>(dz_lanes);
+        xhat_total += fold_lanes<kWidth>(xhat_lanes);
       };
-      if (kSilu && keep_dz) {
-        add_all(true);
+      if (s.positions < kShort) {
+        add_all.template operator()<8>(kSilu && keep_dz);
+      } else if (kSilu && keep_dz) {
+        add_all.template operator()<kLanes>(true);
       } else {
-        add_all(false);
+        add_all.template operator()<kLanes>(false);
       }
-      dz_total += fold_lanes(dz_lanes);
-      xhat_total += fold_lanes(xhat_lanes);
     }
     sum_dz[plane] = dz_total;
     sum_xhat[plane] = xhat_total;
@@ -147,12 +147,16 @@ struct Backward {
   /// Means of a group from the sums of its channels.
   void finish_group(std::int64_t group) const {
     const std::int64_t d = cut.shape.group_channels(), first = group * d;
-    float total = 0.0f, xhat_total = 0.0f;
-    for (std::int64_t i = first; i < first + d; ++i) {
-      const float w = weight[i % cut.shape.channels];
-      total += sum_dz[i] * w;
-      xhat_total += sum_xhat[i] * w;
-    }
+    const float* const w = weight.data() + first % cut.shape.channels;
+    const auto weighted = [&](const float* sums) {
+      const auto term = [&](std::int64_t i)
+                            __attribute__((always_inline)) { return sums[first + i] * w[i]; };
+      if (d >= kLanes) return lane_sum(d, term);
+      float total = 0.0f;
+      for (std::int64_t i = 0; i < d; ++i) total += term(i);
+      return total;
+    };
+    const float total = weighted(sum_dz), xhat_total = weighted(sum_xhat);
     means[2 * group] = total / static_cast<float>(cut.shape.group_size());
     means[2 * group + 1] = xhat_total / static_cast<float>(cut.shape.group_size());
   }

@@ -62,11 +62,19 @@ void dispatch_activation(Activation activation, const F& f) {
   }
 }
 
+/// The sum of the first kCount lanes.
+template <int kCount = kLanes>
 FASTKERN_INLINE float fold_lanes(float (&lanes)[kLanes]) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
+  for (int width = kCount / 2; width > 0; width /= 2) {
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   }
   return lanes[0];
+}
+
+/// The sum of squared distances from the mean, from that of distances from a point `off` beside it.
+FASTKERN_INLINE float corrected(float squares, float off, float count) {
+  const float m2 = squares - count * off * off;
+  return m2 < 0.0f ? 0.0f : m2;  // NaN stays
 }
 
 template <class Term>
@@ -81,6 +89,41 @@ FASTKERN_INLINE float lane_sum(std::int64_t n, const Term& term) {
   }
   for (int l = 8; i < n; ++i, ++l) lanes[l] += term(i);
   return fold_lanes(lanes);
+}
+
+/// Mean and sum of squared distances from it, of n elements in two passes: the second one also
+/// corrects the mean, which the first one knows to some ulps only. `at(i)` is element i.
+struct Moments {
+  float mean, m2;
+};
+
+template <class At>
+FASTKERN_INLINE Moments moments_of(std::int64_t n, const At& at) {
+  const float count = static_cast<float>(n), rough = lane_sum(n, at) / count;
+  float sums[kLanes] = {}, squares[kLanes] = {};
+  const auto add = [&](std::int64_t i, int l) __attribute__((always_inline)) {
+    const float distance = at(i) - rough;
+    sums[l] += distance;
+    squares[l] += distance * distance;
+  };
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) add(i + l, l);
+  }
+  for (int l = 0; i < n; ++i, ++l) add(i, l);
+  const float off = fold_lanes(sums) / count;
+  return {rough + off, corrected(fold_lanes(squares), off, count)};
+}
+
+/// Of `count` columns side by side.
+FASTKERN_INLINE float sum_of(const float* columns, std::int64_t count) {
+  if (count >= kLanes) {
+    return lane_sum(count,
+                    [&](std::int64_t i) __attribute__((always_inline)) { return columns[i]; });
+  }
+  float total = 0.0f;
+  for (std::int64_t i = 0; i < count; ++i) total += columns[i];
+  return total;
 }
 
 /// How a tensor is cut. `fold`: positions side by side in one row of columns, so that loops over
@@ -142,23 +185,27 @@ FASTKERN_INLINE void for_columns(std::int64_t elements, std::int64_t width, cons
   for (std::int64_t i = 0; i < elements - first; ++i) body(first + i, i);
 }
 
-/// The same for a sum[column] += term(element, column), in an order of its own: four rows at a
-/// time, so that the sums are loaded and stored once for four terms.
-template <class Term>
-FASTKERN_INLINE void sum_columns(std::int64_t elements, std::int64_t width, float* __restrict sum,
-                                 const Term& term) {
+/// The same for sums of columns, four rows at a time, so that they are loaded and stored once for
+/// four: body(column, over_rows), where over_rows(term) is the sum of term(element) over those
+/// rows.
+template <class Body>
+FASTKERN_INLINE void sum_columns(std::int64_t elements, std::int64_t width, const Body& body) {
   std::int64_t first = 0;
   for (; first + 4 * width <= elements; first += 4 * width) {
 #pragma GCC ivdep
     for (std::int64_t i = 0; i < width; ++i) {
-      sum[i] += (term(first + i, i) + term(first + width + i, i)) +
-                (term(first + 2 * width + i, i) + term(first + 3 * width + i, i));
+      body(i, [&](const auto& term) __attribute__((always_inline)) {
+        return (term(first + i) + term(first + width + i)) +
+               (term(first + 2 * width + i) + term(first + 3 * width + i));
+      });
     }
   }
   for (; first < elements; first += width) {
     const std::int64_t count = std::min(width, elements - first);
 #pragma GCC ivdep
-    for (std::int64_t i = 0; i < count; ++i) sum[i] += term(first + i, i);
+    for (std::int64_t i = 0; i < count; ++i) {
+      body(i, [&](const auto& term) __attribute__((always_inline)) { return term(first + i); });
+    }
   }
 }
 
@@ -175,39 +222,38 @@ template <class Partial, class First, class Finish, class Second>
 void run_units(std::int64_t units, std::int64_t pieces, std::int64_t partials,
                std::int64_t unit_elements, std::int64_t scratch_floats, const First& first,
                const Finish& finish, const Second& second) {
-  enum Phase { kAll, kFirst, kSecond };
+  enum Phase { kAll, kFirst, kFinish, kSecond };
   std::vector<Partial> shared;
+  // One function for all phases: the compiler may round one formula differently in two places.
   const auto run = [&](Phase phase, std::int64_t begin, std::int64_t end) {
     std::vector<Partial> own(phase == kAll ? pieces * partials : 0);
     Floats scratch(scratch_floats);
     with_best_isa([&]() __attribute__((always_inline)) {
+      const bool whole = phase == kAll || phase == kFinish;
       for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t unit = phase == kAll ? i : i / pieces;
-        const std::int64_t from = phase == kAll ? 0 : i % pieces;
-        const std::int64_t to = phase == kAll ? pieces : from + 1;
+        const std::int64_t unit = whole ? i : i / pieces;
+        const std::int64_t from = whole ? 0 : i % pieces, to = whole ? pieces : from + 1;
         Partial* const all = phase == kAll ? own.data() : shared.data() + unit * pieces * partials;
-        if (phase != kSecond) {
+        if (phase == kAll || phase == kFirst) {
           for (std::int64_t p = from; p < to; ++p)
             first(unit, p, all + p * partials, scratch.data());
         }
-        if (phase == kAll) finish(unit, all);
-        if (phase != kFirst) {
+        if (whole) finish(unit, all);
+        if (phase == kAll || phase == kSecond) {
           for (std::int64_t p = from; p < to; ++p) second(unit, p, scratch.data());
         }
       }
     });
   };
-  const std::int64_t grain = row_grain(unit_elements);
-  if (one_thread_a_unit(units, pieces)) {
-    return parallel_for(units, grain, [&](auto begin, auto end) { run(kAll, begin, end); });
-  }
+  const auto share_out = [&](Phase phase, std::int64_t count, std::int64_t grain) {
+    parallel_for(count, grain,
+                 [&](std::int64_t begin, std::int64_t end) { run(phase, begin, end); });
+  };
+  if (one_thread_a_unit(units, pieces)) return share_out(kAll, units, row_grain(unit_elements));
   shared.resize(units * pieces * partials);
-  const std::int64_t piece_grain = row_grain(unit_elements / pieces);
-  parallel_for(units * pieces, piece_grain, [&](auto begin, auto end) { run(kFirst, begin, end); });
-  for (std::int64_t unit = 0; unit < units; ++unit)
-    finish(unit, shared.data() + unit * pieces * partials);
-  parallel_for(units * pieces, piece_grain,
-               [&](auto begin, auto end) { run(kSecond, begin, end); });
+  share_out(kFirst, units * pieces, row_grain(unit_elements / pieces));
+  run(kFinish, 0, units);
+  share_out(kSecond, units * pieces, row_grain(unit_elements / pieces));
 }
 
 }  // namespace fastkern::cpu::groups

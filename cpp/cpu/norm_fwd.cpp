@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Norms on the CPU, forward: fallback for CPU tensors and oracle of the CUDA tests. f32 arithmetic,
-// sums in fixed order. A row is brought into f32 once, and worked on there while it is in the
-// cache.
+// sums in fixed order. A row goes through the loops one after the other while it is in the nearest
+// cache: h, the sums, y; or the values, then their quantisation.
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <limits>
+#include <type_traits>
 
 #include "fastkern/norm.h"
 #include "parallel.h"
@@ -131,7 +134,7 @@ FASTKERN_INLINE void quantise_row(const Forward& f, std::int64_t n, Q* q, float*
                  __attribute__((always_inline)) { q[c] = from_float<Q>(values[c] * inverse); });
 }
 
-/// Rows read as In and written as Out; without kAffine xhat * weight is all there is to rms.
+/// Rows are read as In and written as Out. Without kAffine there are a mean and a bias of zero.
 template <class In, class Out, bool kAffine>
 FASTKERN_INLINE void norm_rows(const Forward& f, std::int64_t begin, std::int64_t end,
                                Scratch& scratch) {

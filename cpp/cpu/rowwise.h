@@ -2,9 +2,9 @@
 // What kernels that work row by row share: loops over columns, sums whose order is fixed, rows as
 // f32 whatever they are stored as, moments, dropout.
 //
-// Every loop is a function of its own, compiled for each instruction set: in the middle of a kernel
-// with all its variants, GCC runs out of registers for it or leaves it scalar. What a loop calls
-// must be always_inline.
+// What is FASTKERN_INLINE goes into a with_best_isa. Keep what one of those holds small, and pick
+// types and variants outside of it: in a function with all of them GCC runs out of registers for a
+// loop, or leaves it scalar.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,6 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "fastkern/rows.h"
 #include "fastkern/scalar.h"
@@ -30,7 +29,7 @@ FASTKERN_INLINE void columns(std::int64_t n, const Body& body) {
   for (std::int64_t c = 0; c < n; ++c) local(c);
 }
 
-/// The same as a function of its own, called from plain code. It costs about 5 ns more.
+/// The same as a function of its own, to be called from plain code. That costs about 5 ns.
 template <class Body>
 void for_columns(std::int64_t n, const Body& body) {
   with_best_isa([&]() __attribute__((always_inline)) { columns(n, body); });

@@ -10,9 +10,10 @@
 //            Larger groups are cut into chunks of 64 KiB (at most 256, then larger ones): one
 //            kernel finds their moments, a second one, last chunk first and out of L2 as far as
 //            that goes, scales them. The cut depends on L and the type alone.
-//   moments  mean first, then squared distances from it, both from registers; those of blocks or
-//            chunks are combined about the mean of all (Chan, Golub and LeVeque, 1983)
-//   memory   shared: a float a warp and sum, two a block of the cluster; workspace: two f32 a chunk
+//   moments  mean first, then squared distances from it, both from registers, and a correction of
+//            the mean; those of blocks or chunks are combined about the mean of all (Chan, Golub
+//            and LeVeque, 1983)
+//   memory   shared: three f32 a warp, two a block of the cluster; workspace: two f32 a chunk
 //   sync     two barriers a block, and two of the cluster; none where a warp holds the group
 //   cost     reads N·C·positions once, twice where a group is in chunks; writes it once; HBM bound
 //   measured not yet
@@ -49,9 +50,9 @@ __device__ __forceinline__ Pack<T> apply(const Forward<T>& p, const Pack<T>& in,
 /// Moments of `count` elements that the threads of a team hold in packs of n elements in all.
 template <class T, int kPacks>
 __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first, int step, int n,
-                                                float count, int team, float (&scratch)[2][16]) {
+                                                float count, int team, float (&scratch)[2][32]) {
   constexpr int kV = kVector<T>;
-  float sum[1] = {0.0f}, m2[1] = {0.0f};
+  float sum[1] = {0.0f}, distances[2] = {0.0f, 0.0f};  // and their squares
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     float v[kV];
@@ -60,7 +61,7 @@ __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first,
     for (int j = 0; j < kV; ++j) sum[0] += v[j];
   }
   team_sum(sum, team, scratch[0]);
-  const float mean = sum[0] / count;
+  const float rough = sum[0] / count;  // good to some ulps; the second pass mends that
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     float v[kV];
@@ -68,12 +69,14 @@ __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first,
     tile::unpack(x[i], v);
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      const float distance = first + i * step + j < n ? v[j] - mean : 0.0f;
-      m2[0] = fmaf(distance, distance, m2[0]);
+      const float distance = first + i * step + j < n ? v[j] - rough : 0.0f;
+      distances[0] += distance;
+      distances[1] = fmaf(distance, distance, distances[1]);
     }
   }
-  team_sum(m2, team, scratch[1]);
-  return {mean, m2[0]};
+  team_sum(distances, team, scratch[1]);
+  const float off = distances[0] / count;
+  return {rough + off, corrected(distances[1], off, count)};
 }
 
 template <class T, bool kSilu, int kPacks>
@@ -93,7 +96,7 @@ __device__ __forceinline__ void apply_and_store(const Forward<T>& p, Pack<T> (&x
 template <class T, bool kSilu, int kPacks>
 __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_kernel(const Forward<T> p) {
   constexpr int kV = kVector<T>;
-  __shared__ float scratch[2][16];
+  __shared__ float scratch[2][32];
   __shared__ float2 sPeers[kClusterBlocks];
   if (p.blocks > 1) ptx::cluster_arrive();  // shared memory of a peer exists once it has begun
   const int lane = threadIdx.x & (p.team - 1), n = static_cast<int>(p.group_size);
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_kernel(const Forward
 template <class T>
 __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_stats_kernel(const Forward<T> p) {
   constexpr int kV = kVector<T>, kPacks = kChunkPacks, kTile = kBlock * kPacks * kV;
-  __shared__ float scratch[2][16];
+  __shared__ float scratch[2][32];
   ptx::grid_launch_next();
   const std::uint32_t group = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
   const int first = threadIdx.x * kV, step = kBlock * kV;

@@ -98,15 +98,23 @@ __device__ __forceinline__ float rstd_of(float m2, float count, float eps) {
   return rsqrtf(m2 / count + eps);
 }
 
+/// The sum of squared distances from the mean, from that of distances from a point `off` beside it.
+__device__ __forceinline__ float corrected(float squares, float off, float count) {
+  const float m2 = fmaf(-count * off, off, squares);
+  return m2 < 0.0f ? 0.0f : m2;  // NaN stays
+}
+
 /// Moments of all from those of parts: `part(i)` and `count(i)` for i in [0, parts). A warp calls
-/// it together and gets the same bits in every lane.
+/// it together and gets the same bits in every lane. Sums are of distances from the first mean, so
+/// that equal means stay what they are.
 template <class Part, class Count>
 __device__ __forceinline__ Moments combine(int parts, float total, const Part& part,
                                            const Count& count) {
   const int lane = threadIdx.x % kWarp;
+  const float near = part(0).x;
   float sum = 0.0f;
-  for (int i = lane; i < parts; i += kWarp) sum = fmaf(count(i), part(i).x, sum);
-  const float mean = warp_sum(sum) / total;
+  for (int i = lane; i < parts; i += kWarp) sum = fmaf(count(i), part(i).x - near, sum);
+  const float mean = near + warp_sum(sum) / total;
   float m2 = 0.0f;
   for (int i = lane; i < parts; i += kWarp) {
     const float2 of = part(i);

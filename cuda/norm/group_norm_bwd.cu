@@ -41,20 +41,30 @@ __global__ void __launch_bounds__(kFinishBlock) group_norm_bwd_finish_kernel(con
   const std::uint32_t group = blockIdx.x, sample = group / p.groups;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const std::uint32_t first = group % p.groups * p.group_channels;
+  // Each thread adds some weighted channels up: a lane in turn, or all at once.
   float2 own{0.0f, 0.0f};
-  for (int i = warp; i < p.group_channels; i += kWarps) {
-    const std::uint32_t channel = first + i;
-    const float2* const parts = p.partial + sample * p.partial_sample + channel * p.partial_channel;
-    float2 sum{0.0f, 0.0f};
-    for (std::uint32_t part = lane; part < p.parts; part += kWarp) {
-      const float2 of = parts[part * p.partial_step];
-      sum.x += of.x, sum.y += of.y;
-    }
-    sum.x = warp_sum(sum.x), sum.y = warp_sum(sum.y);
-    if (lane == 0) p.totals[sample * p.channels + channel] = sum;
+  const auto add = [&](std::uint32_t channel, float2 sum) {
     const float weight = p.weight.at(channel, 1.0f);
     own.x = fmaf(sum.x, weight, own.x), own.y = fmaf(sum.y, weight, own.y);
+    p.totals[sample * p.channels + channel] = sum;
+  };
+  const float2* const partial = p.partial + sample * p.partial_sample;
+  if (p.parts == 1) {
+    for (int i = threadIdx.x; i < p.group_channels; i += kFinishBlock)
+      add(first + i, partial[(first + i) * p.partial_channel]);
+  } else {
+    for (int i = warp; i < p.group_channels; i += kWarps) {
+      const float2* const parts = partial + (first + i) * p.partial_channel;
+      float2 sum{0.0f, 0.0f};
+      for (std::uint32_t part = lane; part < p.parts; part += kWarp) {
+        const float2 of = parts[part * p.partial_step];
+        sum.x += of.x, sum.y += of.y;
+      }
+      sum.x = warp_sum(sum.x), sum.y = warp_sum(sum.y);
+      if (lane == i / kWarps % kWarp) add(first + i, sum);
+    }
   }
+  own.x = warp_sum(own.x), own.y = warp_sum(own.y);
   if (lane == 0) sWarps[warp] = own;
   __syncthreads();
   if (threadIdx.x > 0) return;

@@ -70,9 +70,12 @@ __device__ __forceinline__ void channel_moments(Pack<T> (&x)[kPacks], const Cell
   const float total = static_cast<float>(turns.of(first_row, cell.rows));
   for_slab_channels(channels, [&](int channel, int part, bool inside) {
     float sum = 0.0f, squares = 0.0f;
-    for (int y = part; inside && y < cell.rows; y += 4)
-      sum = fmaf(static_cast<float>(turns.of(first_row + y)), sMean[y * pitch + channel], sum);
-    const float of_all = sum_of_four(sum) / total;
+    const float near = inside ? sMean[channel] : 0.0f;
+    for (int y = part; inside && y < cell.rows; y += 4) {
+      sum =
+          fmaf(static_cast<float>(turns.of(first_row + y)), sMean[y * pitch + channel] - near, sum);
+    }
+    const float of_all = near + sum_of_four(sum) / total;
     for (int y = part; inside && y < cell.rows; y += 4) {
       const float distance = sMean[y * pitch + channel] - of_all;
       squares += fmaf(static_cast<float>(turns.of(first_row + y)) * distance, distance,
@@ -246,9 +249,10 @@ __global__ void __launch_bounds__(kLastBlock)
   };
   const float total = static_cast<float>(p.group_size);
   float sum[1] = {0.0f}, m2[1] = {0.0f};
-  for_parts([&](float2 part, float count) { sum[0] = fmaf(count, part.x, sum[0]); });
+  const float near = partial->x;
+  for_parts([&](float2 part, float count) { sum[0] = fmaf(count, part.x - near, sum[0]); });
   team_sum(sum, kLastBlock, scratch[0]);
-  const float mean = sum[0] / total;
+  const float mean = near + sum[0] / total;
   for_parts([&](float2 part, float count) {
     const float distance = part.x - mean;
     m2[0] += fmaf(count * distance, distance, part.y);

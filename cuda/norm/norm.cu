@@ -114,7 +114,8 @@ Split split_of(const NormBwd& args, int device) {
   if (plan.resident) {
     const std::int64_t most = plan.blocks_per_sm * sms / plan.blocks_per_row * plan.rows_per_block;
     split.teams = std::min(ceil_div(x.count, plan.rows_per_block) * plan.rows_per_block, most);
-    split.slots = split.teams / split.heads * split.heads;
+    split.slots =
+        split.heads == 1 ? split.teams : std::min(split.teams, x.count) / split.heads * split.heads;
     // Fewer clusters than planned may fit on the device: too few for several heads, perhaps.
     const bool enough = split.slots > 0 && (split.heads == 1 || plan.blocks_per_row == 1);
     if (enough || x.count == 0) {

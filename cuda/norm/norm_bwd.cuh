@@ -47,7 +47,7 @@ constexpr std::size_t bwd_bytes(int threads, int blocks, bool add, bool in_share
   constexpr bool kTwo = kSums == Sums::two_outputs;
   constexpr int kStages = kBackwardStages<T, kNorm>;
   const int heads =
-      kShifted<T, kNorm> && threads > 32 ? (kStages * kBlock / 32 * 16 + 127) / 128 * 128 : 0;
+      kNorm == NormKind::layer && threads > 32 ? (kStages * kBlock / 32 * 16 + 127) / 128 * 128 : 0;
   return tile::Exchange<tile::Sum, bwd_values(kNorm)>::bytes(kBlock, blocks) + heads +
          sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount * (in_shared ? 1 + kTwo : 0) +
          16 * static_cast<std::size_t>(kStages) * (2 + kTwo + add) * kPacks * kBlock;

@@ -24,6 +24,7 @@ from fastkern.ops.add_norm import (  # noqa: E402
     add_rms_norm_parallel,
 )
 from fastkern.ops.add_norm_inplace import add_layer_norm_, add_rms_norm_  # noqa: E402
+from fastkern.ops.group_norm import group_norm  # noqa: E402
 from fastkern.ops.norm import layer_norm, rms_norm  # noqa: E402
 from fastkern.ops.norm_quant import (  # noqa: E402
     add_rms_norm_dynamic_quant,
@@ -47,6 +48,7 @@ __all__ = [
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
+    "group_norm",
     "layer_norm",
     "rms_norm",
     "rms_norm_dynamic_quant",

@@ -331,8 +331,8 @@ TEST_F(GroupNormCuda, Empty) {
   }
 }
 
-/// mean 1e4, deviation 1: a difference of squares in f32 would leave nothing of the variance. A mean
-/// in f32 is good to 5e-4 here, and so are distances between the means of parts.
+/// mean 1e4, deviation 1: a difference of squares in f32 would leave nothing of the variance. A
+/// mean in f32 is good to 5e-4 here, and so are distances between the means of parts.
 TEST_F(GroupNormCuda, FarFromZero) {
   for (const DType dtype : {DType::f32, DType::f16}) {
     for (const auto& [sizes, groups] : kEveryPlan) {

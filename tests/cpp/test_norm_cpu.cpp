@@ -641,6 +641,23 @@ TEST(NormCpuEdge, LayerNormOfRowsFarFromZero) {
   }
 }
 
+// Statistics start from the mean of the first columns, which says nothing about the row here.
+TEST(NormCpuEdge, LayerNormOfRowsThatBeginUnlikeTheRest) {
+  constexpr std::int64_t n = 3000;
+  for (const int odd_columns : {1, 16, 32, 33, 500}) {
+    for (const double step : {0.5, 3.0, 1e2, 1e4, 1e6}) {
+      Problem p({.kind = NormKind::layer, .weight = true}, {0, 0}, 2, n);
+      for (std::int64_t c = 0; c < odd_columns; ++c) {
+        p.x.set(c, p.x.get(c) + step);
+        p.x.set(n + c, p.x.get(n + c) - step);
+      }
+      SCOPED_TRACE(std::to_string(odd_columns) + " columns off by " + std::to_string(step));
+      expect_forward(p);
+      expect_backward(p);
+    }
+  }
+}
+
 TEST(NormCpuEdge, NanAndInfinityStayInTheirRows) {
   constexpr std::int64_t m = 5, n = 70;
   for (const NormKind kind : {NormKind::rms, NormKind::layer}) {

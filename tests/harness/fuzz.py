@@ -190,10 +190,7 @@ def _assert_right(spec: OpSpec, op_name: str, arguments: Arguments, result: tupl
         return
     for value in result:
         assert value.device == given[0].device, f"{op_name}: result on {value.device}"
-    copies = {
-        k: spec.dense(v.detach().resolve_neg()) if isinstance(v, Tensor) else v
-        for k, v in arguments.items()
-    }
+    copies = {k: spec.dense(v.detach().resolve_neg()) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     op = getattr(torch.ops.fastkern, op_name).default
     with torch.no_grad():
         for i, (ours, dense) in enumerate(zip(result, as_tuple(op(**copies)), strict=True)):

@@ -192,7 +192,7 @@ def check_no_leak(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:
         run_all(spec, inputs, grad_outs)
     torch.cuda.synchronize()
     grown = torch.cuda.memory_allocated() - before
-    assert grown == 0, f"{spec.name}: memory grew by {grown} bytes in 50 calls"
+    assert grown <= 0, f"{spec.name}: memory grew by {grown} bytes in 50 calls"
 
 
 def check_second_device(spec: OpSpec, dtype: torch.dtype, variant: Variant) -> None:

@@ -97,7 +97,7 @@ class OpSpec:
     )
     signed_zeros: bool = True
     vanishing: Callable[[Inputs], bool] = lambda inputs: False
-    dense: Callable[[Tensor], Tensor] = partial(torch.clone, memory_format=torch.contiguous_format)
+    dense: Callable[[Tensor], Tensor] = partial(torch.clone, memory_format=torch.contiguous_format)  # noqa: RUF009
     yardstick: Callable[..., Outputs] | None = None
 
     @property
