@@ -61,7 +61,8 @@ __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first,
     for (int j = 0; j < kV; ++j) sum[0] += v[j];
   }
   team_sum(sum, team, scratch[0]);
-  const float rough = sum[0] / count;  // good to some ulps; the second pass mends that
+  const float rough = sum[0] / count;     // good to some ulps; the second pass mends that
+  const int begin = tile::opaque(first);  // nothing made of it is kept from above
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     float v[kV];
@@ -69,7 +70,7 @@ __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first,
     tile::unpack(x[i], v);
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      const float distance = first + i * step + j < n ? v[j] - rough : 0.0f;
+      const float distance = begin + i * step + j < n ? v[j] - rough : 0.0f;
       distances[0] += distance;
       distances[1] = fmaf(distance, distance, distances[1]);
     }
