@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 
@@ -51,11 +52,27 @@ inline int device_attribute(cudaDeviceAttr attribute, int device, const char* op
   return value;
 }
 
+/// Compute capability times ten; asked of the driver once for each device.
+inline int capability(int device, const char* op) {
+  constexpr int kRemembered = 64;
+  static std::atomic<int> remembered[kRemembered];
+  if (device < kRemembered) {
+    if (const int known = remembered[device].load(std::memory_order_relaxed)) return known;
+  }
+  const int value = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device, op) +
+                    device_attribute(cudaDevAttrComputeCapabilityMinor, device, op);
+  if (device < kRemembered) remembered[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+
 struct Launch {
   const char* op;     // for error messages
   std::int64_t grid;  // blocks, on x: the only axis without a 65,535 limit
   int block;          // threads
   std::size_t shared = 0;
+  int cluster = 1;  // blocks of a cluster; above 1 only where capability() >= 90
+  /// The kernel begins with ptx::grid_wait(): it may be launched while the one before it ends.
+  bool overlap = false;
 };
 
 template <class... Params, class... Args>
@@ -66,7 +83,8 @@ void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, const
   const DeviceGuard guard(stream.device, shape.op);
   // Dynamic and static shared memory together may take 48 KB unasked; how much is static is the
   // kernel's secret.
-  if (shape.shared > 0) {
+  constexpr std::size_t kSurelyAllowed = 16 * 1024;
+  if (shape.shared > kSurelyAllowed) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared)),
           shape.op, "raising the shared-memory limit");
@@ -76,6 +94,22 @@ void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, const
   config.blockDim = dim3(static_cast<unsigned>(shape.block));
   config.dynamicSmemBytes = shape.shared;
   config.stream = static_cast<cudaStream_t>(stream.handle);
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (shape.overlap && capability(stream.device, shape.op) >= 90) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    if (shape.cluster > 8) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+            shape.op, "allowing clusters of 16");
+    }
+  }
   check(cudaLaunchKernelEx(&config, kernel, Params(args)...), shape.op, "kernel launch");
 }
 

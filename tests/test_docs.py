@@ -185,31 +185,44 @@ def test_operators_are_documented() -> None:
 # ---- tables of launch plans ------------------------------------------------------------------------------------------
 
 _PLANS = re.compile(r"(?<=<!-- plan: )(\w+)( -->\n).*?(?=<!-- /plan -->)", re.DOTALL)
-_MOST_PACKS = 1 << 14
+_MOST_PACKS = 1 << 16
+
+
+def plan_ranges(op: str, dtype: str, vector: int) -> dict[tuple[object, ...], tuple[int, int]]:
+    """Who owns a row, and for which lengths in packs of 16 bytes."""
+    ranges: dict[tuple[object, ...], tuple[int, int]] = {}
+    last: tuple[object, ...] = ()
+    for packs in range(1, _MOST_PACKS + 1):
+        plan = _core.plan(op, packs * vector, dtype)
+        assert plan == _core.plan(op, (packs - 1) * vector + 1, dtype), f"{op}: the plan changes within a pack"
+        threads, blocks = plan["threads_per_row"], plan["blocks_per_row"]
+        facts = (
+            f"`{plan['kernel']}`",
+            threads if blocks == 1 else f"{blocks} x {threads}",
+            plan["elements_per_thread"] // vector if plan["resident"] else "any",
+            plan["rows_per_block"],
+            plan["threads_per_block"],
+        )
+        assert facts == last or facts not in ranges, f"{op}: two ranges with the same plan"
+        ranges[facts] = (ranges.get(facts, (packs, packs))[0], packs)
+        last = facts
+    return ranges
 
 
 def plan_table(op: str) -> str:
-    """Who owns a row, for rows of each length in packs of 16 bytes."""
-    ranges: list[tuple[tuple[object, ...], int, int]] = []
-    for packs in range(1, _MOST_PACKS + 1):
-        facts = []
-        for dtype, vector in (("bfloat16", 8), ("float32", 4)):
-            plan = _core.plan(op, packs * vector, dtype)
-            assert plan == _core.plan(op, (packs - 1) * vector + 1, dtype), f"{op}: the plan changes within a pack"
-            each = str(plan["elements_per_thread"] // vector) if plan["resident"] else "any, read twice"
-            facts.append((plan["threads_per_row"], each, plan["rows_per_block"], plan["threads_per_block"]))
-        assert facts[0] == facts[1], f"{op}: the plan depends on more than a row's bytes"
-        if ranges and ranges[-1][0] == facts[0]:
-            ranges[-1] = (facts[0], ranges[-1][1], packs)
-        else:
-            ranges.append((facts[0], packs, packs))
+    """Who owns a row, for rows of each length; a dash where a type has no rows of this kind."""
+    half, single = plan_ranges(op, "bfloat16", 8), plan_ranges(op, "float32", 4)
+    assert [facts for facts in half if facts in single] == list(single), f"{op}: plans that f32 alone has"
 
-    def span(first: int, last: int, vector: int) -> str:
+    def span(ranges: dict[tuple[object, ...], tuple[int, int]], facts: tuple[object, ...], vector: int) -> str:
+        if facts not in ranges:
+            return "-"
+        first, last = ranges[facts]
         start = (first - 1) * vector + 1
         return f"{start:,} and more" if last == _MOST_PACKS else f"{start:,} to {last * vector:,}"
 
-    head = ("N in 16-bit", "N in f32", "threads a row", "16-byte packs a thread", "rows a block", "threads a block")
-    rows = [(span(a, b, 8), span(a, b, 4), *facts) for facts, a, b in ranges]
+    head = ("N in 16-bit", "N in f32", "kernel", "threads a row", "packs a thread", "rows a block", "threads a block")
+    rows = [(span(half, facts, 8), span(single, facts, 4), *facts) for facts in half]
     lines = [head, ("---:",) * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in lines)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators called with arguments made from their schemas: right, refused in words, and usable afterwards.
 
-``HYPOTHESIS_PROFILE`` chooses how many: ``quick`` 100, ``ci`` 1,000 (default), ``nightly`` 20,000 an operator.
+``HYPOTHESIS_PROFILE`` chooses how many: ``quick`` 100, ``ci`` 1,000 (default), ``nightly`` 20,000 an operator, shared
+among its function and the operators that it is registered as.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from fastkern.specs import SPECS, OpSpec
 from harness import fuzz
 from harness.cases import assert_bitwise, make_inputs, pick_dims, run_forward
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 _CASES = [
@@ -26,6 +27,9 @@ def _fuzz(spec: OpSpec, op_name: str, function: object, device: str) -> None:
     expected = run_forward(spec.function, good)
     verdicts: Counter[bool] = Counter()
 
+    share = settings.default.max_examples // (1 + len(fuzz.operator_names(spec)))
+
+    @settings(max_examples=max(share, 50))
     @given(st.data())
     def one_call(data: st.DataObject) -> None:
         torch.manual_seed(0)

@@ -18,8 +18,12 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert f"{fastkern.__version__} (commit {_core.build_info()['commit']})" in text
     for spec in SPECS:
-        assert f"{spec.name} forward" in text
-    if not _core.build_info()["cuda"]:
+        assert f"\n  {spec.name} " in text
+    if _core.build_info()["cuda"]:
+        for name in ("rms_norm", "layer_norm"):
+            assert f"{name} forward" in text
+            assert f"{name} backward" in text
+    else:
         assert "no CUDA kernels" in text
 
 
@@ -28,7 +32,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["environment"]["fastkern"] == fastkern.__version__
     assert set(facts["operators"]) == {s.name for s in SPECS}
-    assert set(facts["plans"]) == {s.name for s in SPECS}
+    assert set(facts["plans"]) == ({"rms_norm", "layer_norm"} if _core.build_info()["cuda"] else set())
     assert "missing" not in " ".join(facts["libraries"].values())
 
 
@@ -70,12 +74,16 @@ def test_devices_and_plans_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         if not op.endswith("_bwd"):
             raise ValueError("plan: op must be something else")
         kernel = {"kernel": f"{op}_kernel", "threads_per_block": 128, "rows_per_block": 2}
-        return {**kernel, "threads_per_row": 64, "elements_per_thread": 16}
+        return {**kernel, "threads_per_row": 64, "blocks_per_row": 1, "elements_per_thread": 16}
 
-    fake = {"device_count": lambda: 1, "device_info": lambda i: device, "architectures": lambda: ["80"], "plan": plan}
+    build = {**_core.build_info(), "cuda": True}
+    fake = {
+        "device_count": lambda: 1, "device_info": lambda i: device, "architectures": lambda: ["80"], "plan": plan,
+        "build_info": lambda: build,
+    }  # fmt: skip
     for name, function in fake.items():
         monkeypatch.setattr(_core, name, function)
     text = info.text(info.report())
     assert "cuda:0  GPU, capability 9.0, 132 multiprocessors, 128 GiB, L2 64 MiB: served by PTX" in text
-    assert "rms_norm forward: op must be something else" in text
+    assert "rms_norm forward" not in text
     assert "rms_norm_bwd_kernel" in text

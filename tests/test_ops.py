@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fastkern.specs import SPECS, BadCall, OpSpec
-from harness import gpu, layouts, numerics, runtime, transforms
+from harness import gpu, layouts, numerics, runtime, special, transforms
 from harness.cases import Variant, pick_dims, variant_text
 
 Rows = Callable[[Any], Any]
@@ -63,13 +63,18 @@ def test_unwanted_gradients(spec: OpSpec, device: str, dtype: torch.dtype, varia
 
 
 @core_rows
+def test_unused_outputs(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
+    numerics.check_unused_outputs(spec, device, dtype, variant)
+
+
+@core_rows
 def test_double_backward(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     numerics.check_double_backward(spec, device, dtype, variant)
 
 
 @core_rows
 def test_special_values(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
-    numerics.check_special_values(spec, device, dtype, variant)
+    special.check_special_values(spec, device, dtype, variant)
 
 
 @all_rows

@@ -208,13 +208,16 @@ def test_plan_without_cuda() -> None:
 def test_plan() -> None:
     with pytest.raises(ValueError, match="plan: op must be"):
         _core.plan("no_such_op", 64, torch.float32)
-    for op in ("rms_norm", "rms_norm_bwd"):
+    for op in ("rms_norm", "rms_norm_bwd", "layer_norm", "layer_norm_bwd"):
         for dtype in (torch.float32, "bfloat16", torch.float16):
-            for n in (0, 1, 7, 1024, 4097, 65536, 2**40):
+            for n in (0, 1, 7, 1024, 4097, 65536, 262144, 2**40):
                 plan = _core.plan(op, n, dtype)
-                assert plan["kernel"].startswith("rms_norm")
-                assert plan["threads_per_block"] in {32, 64, 128, 256, 512, 1024}
-                assert plan["threads_per_row"] <= plan["threads_per_block"]
+                assert plan["kernel"].startswith("norm_bwd_" if op.endswith("_bwd") else "norm_")
+                assert plan["threads_per_block"] in {128, 256, 512}
+                assert plan["threads_per_row"] * plan["rows_per_block"] == plan["threads_per_block"]
+                assert plan["blocks_per_row"] in {1, 2, 4, 8, 16}
+                held = plan["threads_per_row"] * plan["blocks_per_row"] * plan["elements_per_thread"]
+                assert held >= n or not plan["resident"]
 
 
 # ---- devices and routes ----------------------------------------------------------------------------------------------
@@ -262,7 +265,7 @@ def test_no_autograd_without_need(spec: OpSpec, device: str) -> None:
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert all(o.grad_fn is None for o in as_tuple(spec.function(**leaves)))
-    for call in (spec.function, spec.op):
+    for call in (spec.function, spec.op) if spec.differentiable else ():
         assert all(o.grad_fn is not None for o in as_tuple(call(**leaves)) if is_float(o))
 
 
@@ -277,8 +280,22 @@ def test_results_are_fresh(spec: OpSpec, device: str) -> None:
 
 
 @specs
+def test_gradients_that_do_not_exist_are_refused(spec: OpSpec, device: str) -> None:
+    """A function without a gradient says so instead of giving none."""
+    inputs = _small(spec, device)
+    for name in [k for k, v in inputs.items() if is_float(v)] if not spec.differentiable else ():
+        leaves = leaves_of(inputs, (name,))
+        with pytest.raises(RuntimeError, match=f"{spec.name}: {name} must not require grad"):
+            spec.function(**leaves)
+        with torch.no_grad():
+            spec.function(**leaves)
+
+
+@specs
 def test_in_a_module(spec: OpSpec, device: str) -> None:
     """One optimiser step through parameters changes them, and they stay finite."""
+    if not spec.differentiable:
+        pytest.skip("has no gradient")
     leaves = {k: torch.nn.Parameter(v) if k in spec.differentiable and is_float(v) else v
               for k, v in _small(spec, device).items()}  # fmt: skip
     parameters = [v for v in leaves.values() if isinstance(v, torch.nn.Parameter)]

@@ -38,6 +38,13 @@ class Tensor {
 
 using OptionalTensor = std::optional<Tensor>;
 
+/// An argument of schema type ScalarType: torch's own number of a dtype, taken as it comes, because
+/// the stable conversion throws on dtypes it does not know and ours names the argument.
+struct TorchType {
+  std::int32_t number = 0;
+};
+using OptionalType = std::optional<TorchType>;
+
 namespace boxing {
 
 template <class T>
@@ -47,6 +54,9 @@ T take(StableIValue value) {
   } else if constexpr (std::is_same_v<T, OptionalTensor>) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
     return handle ? OptionalTensor(std::in_place, *handle) : std::nullopt;
+  } else if constexpr (std::is_same_v<T, OptionalType>) {
+    const auto number = torch::stable::detail::to<std::optional<std::int32_t>>(value);
+    return number ? OptionalType(TorchType{*number}) : std::nullopt;
   } else {
     return torch::stable::detail::to<T>(value);
   }

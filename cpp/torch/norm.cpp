@@ -1,98 +1,109 @@
 // SPDX-License-Identifier: Apache-2.0
-// Norm ops for torch: schema, checks, allocation, launch. Fakes and autograd:
+// rms_norm and layer_norm for torch: schema, checks, allocation, launch. Fakes and autograd:
 // python/fastkern/ops/norm.py.
 #include "fastkern/norm.h"
 
-#include <cmath>
+#include <string>
 #include <tuple>
 #include <utility>
 
-#include "tensor.h"
+#include "norm_call.h"
 
 namespace fastkern::torch_layer {
 namespace {
 
-TensorRef check_norm_input(const Tensor& x, double eps, const char* op) {
-  const TensorRef ref = ref_of(x, op, "x");
-  FK_CHECK(ref.ndim >= 1, op, ": x must have at least one dimension, got a scalar of shape ()");
-  FK_CHECK(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and >= 0, got ", eps);
-  return ref;
-}
+// The schemas of the two kinds differ in the order of arguments: eps is the third of rms_norm,
+// which seldom has a bias.
 
-TensorRef check_norm_weight(const OptionalTensor& weight, const TensorRef& x, Device device,
-                            const char* op) {
-  if (!weight) return {};
-  const TensorRef ref = ref_of(*weight, op, "weight");
-  check_shape(ref, &x.sizes[x.ndim - 1], 1, op, "weight");
-  check_device(*weight, device, op, "weight");
-  return ref;
-}
-
-Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps) {
-  constexpr const char* kOp = "fastkern::rms_norm";
-  RmsNormFwd args{.x = check_norm_input(x, eps, kOp), .weight = {}, .y = {}, .eps = eps};
-  const Device device = device_of(x);
-  args.weight = check_norm_weight(weight, args.x, device, kOp);
-  const OptionalTensor x_copy = make_rows(x, args.x), weight_copy = make_rows(weight, args.weight);
-  Tensor y = new_like(args.x, device);
-  args.y = dense_ref(y, args.x);
-  if (!device.is_cuda) {
-    cpu::rms_norm(args);
-  } else if constexpr (kHasCuda) {
-    cuda::rms_norm(args, current_stream(device));
-  }
+template <NormKind kKind>
+Tensor norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+            double weight_offset, OptionalType out_dtype) {
+  NormFwd args;
+  args.op = kKind == NormKind::rms ? "fastkern::rms_norm" : "fastkern::layer_norm";
+  args.kind = kKind;
+  args.eps = eps;
+  args.weight_offset = weight_offset;
+  NormCall call(args.op, x, eps, weight_offset);
+  args.weight = call.affine(weight, "weight");
+  args.bias = call.affine(bias, "bias");
+  const DType out = float_type(out_dtype, call.x().dtype, args.op, "out_dtype");
+  args.x = call.x();
+  call.make_rows(x, args.x);
+  call.make_dense(weight, args.weight);
+  call.make_dense(bias, args.bias);
+  Tensor y = call.new_rows(out, args.y);
+  call.launch(args);
   return y;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x,
-                                        const OptionalTensor& weight, double eps, bool need_dx,
-                                        bool need_dweight) {
-  constexpr const char* kOp = "fastkern::rms_norm_bwd";
-  RmsNormBwd args;
-  args.eps = eps;
-  args.x = check_norm_input(x, eps, kOp);
-  args.dy = ref_of(dy, kOp, "dy");
-  const Device device = device_of(x);
-  FK_CHECK(args.dy.dtype == args.x.dtype, kOp, ": dy must be ", dtype_text(args.x.dtype),
-           " like x, got ", dtype_text(args.dy.dtype));
-  check_shape(args.dy, args.x.sizes.data(), args.x.ndim, kOp, "dy");
-  check_device(dy, device, kOp, "dy");
-  FK_CHECK(weight || !need_dweight, kOp, ": need_dweight must be False without a weight, got True");
-  args.weight = check_norm_weight(weight, args.x, device, kOp);
-  const OptionalTensor copies[] = {make_rows(x, args.x), make_rows(dy, args.dy),
-                                   make_rows(weight, args.weight)};
+Tensor rms_norm(const Tensor& x, const OptionalTensor& weight, double eps,
+                const OptionalTensor& bias, double weight_offset, OptionalType out_dtype) {
+  return norm<NormKind::rms>(x, weight, bias, eps, weight_offset, out_dtype);
+}
 
-  Tensor dx = need_dx ? new_like(args.x, device) : no_output(args.x.dtype, device);
-  Tensor dweight = need_dweight ? new_like(args.weight, device)
-                                : no_output(weight ? args.weight.dtype : args.x.dtype, device);
-  if (need_dx) args.dx = dense_ref(dx, args.x);
-  if (need_dweight) args.dweight = dense_ref(dweight, args.weight);
-  if (!device.is_cuda) {
-    cpu::rms_norm_bwd(args);
-  } else if constexpr (kHasCuda) {
-    const Stream stream = current_stream(device);
-    args.workspace_size = cuda::rms_norm_bwd_workspace(args, stream.device);
-    const Tensor workspace = new_bytes(args.workspace_size, device);
-    args.workspace = data_of(workspace);
-    cuda::rms_norm_bwd(args, stream);
-  }
-  return {std::move(dx), std::move(dweight)};
+template <NormKind kKind>
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const Tensor& x,
+                                            const OptionalTensor& weight,
+                                            const OptionalTensor& bias, double eps,
+                                            double weight_offset, bool need_dx, bool need_dweight,
+                                            bool need_dbias) {
+  NormBwd args;
+  args.op = kKind == NormKind::rms ? "fastkern::rms_norm_bwd" : "fastkern::layer_norm_bwd";
+  args.kind = kKind;
+  args.eps = eps;
+  args.weight_offset = weight_offset;
+  NormCall call(args.op, x, eps, weight_offset);
+  args.x = call.x();
+  args.dy = call.rows(dy, "dy");
+  args.weight = call.affine(weight, "weight");
+  const TensorRef bias_ref = call.affine(bias, "bias");
+  call.check_needed(need_dweight, weight, "need_dweight", "weight");
+  call.check_needed(need_dbias, bias, "need_dbias", "bias");
+
+  call.make_rows(dy, args.dy);
+  call.make_rows(x, args.x);
+  call.make_dense(weight, args.weight);
+  const DType x_type = args.x.dtype;
+  Tensor dx = call.new_gradient(need_dx, call.x(), x_type, args.dx);
+  Tensor dweight = call.new_gradient(need_dweight, args.weight, weight ? args.weight.dtype : x_type,
+                                     args.dweight);
+  Tensor dbias =
+      call.new_gradient(need_dbias, bias_ref, bias ? bias_ref.dtype : x_type, args.dbias);
+  if (need_dx || need_dweight || need_dbias) call.launch(args);
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
-  m.def("rms_norm(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor");
-  m.def("rms_norm_fwd(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor");
-  m.def(
-      "rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight=None, float eps=1e-06, bool need_dx=True, "
-      "bool need_dweight=True) -> (Tensor dx, Tensor dweight)");
+  const auto define = [&](const char* name, const char* schema) {
+    m.def((std::string(name) + schema).c_str());
+  };
+  for (const char* name : {"rms_norm", "rms_norm_fwd"}) {
+    define(name,
+           "(Tensor x, Tensor? weight=None, float eps=1e-06, Tensor? bias=None, float "
+           "weight_offset=0.0, ScalarType? out_dtype=None) -> Tensor");
+  }
+  for (const char* name : {"layer_norm", "layer_norm_fwd"}) {
+    define(name,
+           "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, float "
+           "weight_offset=0.0, ScalarType? out_dtype=None) -> Tensor");
+  }
+  for (const char* name : {"rms_norm_bwd", "layer_norm_bwd"}) {
+    define(name,
+           "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, float eps, float weight_offset, "
+           "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, "
+           "Tensor dbias)");
+  }
 }
 
 FASTKERN_REGISTER(m) {
   m.impl("rms_norm", box<&rms_norm>);
   m.impl("rms_norm_fwd", box<&rms_norm>);
-  m.impl("rms_norm_bwd", box<&rms_norm_bwd>);
+  m.impl("rms_norm_bwd", box<&norm_bwd<NormKind::rms>>);
+  m.impl("layer_norm", box<&norm<NormKind::layer>>);
+  m.impl("layer_norm_fwd", box<&norm<NormKind::layer>>);
+  m.impl("layer_norm_bwd", box<&norm_bwd<NormKind::layer>>);
 }
 
 }  // namespace fastkern::torch_layer

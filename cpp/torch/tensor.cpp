@@ -15,13 +15,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-std::string shape_text(const std::int64_t* sizes, int ndim) {
-  TensorRef shape;
-  shape.ndim = ndim;
-  std::copy(sizes, sizes + ndim, shape.sizes.begin());
-  return shape.shape();
-}
-
 std::string device_text(Device device) {
   if (device.is_cuda) return "cuda:" + std::to_string(device.index);
   if (device.type == aoti_torch_device_type_cpu()) return "cpu";
@@ -57,14 +50,35 @@ std::string type_text(std::int32_t type) {
 }
 
 std::int32_t scalar_type(DType dtype) {
-  return number_of(dtype == DType::f32   ? ScalarType::Float
-                   : dtype == DType::f16 ? ScalarType::Half
-                                         : ScalarType::BFloat16);
+  switch (dtype) {
+    case DType::f32:
+      return number_of(ScalarType::Float);
+    case DType::f16:
+      return number_of(ScalarType::Half);
+    case DType::bf16:
+      return number_of(ScalarType::BFloat16);
+    case DType::f8e4m3:
+      return number_of(ScalarType::Float8_e4m3fn);
+    case DType::i8:
+      return number_of(ScalarType::Char);
+  }
+  fail("fastkern: no torch dtype for ", name_of(dtype));
 }
 
-DType dtype_of(const Tensor& t, const char* op, const char* argument) {
+std::int32_t type_of(const Tensor& t) {
   std::int32_t type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  return type;
+}
+
+/// torch lets None through where the schema asks for a tensor.
+void check_defined(const Tensor& t, const char* op, const char* argument) {
+  bool defined = false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(t.get(), &defined));
+  FK_CHECK(defined, op, ": ", argument, " must be a tensor, got None");
+}
+
+DType float_of(std::int32_t type, const char* op, const char* argument) {
   if (type == number_of(ScalarType::BFloat16)) return DType::bf16;
   if (type == number_of(ScalarType::Half)) return DType::f16;
   if (type == number_of(ScalarType::Float)) return DType::f32;
@@ -94,6 +108,18 @@ Tensor allocate(const std::int64_t* sizes, int ndim, std::int32_t type, Device d
   return Tensor(handle);
 }
 
+Tensor dense_copy(const Tensor& t, TensorRef& ref) {
+  AtenTensorHandle same = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &same));
+  const torch::stable::Tensor dense = torch::stable::contiguous(torch::stable::Tensor(same));
+  AtenTensorHandle copied = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(dense.get(), &copied));
+  Tensor copy(copied);
+  ref.data = data_of(copy);
+  set_dense_strides(ref);
+  return copy;
+}
+
 using CurrentStream = AOTITorchError (*)(std::int32_t, void**);
 
 // The symbol lives in libtorch_cuda.so, which a CPU build of torch does not have: it is looked up
@@ -109,6 +135,13 @@ CurrentStream find_current_stream() {
 }  // namespace
 
 std::string dtype_text(DType dtype) { return type_text(scalar_type(dtype)); }
+
+std::string shape_text(const std::int64_t* sizes, int ndim) {
+  TensorRef shape;
+  shape.ndim = ndim;
+  std::copy(sizes, sizes + ndim, shape.sizes.begin());
+  return shape.shape();
+}
 
 void* data_of(const Tensor& t) {
   void* data = nullptr;
@@ -127,7 +160,8 @@ Device device_of(const Tensor& t) {
 
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
   TensorRef ref;
-  ref.dtype = dtype_of(t, op, argument);
+  check_defined(t, op, argument);
+  ref.dtype = float_of(type_of(t), op, argument);
   std::int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dims));
   FK_CHECK(dims <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims,
@@ -141,22 +175,46 @@ TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
   return ref;
 }
 
-OptionalTensor make_rows(const Tensor& t, TensorRef& ref) {
+DType float_type(OptionalType type, DType otherwise, const char* op, const char* argument) {
+  return type ? float_of(type->number, op, argument) : otherwise;
+}
+
+DType quant_type(OptionalType type, const char* op, const char* argument) {
+  if (!type || type->number == number_of(ScalarType::Float8_e4m3fn)) return DType::f8e4m3;
+  if (type->number == number_of(ScalarType::Char)) return DType::i8;
+  fail(op, ": ", argument, " must be torch.float8_e4m3fn or torch.int8, got ",
+       type_text(type->number));
+}
+
+OptionalTensor make_rows(MaybeTensor t, TensorRef& ref) {
   Rows rows;
-  if (as_rows(ref, rows)) return std::nullopt;
-  AtenTensorHandle same = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &same));
-  const torch::stable::Tensor dense = torch::stable::contiguous(torch::stable::Tensor(same));
-  AtenTensorHandle copied = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(dense.get(), &copied));
-  Tensor copy(copied);
-  ref.data = data_of(copy);
-  set_dense_strides(ref);
-  return copy;
+  if (!t || as_rows(ref, rows)) return std::nullopt;
+  return dense_copy(*t, ref);
+}
+
+OptionalTensor make_dense(MaybeTensor t, TensorRef& ref) {
+  if (!t) return std::nullopt;
+  std::int64_t stride = 1;
+  bool dense = true;
+  for (int d = ref.ndim - 1; d >= 0; --d) {
+    dense = dense && (ref.strides[d] == stride || ref.sizes[d] == 1);
+    stride *= ref.sizes[d];
+  }
+  if (dense || stride == 0) return std::nullopt;
+  return dense_copy(*t, ref);
 }
 
 Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device) {
   return allocate(sizes, ndim, scalar_type(dtype), device);
+}
+
+void set_zero(const Tensor& t) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
+
+Tensor new_zero(Device device) {
+  const std::int64_t size = 1;
+  Tensor zero = allocate(&size, 1, number_of(ScalarType::Long), device);
+  set_zero(zero);
+  return zero;
 }
 
 Tensor no_output(DType dtype, Device device) {
@@ -169,8 +227,9 @@ Tensor new_bytes(std::size_t bytes, Device device) {
   return allocate(&size, 1, number_of(ScalarType::Byte), device);
 }
 
-TensorRef dense_ref(const Tensor& t, const TensorRef& like) {
+TensorRef dense_ref(const Tensor& t, const TensorRef& like, DType dtype) {
   TensorRef ref = like;
+  ref.dtype = dtype;
   ref.data = data_of(t);
   set_dense_strides(ref);
   return ref;
@@ -184,16 +243,44 @@ Stream current_stream(Device device) {
   return stream;
 }
 
-void check_device(const Tensor& t, Device device, const char* op, const char* argument) {
+void check_device(const Tensor& t, Device device, const char* op, const char* argument,
+                  const char* like) {
   const Device found = device_of(t);
-  FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device),
-           " like x, got ", device_text(found));
+  FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device), " like ", like,
+           ", got ", device_text(found));
 }
 
 void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op,
                  const char* argument) {
   FK_CHECK(t.ndim == ndim && std::equal(sizes, sizes + ndim, t.sizes.begin()), op, ": ", argument,
            " must have shape ", shape_text(sizes, ndim), ", got ", t.shape());
+}
+
+namespace {
+
+void* data_of_one(ScalarType type, const Tensor& t, Device device, const char* op,
+                  const char* argument, const char* like) {
+  check_defined(t, op, argument);
+  const std::int32_t found = type_of(t);
+  FK_CHECK(found == number_of(type), op, ": ", argument, " must be ", type_text(number_of(type)),
+           ", got ", type_text(found));
+  std::int64_t count = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t.get(), &count));
+  FK_CHECK(count == 1, op, ": ", argument, " must have one element, got ", count);
+  check_device(t, device, op, argument, like);
+  return data_of(t);
+}
+
+}  // namespace
+
+const std::int64_t* one_int64(const Tensor& t, Device device, const char* op, const char* argument,
+                              const char* like) {
+  return static_cast<const std::int64_t*>(
+      data_of_one(ScalarType::Long, t, device, op, argument, like));
+}
+
+float* one_float(const Tensor& t, Device device, const char* op, const char* argument) {
+  return static_cast<float*>(data_of_one(ScalarType::Float, t, device, op, argument, "x"));
 }
 
 }  // namespace fastkern::torch_layer

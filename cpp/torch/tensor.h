@@ -24,40 +24,74 @@ struct Device {
 Device device_of(const Tensor& t);
 void* data_of(const Tensor& t);
 
+/// A tensor argument that may be left out, whichever way the schema says so.
+class MaybeTensor {
+ public:
+  MaybeTensor() = default;
+  MaybeTensor(const Tensor& t) : tensor_(&t) {}
+  MaybeTensor(const OptionalTensor& t) : tensor_(t ? &*t : nullptr) {}
+  explicit operator bool() const { return tensor_ != nullptr; }
+  const Tensor& operator*() const { return *tensor_; }
+
+ private:
+  const Tensor* tensor_ = nullptr;
+};
+
 /// A view of `t`; fail() unless its dtype is one of fastkern's and its rank is supported.
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
+
+/// The dtype asked for; fail() unless it is f32, f16 or bf16. Without one: `otherwise`.
+DType float_type(OptionalType type, DType otherwise, const char* op, const char* argument);
+/// The dtype asked for; fail() unless it is f8e4m3 or i8. Without one: f8e4m3.
+DType quant_type(OptionalType type, const char* op, const char* argument);
 
 /// Makes `ref`, the view of `t`, readable as rows where its strides are not (last dimension not
 /// dense, or leading strides that do not merge into two): turns it to a dense copy, which is
 /// returned and must outlive the launch.
-OptionalTensor make_rows(const Tensor& t, TensorRef& ref);
-inline OptionalTensor make_rows(const OptionalTensor& t, TensorRef& ref) {
-  return t ? make_rows(*t, ref) : std::nullopt;
-}
+OptionalTensor make_rows(MaybeTensor t, TensorRef& ref);
+
+/// The same for operands that a kernel reads as one block.
+OptionalTensor make_dense(MaybeTensor t, TensorRef& ref);
 
 /// Uninitialised, row-major, from torch's allocator.
 Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device);
 inline Tensor new_like(const TensorRef& like, Device device) {
   return new_dense(like.sizes.data(), like.ndim, like.dtype, device);
 }
+inline Tensor new_like(const TensorRef& like, DType dtype, Device device) {
+  return new_dense(like.sizes.data(), like.ndim, dtype, device);
+}
+void set_zero(const Tensor& t);
+/// One int64 that is 0.
+Tensor new_zero(Device device);
 /// The tensor that stands for an output nobody asked for.
 Tensor no_output(DType dtype, Device device);
 /// Uninitialised bytes for a kernel to work in.
 Tensor new_bytes(std::size_t bytes, Device device);
 
 /// The row-major view of a tensor just allocated with the shape of `like`.
-TensorRef dense_ref(const Tensor& t, const TensorRef& like);
+TensorRef dense_ref(const Tensor& t, const TensorRef& like, DType dtype);
+inline TensorRef dense_ref(const Tensor& t, const TensorRef& like) {
+  return dense_ref(t, like, like.dtype);
+}
 
 /// torch's current stream on a CUDA device.
 Stream current_stream(Device device);
 
-/// fail() unless `t` is on `device`, the one of x.
-void check_device(const Tensor& t, Device device, const char* op, const char* argument);
+/// fail() unless `t` is on `device`, the one of the argument `like`.
+void check_device(const Tensor& t, Device device, const char* op, const char* argument,
+                  const char* like = "x");
 /// fail() unless `t` has exactly these sizes.
 void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op,
                  const char* argument);
 
+/// fail() unless `t` is a tensor of one element of this type, on the device of `like`; its address.
+const std::int64_t* one_int64(const Tensor& t, Device device, const char* op, const char* argument,
+                              const char* like = "x");
+float* one_float(const Tensor& t, Device device, const char* op, const char* argument);
+
 std::string dtype_text(DType dtype);  // "torch.bfloat16"
+std::string shape_text(const std::int64_t* sizes, int ndim);
 
 }  // namespace fastkern::torch_layer
 

@@ -13,6 +13,13 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
                : "memory");
 }
 
+/// 8 bytes; the first `bytes` (0 or 8) are read, the rest becomes 0.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int bytes) {
+  const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(global), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "fastkern/core.h"
 #include "fastkern/rows.h"
@@ -134,93 +135,285 @@ __device__ __forceinline__ void store(T* row, Column column, Column n, bool whol
   }
 }
 
-/// Rows of a tensor on the device. `whole`: every row may be accessed in packs.
+/// The same value, of which the compiler does not know that it is: what is computed from it stays
+/// where it is written, instead of in a register around a loop.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+/// The element type of a kernel that takes each operand in its own type: four columns at a time,
+/// 16-bit elements in the first two words of their pack.
+struct Mixed {};
+template <>
+inline constexpr int kVector<Mixed> = 4;
+
+/// Rows of a tensor on the device; a kernel of T takes operands of T, one of Mixed any. Whether
+/// rows are accessed in packs is asked once for all packs of a thread: `column_of(i)` is the first
+/// column of pack i. Columns beyond n read as zero and are not written.
 template <class T>
 struct RowView {
-  T* data;
-  std::int64_t outer_stride, inner_stride;
-  std::uint32_t inner;  // rows under one outer stride; 0: all of them
-  bool whole;
+  char* data;                               // nullptr: not given
+  std::int64_t outer_stride, inner_stride;  // bytes
+  std::uint32_t inner;                      // rows under one outer stride; 0: all of them
+  DType dtype;
+  bool whole;  // every row may be accessed in packs
 
-  __device__ __forceinline__ T* row(std::int64_t r) const {
+  __device__ __forceinline__ char* row(std::int64_t r) const {
     if (inner == 0) return data + r * inner_stride;
     const std::uint32_t r32 = static_cast<std::uint32_t>(r), outer = r32 / inner;
     return data + outer * outer_stride + (r32 - outer * inner) * inner_stride;
   }
+
+  template <int kPacks, class ColumnOf>
+  __device__ __forceinline__ void load(const char* row, const ColumnOf& column_of, int n,
+                                       Pack<T> (&out)[kPacks]) const {
+    typed([&]<class S>(S) {
+      const S* const from = reinterpret_cast<const S*>(row);
+      if (whole) {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i)
+          out[i].bits = load_whole(from + column_of(i), column_of(i) < n);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) out[i].bits = load_each(from, opaque(column_of(i)), n);
+      }
+    });
+  }
+
+  /// The same into shared memory, without waiting for it if the rows are `whole`. For the calling
+  /// thread's own use, after cp_async_wait; pack i goes to shared + i * step.
+  template <int kPacks, class ColumnOf>
+  __device__ __forceinline__ void load_async(uint4* shared, int step, const char* row,
+                                             const ColumnOf& column_of, int n) const {
+    typed([&]<class S>(S) {
+      const S* const from = reinterpret_cast<const S*>(row);
+      if (whole) {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          const bool inside = column_of(i) < n;
+          const S* const pack = from + (inside ? column_of(i) : 0);
+          if constexpr (kBytes<S> == 16) {
+            ptx::cp_async_16(shared + i * step, pack, inside ? 16 : 0);
+          } else {
+            ptx::cp_async_8(shared + i * step, pack, inside ? 8 : 0);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          shared[i * step] = load_each(from, opaque(column_of(i)), n);
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void unpack(const Pack<T>& pack, float (&out)[kVector<T>]) const {
+    typed([&]<class S>(S) {
+      if constexpr (kBytes<S> == 16) {
+        tile::unpack(Pack<S>{pack.bits}, out);
+      } else {
+        const float2 low = unpack_pair(pack.bits.x, S{}), high = unpack_pair(pack.bits.y, S{});
+        out[0] = low.x, out[1] = low.y, out[2] = high.x, out[3] = high.y;
+      }
+    });
+  }
+
+  /// Rounds to the type of the elements.
+  __device__ __forceinline__ Pack<T> pack(const float (&v)[kVector<T>]) const {
+    return typed([&]<class S>(S) -> Pack<T> {
+      if constexpr (kBytes<S> == 16) {
+        return {pack_of<S>(v).bits};
+      } else {
+        return {{pack_pair(v[0], v[1], S{}), pack_pair(v[2], v[3], S{}), 0, 0}};
+      }
+    });
+  }
+
+  template <int kPacks, class ColumnOf>
+  __device__ __forceinline__ void store(char* row, const ColumnOf& column_of, int n,
+                                        const Pack<T> (&values)[kPacks]) const {
+    typed([&]<class S>(S) {
+      S* const to = reinterpret_cast<S*>(row);
+      if (whole) {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          if (column_of(i) >= n) continue;
+          const uint4 bits = values[i].bits;
+          if constexpr (kBytes<S> == 16) {
+            ptx::st_global(to + column_of(i), bits);
+          } else {
+            ptx::st_global_8(to + column_of(i), {bits.x, bits.y});
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          float v[kVector<T>];
+          unpack(values[i], v);
+          const int column = opaque(column_of(i));
+#pragma unroll
+          for (int j = 0; j < kVector<T>; ++j) {
+            if (column + j < n) to[column + j] = from_float<S>(v[j]);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  template <class S>
+  static constexpr int kBytes = sizeof(S) * kVector<T>;
+
+  /// f(S{}) with the type S of the elements.
+  template <class F>
+  __device__ __forceinline__ decltype(auto) typed(F&& f) const {
+    if constexpr (std::is_same_v<T, Mixed>) {
+      if (dtype == DType::f32) return f(float{});
+      return dtype == DType::f16 ? f(__half{}) : f(__nv_bfloat16{});
+    } else {
+      return f(T{});
+    }
+  }
+
+  template <class S>
+  static __device__ __forceinline__ uint4 load_whole(const S* from, bool inside) {
+    if constexpr (kBytes<S> == 16) {
+      return ptx::ld_global_nc_if(from, inside);
+    } else {
+      const uint2 words = ptx::ld_global_nc_8_if(from, inside);
+      return {words.x, words.y, 0, 0};
+    }
+  }
+
+  template <class S>
+  static __device__ __forceinline__ uint4 load_each(const S* from, int column, int n) {
+    float v[kVector<T>];  // widening and rounding back changes no bit of a number
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) v[j] = column + j < n ? to_float(from[column + j]) : 0.0f;
+    if constexpr (kBytes<S> == 16) {
+      return pack_of<S>(v).bits;
+    } else {
+      return {pack_pair(v[0], v[1], S{}), pack_pair(v[2], v[3], S{}), 0, 0};
+    }
+  }
 };
 
+/// The rows a thread visits: `first`, then every `step` rows on.
 template <class T>
-RowView<T> row_view(const TensorRef& t, const Rows& rows, const char* op) {
+struct RowWalk {
+  const RowView<T>& view;
+  std::int64_t step;
+  char* at;
+
+  __device__ __forceinline__ RowWalk(const RowView<T>& rows, std::int64_t first, std::int64_t step_)
+      : view(rows), step(rows.inner ? step_ : step_ * rows.inner_stride), at(rows.row(first)) {}
+  /// On to `row`, the next one.
+  __device__ __forceinline__ void next(std::int64_t row) {
+    if (view.inner == 0) {
+      at += step;
+    } else {
+      at = view.row(row);
+    }
+  }
+};
+
+/// The rows of `t` for a kernel of T; nothing if `t` is not given.
+template <class T>
+RowView<T> row_view(const TensorRef& t, const char* op, const char* argument) {
+  if (!t.given()) return {};
+  const Rows rows = rows_of(t, op, argument);
   const bool one_level = rows.inner >= rows.count;
   FK_CHECK(
       one_level || rows.count >> 32 == 0, op, ": ", rows.count,
       " rows with two strides are more than 2^32; split the call or make the tensor contiguous");
-  const auto aligned = [](std::int64_t stride) {
-    return stride * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
-  };
-  return {.data = static_cast<T*>(t.data),
-          .outer_stride = rows.outer_stride,
-          .inner_stride = rows.inner_stride,
+  const std::int64_t size = size_of(t.dtype), bytes = size * kVector<T>;
+  const auto aligned = [&](std::int64_t elements) { return elements * size % bytes == 0; };
+  return {.data = static_cast<char*>(t.data),
+          .outer_stride = rows.outer_stride * size,
+          .inner_stride = rows.inner_stride * size,
           .inner = one_level ? 0 : static_cast<std::uint32_t>(rows.inner),
-          .whole = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && aligned(rows.length) &&
+          .dtype = t.dtype,
+          .whole = reinterpret_cast<std::uintptr_t>(t.data) % bytes == 0 && aligned(rows.length) &&
                    aligned(rows.inner_stride) && aligned(rows.outer_stride)};
 }
 
-/// A per-column vector (weight, bias) of any float type; ones when there is none.
+/// Per-column vectors (weight, bias) of any float type, one for each head.
 struct ColumnView {
-  const void* data;
+  const char* data;  // nullptr: not given
   DType dtype;
-  bool whole;
+  bool whole;  // 16 bytes at a time
 
-  /// kCount columns from `column` on, as f32; 0 beyond the end.
-  template <int kCount, class Column>
-  __device__ __forceinline__ void load(Column column, Column n, float (&out)[kCount]) const {
+  /// kCount columns from `column` on of the vector that starts at element `start`, as f32;
+  /// `missing` where none is given, 0 beyond the end.
+  template <int kCount>
+  __device__ __forceinline__ void load(std::int64_t start, std::int64_t column, std::int64_t n,
+                                       float missing, float (&out)[kCount]) const {
     if (!data) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) out[i] = 1.0f;
+      for (int i = 0; i < kCount; ++i) out[i] = missing;
       return;
     }
-    switch (dtype) {
-      case DType::f32:
-        return load_as<float>(column, n, out);
-      case DType::f16:
-        return load_as<__half>(column, n, out);
-      case DType::bf16:
-        return load_as<__nv_bfloat16>(column, n, out);
-    }
+    if (dtype == DType::f32) return load_as<float>(start, column, n, out);
+    if (dtype == DType::f16) return load_as<__half>(start, column, n, out);
+    load_as<__nv_bfloat16>(start, column, n, out);
   }
 
  private:
-  template <class W, int kCount, class Column>
-  __device__ __forceinline__ void load_as(Column column, Column n, float (&out)[kCount]) const {
-    const W* values = static_cast<const W*>(data) + column;
-    if (whole && column + kCount <= n) {
-      constexpr int kBytes = kCount * sizeof(W);
-      if constexpr (kBytes % 16 == 0) {
+  template <class W, int kCount>
+  __device__ __forceinline__ void load_as(std::int64_t start, std::int64_t column, std::int64_t n,
+                                          float (&out)[kCount]) const {
+    const W* values = reinterpret_cast<const W*>(data) + start + column;
+    if constexpr (kCount * sizeof(W) % 16 == 0) {
+      if (whole && column + kCount <= n) {
 #pragma unroll
         for (int i = 0; i < kCount; i += kVector<W>) {
           float part[kVector<W>];
-          unpack(Pack<W>{ptx::ld_global_nc(values + i)}, part);
+          tile::unpack(Pack<W>{ptx::ld_global_nc(values + i)}, part);
 #pragma unroll
           for (int j = 0; j < kVector<W>; ++j) out[i + j] = part[j];
         }
-      } else {
-        struct alignas(kBytes) Part {
-          W v[kCount];
-        } part = *reinterpret_cast<const Part*>(values);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) out[i] = to_float(part.v[i]);
+        return;
       }
-      return;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) out[i] = column + i < n ? to_float(values[i]) : 0.0f;
   }
 };
 
-inline ColumnView column_view(const TensorRef& t) {
-  return {t.given() ? t.data : nullptr, t.dtype,
-          reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
+/// Vectors of length n, dense.
+inline ColumnView column_view(const TensorRef& t, std::int64_t n) {
+  if (!t.given()) return {};
+  return {static_cast<const char*>(t.data), t.dtype,
+          reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && n * size_of(t.dtype) % 16 == 0};
 }
+
+/// The columns of one pack of T in a vector of W, as words: what a thread keeps until it needs
+/// them.
+template <class T, class W>
+struct ColumnPack {
+  static constexpr int kParts = kVector<T> / kVector<W>;
+  static_assert(kParts >= 1);
+  Pack<W> part[kParts];
+
+  __device__ __forceinline__ void load(const ColumnView& view, std::int64_t start, int column,
+                                       int n) {
+    const W* const from = reinterpret_cast<const W*>(view.data) + start;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int at = column + i * kVector<W>;
+      part[i].bits = ptx::ld_global_nc_if(from + at, at < n);
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&out)[kVector<T>]) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      float v[kVector<W>];
+      tile::unpack(part[i], v);
+#pragma unroll
+      for (int j = 0; j < kVector<W>; ++j) out[i * kVector<W> + j] = v[j];
+    }
+  }
+};
 
 }  // namespace fastkern::tile

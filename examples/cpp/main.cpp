@@ -23,6 +23,13 @@ namespace {
 constexpr double kEps = 1e-6;
 bool all_good = true;
 
+torch::Tensor plain_layer_norm(const torch::Tensor& x, const torch::Tensor& weight,
+                               const torch::Tensor& bias) {
+  const torch::Tensor centred = x.to(torch::kFloat) - x.to(torch::kFloat).mean(-1, true);
+  const torch::Tensor rstd = (centred.square().mean(-1, true) + kEps).rsqrt();
+  return (centred * rstd * weight.to(torch::kFloat) + bias.to(torch::kFloat)).to(x.scalar_type());
+}
+
 torch::Tensor plain_rms_norm(const torch::Tensor& x, const torch::Tensor& weight) {
   const torch::Tensor x32 = x.to(torch::kFloat);
   const torch::Tensor rstd = (x32.square().mean(-1, true) + kEps).rsqrt();
@@ -45,11 +52,12 @@ void compare(const std::string& what, const torch::Tensor& found, const torch::T
 /// The operator by its name: what code without our header can do. No gradient comes of it in a C++
 /// program.
 torch::Tensor rms_norm_by_dispatcher(const torch::Tensor& x, const torch::Tensor& weight) {
-  const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fastkern::rms_norm", "")
-          .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, double)>();
-  return op.call(x, weight, kEps);
+  const auto op = c10::Dispatcher::singleton()
+                      .findSchemaOrThrow("fastkern::rms_norm", "")
+                      .typed<at::Tensor(const at::Tensor&, const std::optional<at::Tensor>&, double,
+                                        const std::optional<at::Tensor>&, double,
+                                        std::optional<at::ScalarType>)>();
+  return op.call(x, weight, kEps, std::nullopt, 0.0, std::nullopt);
 }
 
 void check_values(torch::Device device, torch::Dtype dtype, double tolerance) {
@@ -83,6 +91,68 @@ void check_gradients(torch::Device device, torch::Dtype dtype, double tolerance)
   const auto only_weight =
       torch::autograd::grad({fastkern::rms_norm(x.detach(), weight, kEps)}, {weight}, {dy});
   report("each gradient alone" + name, only_x[0].equal(found[0]) && only_weight[0].equal(found[1]));
+}
+
+/// Layer norm, and both norms behind a residual add with dropout: all gradients against torch's
+/// own.
+void check_other_gradients(torch::Device device, torch::Dtype dtype, double tolerance) {
+  const std::string name = std::string(" (") + torch::toString(dtype) + ")";
+  const auto options = torch::TensorOptions().device(device).dtype(dtype);
+  const auto leaf = [&](at::IntArrayRef shape) {
+    return torch::randn(shape, options).requires_grad_();
+  };
+  const torch::Tensor x = leaf({7, 320}), residual = leaf({7, 320}), weight = leaf({320}),
+                      bias = leaf({320});
+  const torch::Tensor dy = torch::randn({7, 320}, options), dh = torch::randn({7, 320}, options);
+  const auto gradients = [](const std::string& what, const std::vector<torch::Tensor>& found,
+                            const std::vector<torch::Tensor>& expected, double within) {
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      compare(what + ", gradient " + std::to_string(i), found[i], expected[i], within);
+    }
+  };
+  gradients(
+      "layer_norm" + name,
+      torch::autograd::grad({fastkern::layer_norm(x, weight, bias, kEps)}, {x, weight, bias}, {dy}),
+      torch::autograd::grad({plain_layer_norm(x, weight, bias)}, {x, weight, bias}, {dy}),
+      tolerance);
+
+  // What was dropped shows in h where there is no residual.
+  fastkern::Branch branch;
+  branch.dropout_p = 0.25;
+  branch.seed = torch::full({1}, 123, options.dtype(torch::kLong));
+  const torch::Tensor ones = torch::ones({7, 320}, options);
+  const torch::Tensor mask =
+      std::get<1>(fastkern::add_rms_norm(ones, std::nullopt, {}, kEps, {}, 0.0, branch)).detach();
+  const torch::Tensor expected_h = residual + x * mask;
+  const auto [y, h] = fastkern::add_rms_norm(x, residual, weight, kEps, {}, 0.0, branch);
+  compare("add_rms_norm, h" + name, h, expected_h, tolerance);
+  gradients("add_rms_norm" + name,
+            torch::autograd::grad({y, h}, {x, residual, weight}, {dy, dh}, true),
+            torch::autograd::grad({plain_rms_norm(expected_h, weight), expected_h},
+                                  {x, residual, weight}, {dy, dh}, true),
+            tolerance);
+  const auto [y2, h2] = fastkern::add_layer_norm(x, residual, weight, bias, kEps, 0.0, branch);
+  gradients("add_layer_norm" + name,
+            torch::autograd::grad({y2, h2}, {x, residual, weight, bias}, {dy, dh}, true),
+            torch::autograd::grad({plain_layer_norm(expected_h, weight, bias), expected_h},
+                                  {x, residual, weight, bias}, {dy, dh}, true),
+            tolerance);
+  const auto h_alone = torch::autograd::grad({h2}, {x, residual}, {dh}, true);
+  report("gradients through h alone" + name,
+         h_alone[1].equal(dh) && (h_alone[0] - dh * mask).abs().max().item<double>() <= tolerance);
+}
+
+/// q * scale is the norm within half a step.
+void check_quantised(torch::Device device) {
+  const torch::Tensor x = torch::randn({5, 640}, device), weight = torch::rand({640}, device);
+  const torch::Tensor expected = plain_rms_norm(x, weight);
+  const auto [q, scale] = fastkern::rms_norm_dynamic_quant(x, weight, kEps, {}, 0.0, torch::kChar);
+  const torch::Tensor steps = ((q.to(torch::kFloat) * scale - expected) / scale).abs();
+  report("rms_norm_dynamic_quant to int8", steps.max().item<double>() <= 0.501);
+  const auto [q8, scale8, h] = fastkern::add_rms_norm_dynamic_quant(x, x, weight, kEps);
+  compare("add_rms_norm_dynamic_quant to float8", q8.to(torch::kFloat) * scale8,
+          plain_rms_norm(2 * x, weight), 1.0 / 16);
+  report("its residual stream", h.equal(2 * x));
 }
 
 /// What is not supported says so.
@@ -149,6 +219,9 @@ int main() {
   check_values(device, torch::kBFloat16, 1.6e-2);
   check_gradients(device, torch::kFloat, 1e-5);
   check_gradients(device, torch::kBFloat16, 1.6e-2);
+  check_other_gradients(device, torch::kFloat, 2e-5);
+  check_other_gradients(device, torch::kBFloat16, 3.2e-2);
+  check_quantised(device);
   check_second_derivative(device);
   check_training(device);
   std::printf("%s\n", all_good ? "all good" : "MISMATCH");

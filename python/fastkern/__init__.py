@@ -16,11 +16,44 @@ from fastkern._library import load_operators
 
 load_operators(Path(_core.__file__).parent / "lib")
 
-from fastkern.ops.norm import rms_norm  # noqa: E402  (registers fakes and gradients of loaded operators)
+# These register fakes and gradients of the loaded operators.
+from fastkern.ops.add_norm import (  # noqa: E402
+    add_layer_norm,
+    add_layer_norm_parallel,
+    add_rms_norm,
+    add_rms_norm_parallel,
+)
+from fastkern.ops.add_norm_inplace import add_layer_norm_, add_rms_norm_  # noqa: E402
+from fastkern.ops.group_norm import group_norm  # noqa: E402
+from fastkern.ops.norm import layer_norm, rms_norm  # noqa: E402
+from fastkern.ops.norm_quant import (  # noqa: E402
+    add_rms_norm_dynamic_quant,
+    add_rms_norm_static_quant,
+    rms_norm_dynamic_quant,
+    rms_norm_static_quant,
+)
 
 __version__: str = _core.build_info()["version"]
 
-__all__ = ["__version__", "get_cmake_dir", "get_include", "get_library_dir", "rms_norm"]
+__all__ = [
+    "__version__",
+    "add_layer_norm",
+    "add_layer_norm_",
+    "add_layer_norm_parallel",
+    "add_rms_norm",
+    "add_rms_norm_",
+    "add_rms_norm_dynamic_quant",
+    "add_rms_norm_parallel",
+    "add_rms_norm_static_quant",
+    "get_cmake_dir",
+    "get_include",
+    "get_library_dir",
+    "group_norm",
+    "layer_norm",
+    "rms_norm",
+    "rms_norm_dynamic_quant",
+    "rms_norm_static_quant",
+]
 
 
 def get_library_dir() -> str:

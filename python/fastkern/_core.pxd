@@ -28,6 +28,7 @@ cdef extern from "fastkern/core.h" namespace "fastkern" nogil:
         int64_t shared_bytes
         int stages
         int blocks_per_sm
+        int blocks_per_row
 
     const BuildInfo& _build_info "fastkern::build_info"()
 
@@ -47,6 +48,12 @@ cdef extern from "fastkern/core.h" namespace "fastkern::cuda" nogil:
     int _driver_version "fastkern::cuda::driver_version"() except +
 
 
+cdef extern from "fastkern/norm.h" namespace "fastkern":
+    cpdef enum class NormKind(unsigned char):
+        rms
+        layer
+
+
 cdef extern from "fastkern/norm.h" namespace "fastkern::cuda" nogil:
-    Plan rms_norm_plan(int64_t n, DType dtype) except +
-    Plan rms_norm_bwd_plan(int64_t n, DType dtype) except +
+    Plan norm_plan(NormKind kind, int64_t n, DType dtype) except +
+    Plan norm_bwd_plan(NormKind kind, int64_t n, DType dtype) except +

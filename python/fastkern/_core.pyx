@@ -5,6 +5,7 @@
 from libc.stdint cimport int64_t
 
 _DTYPES = {"float32": DType.f32, "float16": DType.f16, "bfloat16": DType.bf16}
+_NORMS = {"rms_norm": NormKind.rms, "layer_norm": NormKind.layer}
 
 
 def build_info():
@@ -53,10 +54,10 @@ def device_info(int device):
 
 
 def plan(op, int64_t n, dtype):
-    """The launch configuration ``op`` takes on CUDA for rows of ``n`` elements of ``dtype``.
+    """The launch configuration ``op`` takes on CUDA, capability 9.0, for rows of ``n`` elements of ``dtype``.
 
-    ``op`` is ``"rms_norm"`` or ``"rms_norm_bwd"``; ``dtype`` a torch dtype or its name. Raises ValueError otherwise,
-    RuntimeError in a build without CUDA.
+    ``op`` is ``"rms_norm"``, ``"layer_norm"`` or either with ``_bwd``; ``dtype`` a torch dtype or its name. Raises
+    ValueError otherwise, RuntimeError in a build without CUDA.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
@@ -65,13 +66,14 @@ def plan(op, int64_t n, dtype):
         raise ValueError(f"plan: n must be >= 0, got {n}")
     if not _build_info().cuda:
         raise RuntimeError("plan: this build has no CUDA kernels")
+    norm = str(op).removesuffix("_bwd")
+    if norm not in _NORMS:
+        raise ValueError(f"plan: op must be one of {sorted(_NORMS)}, or one with _bwd, got {op!r}")
     cdef Plan result
-    if op == "rms_norm":
-        result = rms_norm_plan(n, _DTYPES[name])
-    elif op == "rms_norm_bwd":
-        result = rms_norm_bwd_plan(n, _DTYPES[name])
+    if norm == op:
+        result = norm_plan(_NORMS[norm], n, _DTYPES[name])
     else:
-        raise ValueError(f"plan: op must be 'rms_norm' or 'rms_norm_bwd', got {op!r}")
+        result = norm_bwd_plan(_NORMS[norm], n, _DTYPES[name])
     return {
         "kernel": result.kernel.decode(),
         "threads_per_block": result.threads_per_block,
@@ -82,4 +84,5 @@ def plan(op, int64_t n, dtype):
         "shared_bytes": result.shared_bytes,
         "stages": result.stages,
         "blocks_per_sm": result.blocks_per_sm,
+        "blocks_per_row": result.blocks_per_row,
     }

@@ -120,19 +120,23 @@ def libraries() -> dict[str, str]:
     return {name: str(path) if path.exists() else f"{path} (missing)" for name, path in places.items()}
 
 
-def plans(dtype: str = "bfloat16") -> dict[str, dict[str, dict[int, dict[str, Any]] | str]]:
-    """Per operator and direction, the launch taken on CUDA for a few row lengths, or why there is none to tell."""
+def plans(dtype: str = "bfloat16") -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """For each operator whose launch is a function of a row alone, the launch on CUDA for a few row lengths.
+
+    Empty in a build without CUDA.
+    """
     from fastkern.specs import SPECS
 
-    table: dict[str, dict[str, dict[int, dict[str, Any]] | str]] = {}
-    for spec in SPECS:
-        directions: dict[str, dict[int, dict[str, Any]] | str] = {}
+    table: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for spec in SPECS if _core.build_info()["cuda"] else ():
+        directions: dict[str, dict[int, dict[str, Any]]] = {}
         for direction, op in (("forward", spec.name), ("backward", f"{spec.name}_bwd")):
             try:
                 directions[direction] = {n: _core.plan(op, n, dtype) for n in PLAN_SIZES}
-            except (RuntimeError, ValueError) as error:
-                directions[direction] = str(error).removeprefix("plan: ")
-        table[spec.name] = directions
+            except ValueError:  # not one of those
+                continue
+        if directions:
+            table[spec.name] = directions
     return table
 
 
@@ -169,15 +173,15 @@ def _device_lines(environment: dict[str, Any]) -> list[str]:
 def _plan_lines(name: str, directions: dict[str, Any]) -> list[str]:
     lines = []
     for direction, plan in directions.items():
-        if isinstance(plan, str):
-            lines.append(f"  {name} {direction}: {plan}")
-            continue
         lines.append(f"  {name} {direction}")
-        lines.append(f"    {'N':>8}  {'kernel':<28}{'threads':>8}{'rows/block':>12}{'threads/row':>13}{'elements':>10}")
+        lines.append(
+            f"    {'N':>8}  {'kernel':<24}{'threads':>8}{'rows/block':>12}{'threads/row':>13}{'blocks/row':>12}"
+            f"{'elements':>10}"
+        )
         for n, p in plan.items():
             lines.append(
-                f"    {n:>8}  {p['kernel']:<28}{p['threads_per_block']:>8}{p['rows_per_block']:>12}"
-                f"{p['threads_per_row']:>13}{p['elements_per_thread']:>10}"
+                f"    {n:>8}  {p['kernel']:<24}{p['threads_per_block']:>8}{p['rows_per_block']:>12}"
+                f"{p['threads_per_row']:>13}{p['blocks_per_row']:>12}{p['elements_per_thread']:>10}"
             )
     return lines
 
@@ -199,8 +203,10 @@ def text(facts: dict[str, Any]) -> str:
     lines += ["", "Devices", *_device_lines(e)]
     lines += ["", "Libraries", *(f"  {name:<21} {path}" for name, path in facts["libraries"].items())]
     lines += ["", "Operators"]
-    lines += [f"  {name:<21} {op['family']}: {', '.join(op['dtypes'])}" for name, op in facts["operators"].items()]
-    lines += ["", f"Launches on CUDA, {facts['plan_dtype']}, rows of N elements"]
+    width = max(map(len, facts["operators"]))
+    lines += [f"  {name:<{width}} {op['family']}: {', '.join(op['dtypes'])}" for name, op in facts["operators"].items()]
+    if facts["plans"]:
+        lines += ["", f"Launches on CUDA, compute capability 9.0, {facts['plan_dtype']}, rows of N elements"]
     for name, directions in facts["plans"].items():
         lines += _plan_lines(name, directions)
     return "\n".join(lines)

@@ -1,304 +1,313 @@
 // SPDX-License-Identifier: Apache-2.0
-// cuda::rms_norm and cuda::rms_norm_bwd against cpu:: and plain double loops, in guarded memory.
-#include <optional>
-
-#include "fastkern/norm.h"
-#include "support.cuh"
+// cuda::norm against cpu::norm, in guarded memory. Quantised results: test_norm_quant_cuda.cu.
+#include "norm_support.cuh"
 
 namespace fastkern {
 namespace {
 
-using test::contains;
-using test::cuda_ok;
-using test::dense_layout;
-using test::DeviceTensor;
-using test::error_of;
-using test::Layout;
-using test::Tensor;
+using namespace test;  // NOLINT: all of it is about this
 
-constexpr double kEps = 1e-2;  // large enough that a missing one shows
-
-using OptionalDType = std::optional<DType>;
-constexpr OptionalDType kWeights[] = {std::nullopt, DType::f32, DType::f16, DType::bf16};
-
-Tensor make_weight(OptionalDType dtype, std::int64_t n, std::int64_t offset = 0) {
-  return dtype ? Tensor(*dtype, dense_layout({n}, offset)).fill(7, 1.0) : Tensor();
+/// What the group of types at `index` has: the three pure ones, then mixtures.
+std::vector<Types> types_of(int index) {
+  if (index < 3) return {all_of(kDTypes[index])};
+  return {std::begin(kMixes), std::end(kMixes)};
 }
 
-/// One problem on the host, and the layouts in which to bring it to the device.
-struct Problem {
-  Tensor x, dy, weight;
-  std::int64_t n;
-};
+std::string group_name(int index) { return index < 3 ? name_of(kDTypes[index]) : "mixed"; }
 
-Problem make_problem(std::int64_t m, std::int64_t n, DType dtype, OptionalDType weight) {
-  return {Tensor(dtype, {m, n}).fill(1), Tensor(dtype, {m, n}).fill(2), make_weight(weight, n), n};
-}
-
-struct Outputs {
-  Tensor y, dx, dweight;
-};
-
-struct How {
-  Layout x, dy, out;               // out: of y and dx
-  std::int64_t weight_offset = 0;  // of weight and dweight
-  Stream stream = {};
-  bool want_dx = true, want_dweight = true;
-};
-
-Tensor forward(const Problem& problem, const How& how) {
-  const DType dtype = problem.x.dtype();
-  Tensor weight = problem.weight;
-  if (weight.given()) weight = make_weight(weight.dtype(), problem.n, how.weight_offset);
-  const DeviceTensor x(Tensor(dtype, how.x).copy_from(problem.x)), w(weight),
-      y(Tensor(dtype, how.out));
-  cuda::rms_norm({x.ref(), w.ref(), y.ref(), kEps}, how.stream);
-  cuda_ok(cudaDeviceSynchronize(), "rms_norm");
-  EXPECT_TRUE(x.download().gaps_intact());
-  const Tensor result = y.download();
-  EXPECT_TRUE(result.gaps_intact()) << "y, " << how.out.name;
-  return result;
-}
-
-Outputs backward(const Problem& problem, const How& how) {
-  const DType dtype = problem.x.dtype();
-  const bool want_dweight = how.want_dweight && problem.weight.given();
-  Tensor weight = problem.weight;
-  if (weight.given()) weight = make_weight(weight.dtype(), problem.n, how.weight_offset);
-  const DeviceTensor x(Tensor(dtype, how.x).copy_from(problem.x)),
-      dy(Tensor(dtype, how.dy).copy_from(problem.dy));
-  const DeviceTensor w(weight), dx(how.want_dx ? Tensor(dtype, how.out) : Tensor());
-  const DeviceTensor dweight(
-      want_dweight ? Tensor(weight.dtype(), dense_layout({problem.n}, how.weight_offset))
-                   : Tensor());
-  RmsNormBwd args{
-      .dy = dy.ref(), .x = x.ref(), .weight = w.ref(), .dx = dx.ref(), .dweight = dweight.ref()};
-  args.eps = kEps;
-  args.workspace_size = cuda::rms_norm_bwd_workspace(args, how.stream.device);
-  // Exactly as large as asked for: a byte more is a canary.
-  const DeviceTensor workspace(
-      Tensor(DType::f32, {static_cast<std::int64_t>(args.workspace_size / 4)}));
-  EXPECT_EQ(args.workspace_size % 4, 0u);
-  args.workspace = args.workspace_size > 0 ? workspace.ref().data : nullptr;
-  cuda::rms_norm_bwd(args, how.stream);
-  cuda_ok(cudaDeviceSynchronize(), "rms_norm_bwd");
-  EXPECT_TRUE(workspace.download().gaps_intact()) << "workspace";
-  Outputs result{{}, dx.download(), dweight.download()};
-  EXPECT_TRUE(result.dx.gaps_intact()) << "dx, " << how.out.name;
-  EXPECT_TRUE(result.dweight.gaps_intact()) << "dweight";
-  return result;
-}
-
-Outputs on_cpu(const Problem& problem) {
-  Problem p = problem;
-  Outputs out{Tensor(p.x.dtype(), {p.x.numel() / p.n, p.n}),
-              Tensor(p.x.dtype(), {p.x.numel() / p.n, p.n}),
-              p.weight.given() ? Tensor(p.weight.dtype(), {p.n}) : Tensor()};
-  cpu::rms_norm({p.x.ref(), p.weight.ref(), out.y.ref(), kEps});
-  cpu::rms_norm_bwd({.dy = p.dy.ref(),
-                     .x = p.x.ref(),
-                     .weight = p.weight.ref(),
-                     .dx = out.dx.ref(),
-                     .dweight = out.dweight.ref(),
-                     .eps = kEps});
-  return out;
-}
-
-/// The dense call on the GPU and the one on the CPU, each within the same bounds of the double
-/// result.
-Outputs expect_matches_cpu(const Problem& problem) {
-  const Layout dense = dense_layout({problem.x.numel() / problem.n, problem.n});
-  const How how{dense, dense, dense};
-  Outputs found = backward(problem, how);
-  found.y = forward(problem, how);
-  const Outputs oracle = on_cpu(problem);
-  const auto x = problem.x.values(), dy = problem.dy.values(), weight = problem.weight.values();
-  const test::Expected y = test::rms_norm_reference(x, weight, problem.n, kEps);
-  const test::ExpectedGrads grads = test::rms_norm_bwd_reference(dy, x, weight, problem.n, kEps);
-  EXPECT_TRUE(close(found.y, y));
-  EXPECT_TRUE(close(oracle.y, y)) << "(cpu)";
-  EXPECT_TRUE(close(found.dx, grads.dx));
-  EXPECT_TRUE(close(oracle.dx, grads.dx)) << "(cpu)";
-  if (problem.weight.given()) {
-    EXPECT_TRUE(close(found.dweight, grads.dweight));
-    EXPECT_TRUE(close(oracle.dweight, grads.dweight)) << "(cpu)";
-  }
-  return found;
-}
-
-void expect_same(const Outputs& found, const Outputs& expected) {
-  EXPECT_TRUE(found.y.same_bits(expected.y));
-  EXPECT_TRUE(found.dx.same_bits(expected.dx));
-  EXPECT_TRUE(found.dweight.same_bits(expected.dweight));
-}
-
-Outputs run(const Problem& problem, const How& how) {
-  Outputs found = backward(problem, how);
-  found.y = forward(problem, how);
-  return found;
-}
-
-bool same_plan(const Plan& a, const Plan& b) {
-  return std::string(a.kernel) == b.kernel && a.threads_per_row == b.threads_per_row &&
-         a.rows_per_block == b.rows_per_block && a.elements_per_thread == b.elements_per_thread;
-}
-
-/// The lengths on both sides of every change of plan, and a few small ones.
-std::vector<std::int64_t> lengths_around_plans(DType dtype) {
-  std::vector<std::int64_t> lengths{1, 2, 3, 4, 7, 8, 9, 31, 33};
-  const std::int64_t last = 8 * 1024 * 16 / size_of(dtype) + 1;
-  for (std::int64_t n = 2; n <= last; ++n) {
-    if (same_plan(cuda::rms_norm_plan(n, dtype), cuda::rms_norm_plan(n - 1, dtype)) &&
-        same_plan(cuda::rms_norm_bwd_plan(n, dtype), cuda::rms_norm_bwd_plan(n - 1, dtype))) {
-      continue;
-    }
-    lengths.insert(lengths.end(), {n - 2, n - 1, n, n + 1});
-  }
-  return lengths;
-}
-
-class RmsNormCuda : public test::CudaTest {
+class NormCuda : public CudaTest, public testing::WithParamInterface<NormKind> {
  protected:
-  const int multiprocessors_ = cuda::device_count() > 0 ? cuda::device_info(0).multiprocessors : 0;
+  NormKind kind() const { return GetParam(); }
 };
 
-void expect_matches_around_plans(DType dtype) {
-  int turn = 0;
-  for (const std::int64_t n : lengths_around_plans(dtype)) {
-    const std::int64_t partial = cuda::rms_norm_bwd_plan(n, dtype).rows_per_block + 1;
-    for (const std::int64_t m : {std::int64_t{1}, partial}) {
-      const OptionalDType weight = kWeights[turn++ % 4];
-      SCOPED_TRACE(std::to_string(m) + " x " + std::to_string(n) + ", weight " +
-                   (weight ? name_of(*weight) : "none"));
-      expect_matches_cpu(make_problem(m, n, dtype, weight));
-      if (testing::Test::HasFailure()) return;
-    }
-  }
+std::string kind_name(const testing::TestParamInfo<NormKind>& info) {
+  return info.param == NormKind::rms ? "rms" : "layer";
 }
 
-TEST_F(RmsNormCuda, F32MatchesAroundPlans) { expect_matches_around_plans(DType::f32); }
-TEST_F(RmsNormCuda, F16MatchesAroundPlans) { expect_matches_around_plans(DType::f16); }
-TEST_F(RmsNormCuda, Bf16MatchesAroundPlans) { expect_matches_around_plans(DType::bf16); }
+INSTANTIATE_TEST_SUITE_P(Kinds, NormCuda, testing::Values(NormKind::rms, NormKind::layer),
+                         kind_name);
 
-TEST_F(RmsNormCuda, EveryDTypeMixMatches) {
-  for (const DType dtype : test::kDTypes) {
-    for (const OptionalDType weight : kWeights) {
-      for (const std::int64_t n : {64, 65, 1000, 5000, 20'000, 70'000}) {
-        SCOPED_TRACE(std::string(name_of(dtype)) + ", weight " +
-                     (weight ? name_of(*weight) : "none") + ", n " + std::to_string(n));
-        expect_matches_cpu(make_problem(5, n, dtype, weight));
+class NormCudaTypes : public CudaTest,
+                      public testing::WithParamInterface<std::tuple<NormKind, int>> {
+ protected:
+  NormKind kind() const { return std::get<0>(GetParam()); }
+  std::vector<Types> types() const { return types_of(std::get<1>(GetParam())); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Types, NormCudaTypes,
+                         testing::Combine(testing::Values(NormKind::rms, NormKind::layer),
+                                          testing::Range(0, 4)),
+                         [](const auto& info) {
+                           return (std::get<0>(info.param) == NormKind::rms ? "rms_" : "layer_") +
+                                  group_name(std::get<1>(info.param));
+                         });
+
+/// The residual stream in all its forms.
+std::vector<Case> streams(NormKind kind) {
+  const Case plain{.kind = kind, .stream = true};
+  std::vector<Case> all(10, plain);
+  all[0].residual = true;
+  all[1].residual = true, all[1].in_place = true, all[1].bias = true;
+  all[2].weight = false;  // and no residual
+  all[3].residual = true, all[3].p = 0.1;
+  all[4].residual = true, all[4].p = 0.5, all[4].rowscale = true, all[4].weight_offset = 1.0;
+  all[5].residual = true, all[5].in_place = true, all[5].rowscale = true;
+  all[6].p = 0.5, all[6].bias = true;
+  all[7].residual = true, all[7].two = true;
+  all[8].residual = true, all[8].two = true, all[8].bias = true, all[8].p = 0.1,
+  all[8].weight_offset = 1.0;
+  all[9].residual = true, all[9].two = true, all[9].in_place = true, all[9].weight = false;
+  return all;
+}
+
+TEST_P(NormCudaTypes, MatchesAroundPlans) {
+  int turn = 0;
+  for (Types types : types()) {
+    const DType type = kernel_type({types.x, types.y});
+    for (const std::int64_t n : lengths_around(
+             [&](std::int64_t length) { return cuda::norm_plan(kind(), length, type); })) {
+      for (const std::int64_t m : counts_for(n)) {
+        Case c{.kind = kind(), .m = m, .n = n, .types = types};
+        c.types.weight = ++turn % 2 == 0 ? types.weight : kDTypes[turn / 2 % 3];
+        c.weight = turn % 7 != 0, c.bias = turn % 3 != 1, c.weight_offset = turn % 5 == 0;
+        expect_forward(c);
+        if (HasFailure()) return;
       }
     }
   }
 }
 
+TEST_P(NormCudaTypes, StreamsMatchAroundPlans) {
+  std::size_t turn = 0;
+  const std::vector<Case> cases = streams(kind());
+  for (const Types& types : types()) {
+    const DType type = kernel_type({types.x, types.stream, types.y});
+    for (const std::int64_t n : lengths_around(
+             [&](std::int64_t length) { return cuda::norm_plan(kind(), length, type); })) {
+      Case c = cases[turn++ % cases.size()];
+      c.m = n <= 1040 ? 37 : n <= 20'000 ? 5 : 2, c.n = n, c.types = types;
+      expect_forward(c);
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST_P(NormCudaTypes, EveryStreamMatches) {
+  for (const Types& types : types()) {
+    for (const std::int64_t n : {7, 8, 100, 1024, 4100, 9000, 20'000, 70'000, 140'000}) {
+      for (Case c : streams(kind())) {
+        c.m = n <= 1024 ? 9 : 2, c.n = n, c.types = types;
+        expect_forward(c);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(NormCuda, AnyNumberOfRowsMatches) {
+  for (const Types& types : some_types()) {
+    for (const std::int64_t n : {64, 128, 1024}) {
+      for (const std::int64_t m : {0, 1, 131, 132, 133, 263, 264, 265, 1000}) {
+        expect_forward({.kind = kind(), .m = m, .n = n, .types = types, .bias = m % 2 == 0});
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+/// Several rows for each team of a persistent grid: its rings and barriers go round.
+TEST_P(NormCuda, ManyLongRowsMatch) {
+  for (const Types& types : {all_of(DType::f32), all_of(DType::bf16), kMixes[0]}) {
+    for (const auto& [m, n] : {std::pair<int, int>{600, 8200}, {150, 20'000}, {30, 65'536}}) {
+      expect_forward({.kind = kind(), .m = m, .n = n, .types = types, .bias = true});
+      expect_forward({.kind = kind(),
+                      .m = m / 2,
+                      .n = n,
+                      .types = types,
+                      .stream = true,
+                      .residual = true,
+                      .in_place = true});
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST_P(NormCuda, HeadsMatch) {
+  for (const Types& types : some_types()) {
+    for (const std::int64_t heads : {1, 3, 8, 32}) {
+      for (const std::int64_t n : {64, 100, 128, 1024, 9000, 140'000}) {
+        if (heads > (n > 9000 ? 3 : n > 1024 ? 8 : 32)) continue;
+        Case c{.kind = kind(), .m = heads * (n > 1024 ? 2 : 7), .n = n, .types = types};
+        c.bias = true, c.heads = heads;
+        expect_forward(c);
+        c.weight = false;
+        if (n <= 1024) expect_forward(c);
+        c.weight = true, c.bias = false, c.stream = c.residual = c.two = true;
+        expect_forward(c);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(NormCuda, DropoutOfEverythingLeavesTheResidual) {
+  for (const std::int64_t n : {8, 101, 9000, 140'000}) {
+    ForwardCall call = expect_forward({.kind = kind(),
+                                       .m = 3,
+                                       .n = n,
+                                       .types = all_of(DType::bf16),
+                                       .stream = true,
+                                       .residual = true,
+                                       .p = 1.0});
+    EXPECT_TRUE(call.h.same_bits(call.residual)) << n;
+  }
+}
+
 /// Alignment and strides of every operand change how memory is reached, never a bit of the result.
-TEST_F(RmsNormCuda, AnyStridesAndAlignmentsGiveTheSameBits) {
-  for (const DType dtype : test::kDTypes) {
-    for (const std::int64_t n : {8, 24, 61, 256, 1000, 4096, 9000, 20'000, 70'000}) {
-      const Problem problem = make_problem(6, n, dtype, n % 16 == 0 ? dtype : DType::f32);
-      const Outputs expected = expect_matches_cpu(problem);
-      const std::vector<Layout> layouts = test::row_layouts(6, n);
-      const auto layout = [&](std::size_t i) { return layouts[i % layouts.size()]; };
-      for (std::size_t i = 0; i < layouts.size(); ++i) {
-        for (const std::size_t shift : {0, 1, 3}) {
-          const How how{layout(i), layout(i + 2 * shift), layout(i + shift),
-                        static_cast<std::int64_t>(shift)};
-          SCOPED_TRACE(std::string(name_of(dtype)) + ", n " + std::to_string(n) + ", x " +
-                       how.x.name + ", dy " + how.dy.name + ", out " + how.out.name);
-          expect_same(run(problem, how), expected);
-          if (HasFailure()) return;
+TEST_P(NormCudaTypes, AnyStridesAndAlignmentsGiveTheSameBits) {
+  std::vector<Case> cases{{.kind = kind(), .bias = true}};
+  const std::vector<Case> more = streams(kind());
+  cases.insert(cases.end(), {more[1], more[4], more[8]});
+  for (const Types& types : types()) {
+    for (const std::int64_t n : {8, 24, 61, 256, 1000, 4096, 9000, 20'000, 140'000}) {
+      const std::vector<Layout> layouts = row_layouts(6, n);
+      for (Case c : cases) {
+        if (n > 10'000 && (c.two || (n > 100'000 && c.stream))) continue;
+        c.m = 6, c.n = n, c.types = types;
+        ForwardCall expected = expect_forward(c);
+        for (std::size_t shift = 0; shift < (n > 10'000 ? 3 : layouts.size()); ++shift) {
+          SCOPED_TRACE(c.text() + ", shift " + std::to_string(shift));
+          const Arrangement how{layouts, shift, static_cast<std::int64_t>(shift) % 3};
+          expect_same(ForwardCall(c, how).on_cuda(), expected);
+        }
+        // All of one layout: every path at once.
+        for (const Layout& layout : layouts) {
+          if (n > 10'000) break;
+          SCOPED_TRACE(c.text() + ", all " + layout.name);
+          expect_same(ForwardCall(c, {{layout}, 0, 1}).on_cuda(), expected);
+        }
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(NormCuda, ExpandedRowsAreRead) {
+  for (const std::int64_t n : {64, 9000}) {
+    const Case c{.kind = kind(), .m = 5, .n = n, .types = all_of(DType::bf16)};
+    ForwardCall dense(c), expanded(c);
+    expanded.x = Tensor(DType::bf16, Layout{"one row, five times", {5, n}, {0, 1}}).fill(1);
+    dense.x.copy_from(expanded.x);
+    expect_same(expanded.on_cuda(), dense.on_cuda());
+  }
+}
+
+/// A row's result is the same alone as among others.
+TEST_P(NormCuda, RowsDoNotSeeTheirBatch) {
+  for (const Types& types : some_types()) {
+    for (const std::int64_t n : {24, 100, 1000, 4096, 9000, 40'000, 140'000}) {
+      const std::int64_t m = n <= 9000 ? 300 : 5;
+      Case c{.kind = kind(), .m = m, .n = n, .types = types, .bias = true};
+      c.stream = c.residual = n % 3 != 0;
+      ForwardCall all(c);
+      c.m = 1;
+      for (const std::int64_t row : {std::int64_t{0}, m / 2, m - 1}) {
+        ForwardCall one(c);
+        for (std::int64_t i = 0; i < n; ++i) {
+          one.x.set(i, all.x.get(row * n + i));
+          if (c.residual) one.residual.set(i, all.residual.get(row * n + i));
+        }
+        if (row == 0) all.on_cuda();
+        one.on_cuda();
+        for (std::int64_t i = 0; i < n; ++i) {
+          ASSERT_EQ(one.y.get(i), all.y.get(row * n + i))
+              << all.c.text() << ", row " << row << ", column " << i;
         }
       }
     }
   }
 }
 
-TEST_F(RmsNormCuda, ExpandedRowsAreRead) {
-  for (const std::int64_t n : {64, 9000}) {
-    const Layout expanded{"one row, seen five times", {5, n}, {0, 1}}, dense = dense_layout({5, n});
-    Problem problem = make_problem(5, n, DType::bf16, DType::bf16);
-    for (std::int64_t i = n; i < 5 * n; ++i) {
-      problem.x.set(i, problem.x.get(i % n));
-      problem.dy.set(i, problem.dy.get(i % n));
-    }
-    expect_same(run(problem, {expanded, expanded, dense}), run(problem, {dense, dense, dense}));
-  }
-}
-
-/// More rows than the persistent blocks of backward hold at once: they walk, and prefetch past the
-/// end.
-TEST_F(RmsNormCuda, ManyRowsMatch) {
-  for (const DType dtype : {DType::f32, DType::bf16}) {
-    for (const std::int64_t n : {8, 60, 500, 2048, 8192, 16'384 + 8}) {
-      const Plan plan = cuda::rms_norm_bwd_plan(n, dtype);
-      const std::int64_t blocks =
-          2048 / plan.threads_per_block * multiprocessors_;  // no GPU holds more at once
-      const std::int64_t m = (3 * blocks / 2) * plan.rows_per_block + 1;
-      SCOPED_TRACE(std::string(name_of(dtype)) + ", " + std::to_string(m) + " x " +
-                   std::to_string(n));
-      expect_matches_cpu(make_problem(m, n, dtype, dtype));
-    }
-  }
-}
-
-TEST_F(RmsNormCuda, EachGradientAloneHasTheSameBits) {
+TEST_P(NormCuda, RepeatsHaveTheSameBits) {
   for (const std::int64_t n : {40, 3000, 20'000}) {
-    const Layout dense = dense_layout({300, n});
-    const Problem problem = make_problem(300, n, DType::bf16, DType::f32);
-    const Outputs both = backward(problem, {dense, dense, dense});
-    const Outputs dx = backward(problem, {dense, dense, dense, 0, {}, true, false});
-    const Outputs dweight = backward(problem, {dense, dense, dense, 0, {}, false, true});
-    EXPECT_TRUE(dx.dx.same_bits(both.dx)) << n;
-    EXPECT_TRUE(dweight.dweight.same_bits(both.dweight)) << n;
-  }
-}
-
-TEST_F(RmsNormCuda, RepeatsHaveTheSameBits) {
-  for (const std::int64_t n : {40, 3000, 20'000}) {
-    const Layout dense = dense_layout({300, n});
-    const Problem problem = make_problem(300, n, DType::bf16, DType::bf16);
-    const Outputs first = run(problem, {dense, dense, dense});
-    for (int repeat = 0; repeat < 4; ++repeat)
-      expect_same(run(problem, {dense, dense, dense}), first);
-  }
-}
-
-/// A row's result is the same alone as among others.
-TEST_F(RmsNormCuda, RowsDoNotSeeTheirBatch) {
-  for (const std::int64_t n : {24, 1000, 9000, 70'000}) {
-    constexpr std::int64_t m = 37;
-    const Problem all = make_problem(m, n, DType::bf16, DType::bf16);
-    const Outputs expected =
-        run(all, {dense_layout({m, n}), dense_layout({m, n}), dense_layout({m, n})});
-    for (const std::int64_t row : {std::int64_t{0}, std::int64_t{17}, m - 1}) {
-      Problem one = make_problem(1, n, DType::bf16, DType::bf16);
-      for (std::int64_t c = 0; c < n; ++c) {
-        one.x.set(c, all.x.get(row * n + c));
-        one.dy.set(c, all.dy.get(row * n + c));
-      }
-      const Outputs alone =
-          run(one, {dense_layout({1, n}), dense_layout({1, n}), dense_layout({1, n})});
-      for (std::int64_t c = 0; c < n; ++c) {
-        ASSERT_EQ(alone.y.get(c), expected.y.get(row * n + c))
-            << "row " << row << ", column " << c << " of " << n;
-        ASSERT_EQ(alone.dx.get(c), expected.dx.get(row * n + c))
-            << "row " << row << ", column " << c << " of " << n;
+    for (Case c : {Case{.kind = kind(), .bias = true}, streams(kind())[1], streams(kind())[8]}) {
+      c.m = 300 * 40 / n + 20, c.n = n, c.types = all_of(DType::bf16);
+      ForwardCall first(c);
+      first.on_cuda();
+      for (int repeat = 0; repeat < 50; ++repeat) {
+        expect_same(ForwardCall(c).on_cuda(), first);
+        ASSERT_FALSE(HasFailure()) << c.text() << ", repeat " << repeat;
       }
     }
   }
 }
 
-TEST_F(RmsNormCuda, NoRowsOrNoColumns) {
+/// For lengths that a cluster holds beside the residual, in operands of one type.
+TEST_P(NormCuda, TheNormOfTheStreamHasTheBitsOfTheNormOfH) {
+  for (const DType type : kDTypes) {
+    for (const std::int64_t n : {8, 100, 1000, 1024, 4096, 8200, 20'000, 65'536}) {
+      for (Case c : streams(kind())) {
+        c.m = 5, c.n = n, c.types = all_of(type), c.two = false;
+        ForwardCall call(c);
+        call.on_cuda();
+        Case of_h = c;
+        of_h.stream = of_h.residual = of_h.in_place = of_h.rowscale = false, of_h.p = 0.0;
+        ForwardCall norm(of_h);
+        norm.x.copy_from(call.stream());
+        norm.on_cuda();
+        ASSERT_TRUE(call.y.same_bits(norm.y)) << c.text();
+      }
+    }
+  }
+}
+
+/// Rows far from zero against doubles: no digits may be lost but those that a mean in f32 lacks.
+TEST_F(CudaTest, LayerNormOfRowsFarFromZero) {
+  for (const DType type : {DType::f32, DType::f16}) {
+    for (const std::int64_t n : {64, 1000, 4096, 9000, 20'000, 140'000}) {
+      Case c{.kind = NormKind::layer, .m = 4, .n = n, .types = all_of(type)};
+      c.bias = true, c.eps = 1e-5;
+      ForwardCall call(c);
+      call.x.fill(1, 1e4);
+      call.on_cuda();
+      const std::vector<double> x = call.x.values(), w = call.weight.values(),
+                                b = call.bias.values();
+      for (std::int64_t r = 0; r < c.m; ++r) {
+        const RowMoments s = moments_of(c, &x[r * n]);
+        for (std::int64_t i = 0; i < n; ++i) {
+          const double xhat = (x[r * n + i] - s.mean) * s.rstd, y = xhat * w[i] + b[i];
+          const double scale = (std::abs(xhat) + 0.1 * std::abs(s.mean) * s.rstd) * std::abs(w[i]);
+          ASSERT_NEAR(call.y.get(r * n + i), y, ulp(type, y) + kNoise * (scale + std::abs(b[i])))
+              << c.text() << ", row " << r << ", column " << i;
+        }
+      }
+    }
+  }
+}
+
+/// Rows with NaN or infinity, and of zeros without eps, change no other row.
+TEST_P(NormCuda, NanAndInfinityStayInTheirRows) {
+  for (const std::int64_t n : {8, 100, 1024, 9000, 20'000, 140'000}) {
+    Case c{.kind = kind(), .m = 5, .n = n, .types = all_of(DType::bf16), .eps = 0.0};
+    ForwardCall clean(c), call(c);
+    for (std::int64_t i = 0; i < n; ++i) call.x.set(2 * n + i, 0.0);
+    call.x.set(n + n / 2, std::nan(""));
+    call.x.set(3 * n + n - 1, std::numeric_limits<double>::infinity());
+    clean.on_cuda(), call.on_cuda();
+    for (const std::int64_t row : {0, 4}) {
+      for (std::int64_t i = row * n; i < (row + 1) * n; ++i)
+        ASSERT_EQ(call.y.get(i), clean.y.get(i)) << c.text() << ", element " << i;
+    }
+    // rms of a row with an infinity is infinite: 0 but for that element.
+    for (std::int64_t i = n; i < (kind() == NormKind::layer ? 4 : 3) * n; ++i)
+      ASSERT_TRUE(std::isnan(call.y.get(i))) << c.text() << ", element " << i;
+  }
+}
+
+TEST_P(NormCuda, NoRowsOrNoColumns) {
   for (const auto& [m, n] :
-       {std::pair<std::int64_t, std::int64_t>{0, 5}, {0, 40'000}, {3, 0}, {0, 0}}) {
-    SCOPED_TRACE(std::to_string(m) + " x " + std::to_string(n));
-    const Problem problem{Tensor(DType::bf16, {m, n}), Tensor(DType::bf16, {m, n}),
-                          make_weight(DType::f32, n), n};
-    const Layout dense = dense_layout({m, n});
-    forward(problem, {dense, dense, dense});
-    const Outputs grads = backward(problem, {dense, dense, dense});
-    for (const double v : grads.dweight.values()) EXPECT_EQ(v, 0.0);
+       {std::pair<std::int64_t, std::int64_t>{0, 5}, {0, 40'000}, {0, 300'000}, {3, 0}, {0, 0}}) {
+    ForwardCall({.kind = kind(), .m = m, .n = n, .bias = true}).on_cuda();
   }
 }
 
@@ -309,136 +318,96 @@ __global__ void wait_kernel(long long cycles) {
 }
 
 /// The inputs arrive late on a side stream: a call on any other stream would read what was there
-/// before.
-TEST_F(RmsNormCuda, WorkIsOrderedOnTheGivenStream) {
-  constexpr std::int64_t m = 64;
-  for (const std::int64_t n : {200, 20'000}) {
-    const Layout dense = dense_layout({m, n});
-    const Problem problem = make_problem(m, n, DType::bf16, DType::bf16);
-    const Outputs expected = run(problem, {dense, dense, dense});
-    const test::SideStream side;
+/// before. A second call takes its input from the first.
+TEST_P(NormCuda, WorkIsOrderedOnTheGivenStream) {
+  for (const std::int64_t n : {200, 20'000, 140'000}) {
+    const Case c{.kind = kind(), .m = 16, .n = n, .types = all_of(DType::bf16)};
+    ForwardCall expected(c), twice(c);
+    expected.on_cuda();
+    twice.x.copy_from(expected.y);
+    twice.on_cuda();
+    const SideStream side;
     for (const Stream stream : {side.stream(), Stream{}}) {
       const auto handle = static_cast<cudaStream_t>(stream.handle);
-      const Tensor blank(DType::bf16, dense);
-      const DeviceTensor late_x(problem.x), late_dy(problem.dy);
-      DeviceTensor x(blank), dy(blank);
-      const DeviceTensor w(problem.weight), y(blank), dx(blank), dweight(Tensor(DType::bf16, {n}));
-      RmsNormBwd args{.dy = dy.ref(),
-                      .x = x.ref(),
-                      .weight = w.ref(),
-                      .dx = dx.ref(),
-                      .dweight = dweight.ref()};
-      args.eps = kEps;
-      args.workspace_size = cuda::rms_norm_bwd_workspace(args, 0);
-      const DeviceTensor workspace(
-          Tensor(DType::f32, {static_cast<std::int64_t>(args.workspace_size / 4)}));
-      args.workspace = workspace.ref().data;
+      const Tensor blank(DType::bf16, {c.m, n});
+      const DeviceTensor late(expected.x), w(expected.weight), y(blank), z(blank);
+      DeviceTensor x(blank);
+      NormFwd args;
+      args.kind = kind(), args.eps = kEps, args.weight = w.ref();
       cuda_ok(cudaDeviceSynchronize());
-      wait_kernel<<<1, 1, 0, handle>>>(50'000'000);
-      x.copy_on(handle, late_x);
-      dy.copy_on(handle, late_dy);
-      cuda::rms_norm({x.ref(), w.ref(), y.ref(), kEps}, stream);
-      cuda::rms_norm_bwd(args, stream);
+      wait_kernel<<<1, 1, 0, handle>>>(20'000'000);
+      x.copy_on(handle, late);
+      args.x = x.ref(), args.y = y.ref();
+      cuda::norm(args, stream);
+      args.x = y.ref(), args.y = z.ref();
+      cuda::norm(args, stream);
       cuda_ok(cudaStreamSynchronize(handle));
-      expect_same({y.download(), dx.download(), dweight.download()}, expected);
+      EXPECT_TRUE(y.download().same_bits(expected.y)) << n;
+      EXPECT_TRUE(z.download().same_bits(twice.y)) << n;
     }
   }
 }
 
-TEST_F(RmsNormCuda, CapturedCallsReplay) {
-  constexpr std::int64_t m = 64, n = 1000;
-  const Layout dense = dense_layout({m, n});
-  const Problem problem = make_problem(m, n, DType::bf16, DType::bf16);
-  const Outputs expected = run(problem, {dense, dense, dense});
-  const test::SideStream side;
-  DeviceTensor x(problem.x), y(Tensor(DType::bf16, dense));
-  const DeviceTensor w(problem.weight);
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t replay = nullptr;
-  cuda_ok(cudaStreamBeginCapture(side, cudaStreamCaptureModeGlobal));
-  cuda::rms_norm({x.ref(), w.ref(), y.ref(), kEps}, side.stream());
-  cuda_ok(cudaStreamEndCapture(side, &graph));
-  cuda_ok(cudaGraphInstantiate(&replay, graph, 0));
-  for (int i = 0; i < 2; ++i) {
-    y.upload();
-    cuda_ok(cudaDeviceSynchronize());
-    cuda_ok(cudaGraphLaunch(replay, side));
-    cuda_ok(cudaStreamSynchronize(side));
-    EXPECT_TRUE(y.download().same_bits(expected.y));
-  }
-  cuda_ok(cudaGraphExecDestroy(replay));
-  cuda_ok(cudaGraphDestroy(graph));
-}
-
-TEST_F(RmsNormCuda, TooSmallAWorkspaceIsRefused) {
-  for (const std::int64_t n : {100, 20'000}) {
-    const Layout dense = dense_layout({6, n});
-    const Problem problem = make_problem(6, n, DType::bf16, DType::bf16);
-    const DeviceTensor x(problem.x), dy(problem.dy), w(problem.weight);
-    const Tensor blank(DType::bf16, dense), blank_weight(DType::bf16, {n});
-    const DeviceTensor dx(blank), dweight(blank_weight);
-    RmsNormBwd args{
-        .dy = dy.ref(), .x = x.ref(), .weight = w.ref(), .dx = dx.ref(), .dweight = dweight.ref()};
-    args.eps = kEps;
-    const std::size_t needed = cuda::rms_norm_bwd_workspace(args, 0);
-    ASSERT_GT(needed, 0u);
-    const DeviceTensor workspace(Tensor(DType::f32, {static_cast<std::int64_t>(needed / 4)}));
-    args.workspace = workspace.ref().data;
-    args.workspace_size = needed - 1;
-    const std::string message = error_of([&] { cuda::rms_norm_bwd(args, {}); });
-    EXPECT_TRUE(contains(message, "fastkern::rms_norm_bwd: workspace must")) << message;
-    EXPECT_TRUE(contains(message, std::to_string(needed))) << message;
-    EXPECT_TRUE(contains(message, std::to_string(needed - 1))) << message;
-    cuda_ok(cudaDeviceSynchronize());
-    EXPECT_TRUE(dx.download().same_bits(blank));
-    EXPECT_TRUE(dweight.download().same_bits(blank_weight));
-    args.workspace_size = needed;
-    cuda::rms_norm_bwd(args, {});
-    cuda_ok(cudaDeviceSynchronize());
-    EXPECT_TRUE(dx.download().same_bits(backward(problem, {dense, dense, dense}).dx));
-  }
-}
-
-TEST_F(RmsNormCuda, GradientOfXAloneNeedsNoWorkspace) {
-  for (const std::int64_t n : {100, 20'000}) {
-    const Problem problem = make_problem(6, n, DType::bf16, std::nullopt);
-    const Layout dense = dense_layout({6, n});
-    const DeviceTensor x(problem.x), dy(problem.dy), dx(Tensor(DType::bf16, dense));
-    RmsNormBwd args{.dy = dy.ref(), .x = x.ref(), .weight = {}, .dx = dx.ref(), .dweight = {}};
-    EXPECT_EQ(cuda::rms_norm_bwd_workspace(args, 0), 0u);
-    cuda::rms_norm_bwd(args, {});
-    cuda_ok(cudaDeviceSynchronize());
+TEST_P(NormCuda, CapturedCallsReplay) {
+  for (const std::int64_t n : {1000, 20'000}) {
+    const Case c{.kind = kind(), .m = 64, .n = n, .types = all_of(DType::bf16)};
+    ForwardCall expected(c);
+    expected.on_cuda();
+    const SideStream side;
+    const DeviceTensor x(expected.x), w(expected.weight);
+    DeviceTensor y(Tensor(DType::bf16, {c.m, n}));
+    NormFwd args;
+    args.kind = kind(), args.eps = kEps;
+    args.x = x.ref(), args.weight = w.ref(), args.y = y.ref();
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t replay = nullptr;
+    cuda_ok(cudaStreamBeginCapture(side, cudaStreamCaptureModeGlobal));
+    cuda::norm(args, side.stream());
+    cuda::norm(args, side.stream());
+    cuda_ok(cudaStreamEndCapture(side, &graph));
+    cuda_ok(cudaGraphInstantiate(&replay, graph, 0));
+    for (int i = 0; i < 2; ++i) {
+      y.upload();
+      cuda_ok(cudaDeviceSynchronize());
+      cuda_ok(cudaGraphLaunch(replay, side));
+      cuda_ok(cudaStreamSynchronize(side));
+      EXPECT_TRUE(y.download().same_bits(expected.y)) << n;
+    }
+    cuda_ok(cudaGraphExecDestroy(replay));
+    cuda_ok(cudaGraphDestroy(graph));
   }
 }
 
 /// Calls that are refused before they touch memory, so that none needs to exist.
-TEST_F(RmsNormCuda, RefusedCallsNameTheOpAndTheNextOneWorks) {
+TEST_F(CudaTest, RefusedNormsNameTheOpAndTheNextOneWorks) {
   const auto message_for = [](const TensorRef& x, const TensorRef& y, Stream stream = {}) {
-    return error_of([&] { cuda::rms_norm({x, {}, y, kEps}, stream); });
+    NormFwd args;
+    args.op = "fastkern::some_norm", args.x = x, args.y = y;
+    return error_of([&] { cuda::norm(args, stream); });
   };
   void* const nowhere = reinterpret_cast<void*>(std::uintptr_t{4096});
-  const std::int64_t many = std::int64_t{1} << 37;
+  const std::int64_t many = std::int64_t{1} << 40;
   const TensorRef huge = dense(nowhere, DType::bf16, many, 8);
   std::string message = message_for(huge, huge);
-  EXPECT_TRUE(contains(message, "fastkern::rms_norm: ")) << message;
+  EXPECT_TRUE(contains(message, "fastkern::some_norm: ")) << message;
   EXPECT_TRUE(contains(message, "do not fit a CUDA grid")) << message;
 
   TensorRef two_strides = dense(nowhere, DType::bf16, many / 4, 4, 8);
   two_strides.strides[0] = 64;
   message = message_for(two_strides, huge);
-  EXPECT_TRUE(contains(message, "fastkern::rms_norm: ")) << message;
+  EXPECT_TRUE(contains(message, "fastkern::some_norm: ")) << message;
   EXPECT_TRUE(contains(message, "more than 2^32")) << message;
 
   TensorRef transposed = dense(nowhere, DType::bf16, 8, 8);
   transposed.strides = {1, 8};
-  message = message_for(transposed, dense(nowhere, DType::bf16, 8, 8));
-  EXPECT_TRUE(contains(message, "fastkern::rms_norm: x must")) << message;
-
   const TensorRef small = dense(nowhere, DType::bf16, 8, 8);
-  message = message_for(small, small, Stream{nullptr, 99});
-  EXPECT_TRUE(contains(message, "fastkern::rms_norm: cudaSetDevice failed")) << message;
+  message = message_for(transposed, small);
+  EXPECT_TRUE(contains(message, "fastkern::some_norm: x must")) << message;
 
-  expect_matches_cpu(make_problem(4, 64, DType::bf16, DType::bf16));
+  message = message_for(small, small, Stream{nullptr, 99});
+  EXPECT_TRUE(contains(message, "fastkern::some_norm: ")) << message;
+
+  expect_forward({.m = 4, .n = 64, .types = all_of(DType::bf16)});
 }
 
 }  // namespace

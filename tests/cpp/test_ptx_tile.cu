@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The primitives of cuda/ptx and cuda/tile, each alone, against host code.
+// The primitives of cuda/ptx and cuda/tile, each alone, against host code. Teams: test_team.cu.
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -23,17 +23,14 @@ struct HostType;
 template <>
 struct HostType<float> {
   using Type = float;
-  static constexpr DType kDType = DType::f32;
 };
 template <>
 struct HostType<Half> {
   using Type = f16;
-  static constexpr DType kDType = DType::f16;
 };
 template <>
 struct HostType<Bfloat> {
   using Type = bf16;
-  static constexpr DType kDType = DType::bf16;
 };
 /// The host's storage type, of the same size and bits.
 template <class T>
@@ -89,6 +86,22 @@ std::vector<uint4> random_words(int count) {
   return values;
 }
 
+/// Loads of which every third is left out, by 16 bytes and by 8, and the way through shared memory.
+__global__ void conditional_kernel(const uint4* in, uint4* out, uint2* out_8, uint4* shared_8,
+                                   const void* nowhere) {
+  __shared__ uint4 ring[128];
+  const int i = threadIdx.x;
+  const bool inside = i % 3 != 0;
+  out[i] = ptx::ld_global_nc_if(inside ? in + i : nowhere, inside);
+  const uint2 half = ptx::ld_global_nc_8_if(inside ? &in[i].z : nowhere, inside);
+  ptx::st_global_8(out_8 + i, half);
+  ring[i] = {1, 2, 3, 4};
+  ptx::cp_async_8(&ring[i], &in[i].z, inside ? 8 : 0);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  shared_8[i] = ptx::ld_shared(&ring[i]);
+}
+
 void expect_equal(const std::vector<uint4>& found, const std::vector<uint4>& expected) {
   ASSERT_EQ(found.size(), expected.size());
   EXPECT_EQ(std::memcmp(found.data(), expected.data(), found.size() * sizeof(uint4)), 0);
@@ -111,6 +124,25 @@ TEST_F(Primitives, AsynchronousCopies) {
   test::cuda_ok(cudaGetLastError());
   for (int thread = 0; thread < kCount; thread += 3) values[2 * kCount + thread] = {};
   expect_equal(out.download(), values);
+}
+
+TEST_F(Primitives, ConditionalAndEightByteAccesses) {
+  constexpr int kCount = 128;
+  const std::vector<uint4> values = random_words(kCount);
+  const DeviceArray<uint4> in(values), out(kCount, uint4{9, 9, 9, 9}), shared_8(kCount);
+  const DeviceArray<uint2> out_8(kCount, uint2{9, 9});
+  conditional_kernel<<<1, kCount>>>(in.data(), out.data(), out_8.data(), shared_8.data(), nullptr);
+  test::cuda_ok(cudaDeviceSynchronize());
+  const std::vector<uint4> all = out.download(), shared = shared_8.download();
+  const std::vector<uint2> halves = out_8.download();
+  for (int i = 0; i < kCount; ++i) {
+    const bool inside = i % 3 != 0;
+    const uint4 v = inside ? values[i] : uint4{};
+    EXPECT_TRUE(all[i].x == v.x && all[i].y == v.y && all[i].z == v.z && all[i].w == v.w) << i;
+    EXPECT_TRUE(halves[i].x == v.z && halves[i].y == v.w) << i;
+    EXPECT_TRUE(shared[i].x == v.z && shared[i].y == v.w) << i;
+    EXPECT_TRUE(shared[i].z == 3 && shared[i].w == 4) << i;
+  }
 }
 
 // ---- packs
@@ -223,206 +255,6 @@ void expect_rounds_like_the_host() {
 
 TEST_F(Primitives, F16RoundsLikeTheHost) { expect_rounds_like_the_host<Half>(); }
 TEST_F(Primitives, Bf16RoundsLikeTheHost) { expect_rounds_like_the_host<Bfloat>(); }
-
-// ---- rows in and out
-// -----------------------------------------------------------------------------------------------
-
-/// Thread t takes the pack of columns from t · kVector on: what it loaded, in both ways, and the
-/// store of it.
-template <class T, class Column>
-__global__ void load_store_kernel(const T* in, T* out, Pack<T>* loaded, Pack<T>* loaded_async,
-                                  Column n, bool in_whole, bool out_whole) {
-  __shared__ uint4 shared[32];
-  const Column column = static_cast<Column>(threadIdx.x) * kVector<T>;
-  tile::load_async(&shared[threadIdx.x], in, column, n, in_whole);
-  ptx::cp_async_commit();
-  const Pack<T> pack = tile::load(in, column, n, in_whole);
-  loaded[threadIdx.x] = pack;
-  tile::store(out, column, n, out_whole, pack);
-  ptx::cp_async_wait<0>();
-  loaded_async[threadIdx.x].bits = shared[threadIdx.x];
-}
-
-/// Every row length up to four packs, at every offset of source and target from a 16-byte boundary.
-template <class T, class Column>
-void expect_loads_and_stores() {
-  constexpr int kV = kVector<T>, kPacks = 5, kSpan = (kPacks + 2) * kV;
-  constexpr DType kDType = HostType<T>::kDType;
-  const std::vector<Host<T>> values = random_elements<T>(kSpan, 1);
-  std::vector<Host<T>> canary(kSpan);
-  std::memset(canary.data(), 0xA5, kSpan * sizeof(T));
-  const DeviceArray<Host<T>> in(values), out(canary), loaded(kPacks * kV),
-      loaded_async(kPacks * kV);
-  for (int n = 0; n <= 4 * kV; ++n) {
-    for (int in_offset = 0; in_offset < kV; ++in_offset) {
-      for (const int out_offset : {0, 1, in_offset}) {
-        for (const bool allow_whole : {true, false}) {
-          const TensorRef source = dense(in.data() + in_offset, kDType, 1, n);
-          const TensorRef target = dense(out.data() + out_offset, kDType, 1, n);
-          const auto gX = tile::row_view<T>(source, rows_of(source, "test", "x"), "test");
-          const auto gY = tile::row_view<T>(target, rows_of(target, "test", "y"), "test");
-          ASSERT_EQ(gX.whole, in_offset == 0 && n % kV == 0);
-          ASSERT_EQ(gY.whole, out_offset == 0 && n % kV == 0);
-          test::cuda_ok(
-              cudaMemcpy(out.data(), canary.data(), kSpan * sizeof(T), cudaMemcpyHostToDevice));
-          load_store_kernel<T, Column>
-              <<<1, kPacks>>>(gX.data, gY.data, reinterpret_cast<Pack<T>*>(loaded.data()),
-                              reinterpret_cast<Pack<T>*>(loaded_async.data()), Column{n},
-                              gX.whole && allow_whole, gY.whole && allow_whole);
-          test::cuda_ok(cudaGetLastError());
-          const std::vector<Host<T>> registers = loaded.download(),
-                                     shared = loaded_async.download(), stored = out.download();
-          for (int c = 0; c < kPacks * kV; ++c) {
-            const std::uint32_t expected = c < n ? bits_of(values[in_offset + c]) : 0u;
-            ASSERT_EQ(bits_of(registers[c]), expected)
-                << "column " << c << " of " << n << " from " << in_offset;
-            ASSERT_EQ(bits_of(shared[c]), expected)
-                << "column " << c << " of " << n << " from " << in_offset;
-          }
-          for (int c = 0; c < kSpan; ++c) {
-            const bool written = c >= out_offset && c < out_offset + n;
-            const std::uint32_t expected =
-                bits_of(written ? values[in_offset + c - out_offset] : canary[c]);
-            ASSERT_EQ(bits_of(stored[c]), expected)
-                << "column " << c << " of " << n << " to " << out_offset;
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST_F(Primitives, F32LoadsAndStores) { expect_loads_and_stores<float, int>(); }
-TEST_F(Primitives, F16LoadsAndStores) { expect_loads_and_stores<Half, int>(); }
-TEST_F(Primitives, Bf16LoadsAndStores) { expect_loads_and_stores<Bfloat, int>(); }
-TEST_F(Primitives, Bf16LoadsAndStoresWith64BitColumns) {
-  expect_loads_and_stores<Bfloat, std::int64_t>();
-}
-
-template <int kCount, class Column>
-__global__ void column_kernel(tile::ColumnView view, Column n, float* out) {
-  const Column column = static_cast<Column>(threadIdx.x) * kCount;
-  float v[kCount];
-  view.load(column, n, v);
-  for (int i = 0; i < kCount; ++i) out[column + i] = v[i];
-}
-
-template <class W, int kCount, class Column>
-void expect_columns_load() {
-  constexpr int kThreads = 4, kSpan = kThreads * kCount;
-  const std::vector<Host<W>> values = random_elements<W>(kSpan + 8, 1);
-  const DeviceArray<Host<W>> weight(values);
-  for (int n = 0; n <= kSpan; ++n) {
-    for (const int offset : {0, 1, 3}) {
-      const DeviceArray<float> out(kSpan, -7.0f);
-      const tile::ColumnView view =
-          tile::column_view(dense(weight.data() + offset, HostType<W>::kDType, n));
-      column_kernel<kCount, Column><<<1, kThreads>>>(view, Column{n}, out.data());
-      test::cuda_ok(cudaGetLastError());
-      const std::vector<float> found = out.download();
-      for (int c = 0; c < kSpan; ++c) {
-        ASSERT_EQ(found[c], c < n ? to_float(values[offset + c]) : 0.0f)
-            << "column " << c << " of " << n << ", offset " << offset << ", " << kCount
-            << " at once";
-      }
-    }
-  }
-}
-
-template <class W>
-void expect_columns_load_in_any_count() {
-  expect_columns_load<W, 1, int>();
-  expect_columns_load<W, 2, int>();
-  expect_columns_load<W, 4, int>();
-  expect_columns_load<W, 8, int>();
-  expect_columns_load<W, 16, int>();
-  expect_columns_load<W, 8, std::int64_t>();
-}
-
-TEST_F(Primitives, F32ColumnsLoad) { expect_columns_load_in_any_count<float>(); }
-TEST_F(Primitives, F16ColumnsLoad) { expect_columns_load_in_any_count<Half>(); }
-TEST_F(Primitives, Bf16ColumnsLoad) { expect_columns_load_in_any_count<Bfloat>(); }
-
-TEST_F(Primitives, MissingColumnsAreOnes) {
-  const DeviceArray<float> out(4 * 8);
-  column_kernel<8, int><<<1, 4>>>(tile::column_view(TensorRef{}), 32, out.data());
-  test::cuda_ok(cudaGetLastError());
-  EXPECT_EQ(out.download(), std::vector<float>(32, 1.0f));
-}
-
-template <class T>
-__global__ void row_kernel(tile::RowView<T> view, const std::int64_t* rows, int count,
-                           std::int64_t* starts) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < count) starts[i] = view.row(rows[i]) - view.data;
-}
-
-template <class T>
-void expect_row_starts(const Rows& rows, std::vector<std::int64_t> which) {
-  std::erase_if(which, [&](std::int64_t row) { return row >= rows.count; });
-  std::vector<std::int64_t> expected;
-  for (const std::int64_t row : which) expected.push_back(rows.start(row));
-  const int count = static_cast<int>(which.size());
-  TensorRef t;  // only addresses are computed, none is read
-  t.data = reinterpret_cast<void*>(std::uintptr_t{1} << 20);
-  const auto view = tile::row_view<T>(t, rows, "test");
-  const DeviceArray<std::int64_t> in(which), starts(which.size());
-  row_kernel<T><<<(count + 127) / 128, 128>>>(view, in.data(), count, starts.data());
-  test::cuda_ok(cudaGetLastError());
-  EXPECT_EQ(starts.download(), expected);
-}
-
-TEST_F(Primitives, RowsUnderOneStride) {
-  const std::int64_t large = std::int64_t{1} << 33;
-  const Rows rows{
-      .count = 2 * large, .length = 8, .inner = 2 * large, .outer_stride = 0, .inner_stride = 24};
-  expect_row_starts<float>(rows, {0, 1, 2, 1000, large - 1, large, large + 1});
-  expect_row_starts<Half>(
-      {.count = 6, .length = 8, .inner = 6, .outer_stride = 0, .inner_stride = 0}, {0, 3, 5});
-}
-
-TEST_F(Primitives, RowsUnderTwoStrides) {
-  const std::int64_t limit = std::int64_t{1} << 32;
-  for (const std::int64_t inner : {2, 3, 7, 4096, 65537}) {
-    const Rows rows{.count = limit / inner * inner - (limit % inner == 0 ? inner : 0),
-                    .length = 8,
-                    .inner = inner,
-                    .outer_stride = 1000 * inner,
-                    .inner_stride = 16};
-    expect_row_starts<Bfloat>(rows, {0, 1, inner - 1, inner, inner + 1, 10 * inner - 1,
-                                     limit / 2 - 1, limit / 2, limit / 2 + 1, rows.count - 1});
-  }
-}
-
-TEST(RowView, WholeOnlyIfEveryRowIsAligned) {
-  const auto whole = [](std::uintptr_t address, std::int64_t length, std::int64_t inner_stride,
-                        std::int64_t outer_stride) {
-    TensorRef t;
-    t.data = reinterpret_cast<void*>(address);
-    const Rows rows{.count = 6,
-                    .length = length,
-                    .inner = 3,
-                    .outer_stride = outer_stride,
-                    .inner_stride = inner_stride};
-    return tile::row_view<Bfloat>(t, rows, "test").whole;
-  };
-  EXPECT_TRUE(whole(4096, 64, 64, 640));
-  EXPECT_FALSE(whole(4098, 64, 64, 640));
-  EXPECT_FALSE(whole(4096, 63, 64, 640));
-  EXPECT_FALSE(whole(4096, 64, 68, 640));
-  EXPECT_FALSE(whole(4096, 64, 64, 644));
-}
-
-TEST(RowView, RefusesMoreRowsThanItsDivisionTakes) {
-  const Rows rows{.count = std::int64_t{1} << 32,
-                  .length = 8,
-                  .inner = 2,
-                  .outer_stride = 64,
-                  .inner_stride = 8};
-  const std::string message =
-      test::error_of([&] { tile::row_view<float>(TensorRef{}, rows, "fastkern::op"); });
-  EXPECT_TRUE(test::contains(message, "fastkern::op: 4294967296 rows")) << message;
-}
 
 // ---- sums
 // ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-bit floating point on the host, against the formats' definitions.
+// Narrow numbers on the host, against the formats' definitions.
 #include <limits>
 
 #include "support.h"
@@ -144,6 +144,97 @@ TEST(Scalar, KnownCodes) {
   EXPECT_EQ(from_float<bf16>(1.0f).bits, 0x3f80);
   EXPECT_EQ(from_float<bf16>(1.00390625f).bits, 0x3f80);
   EXPECT_EQ(from_float<bf16>(0x1p-133f).bits, 0x0001);
+}
+
+/// f8e4m3 by definition: like an IEEE format, but only the last code of a sign is special (NaN).
+float f8_value(std::uint32_t code) {
+  const int exponent = static_cast<int>(code >> 3 & 0xfu);
+  const int fraction = static_cast<int>(code & 7u);
+  const double magnitude =
+      exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(fraction + 8, exponent - 10);
+  return static_cast<float>(code & 0x80u ? -magnitude : magnitude);
+}
+
+/// Nearest code, ties to even, saturating, by trying them all.
+std::uint32_t f8_round(float v) {
+  const std::uint32_t sign = std::signbit(v) ? 0x80u : 0u;
+  std::uint32_t best = 0;
+  double distance = std::numeric_limits<double>::infinity();
+  for (std::uint32_t code = 0; code < 0x7f; ++code) {
+    const double d = std::abs(std::min(std::abs(static_cast<double>(v)), 448.0) - f8_value(code));
+    if (d < distance || (d == distance && code % 2 == 0)) best = code, distance = d;
+  }
+  return sign | best;
+}
+
+TEST(ScalarF8, AllCodesWidenAndRoundTrip) {
+  EXPECT_EQ(f8_value(0x7e), 448.0f);
+  for (std::uint32_t code = 0; code < 256; ++code) {
+    const float widened = to_float(f8e4m3{static_cast<std::uint8_t>(code)});
+    if ((code & 0x7fu) == 0x7f) {
+      EXPECT_TRUE(std::isnan(widened));
+    } else {
+      EXPECT_EQ(bits(widened), bits(f8_value(code))) << code;
+    }
+    EXPECT_EQ(from_float<f8e4m3>(widened).bits, code);
+  }
+}
+
+TEST(ScalarF8, TiesRoundToEven) {
+  for (std::uint32_t code = 0; code < 0x7e; ++code) {
+    const float tie = (f8_value(code) + f8_value(code + 1)) / 2;
+    for (const float v : {tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 1e3f)}) {
+      EXPECT_EQ(from_float<f8e4m3>(v).bits, f8_round(v)) << std::hexfloat << v;
+      EXPECT_EQ(from_float<f8e4m3>(-v).bits, f8_round(-v)) << std::hexfloat << -v;
+    }
+  }
+}
+
+TEST(ScalarF8, RandomFloatsRound) {
+  std::mt19937 random(1);
+  std::uniform_int_distribution<std::uint32_t> around(bits(0x1p-13f), bits(0x1p10f));
+  for (int i = 0; i < 100'000; ++i) {
+    const std::uint32_t u = i % 4 ? around(random) : static_cast<std::uint32_t>(random());
+    const float v = std::bit_cast<float>(u);
+    if (std::isnan(v)) continue;
+    ASSERT_EQ(from_float<f8e4m3>(v).bits, f8_round(v)) << std::hexfloat << v;
+    ASSERT_EQ(from_float<f8e4m3>(-v).bits, f8_round(-v)) << std::hexfloat << -v;
+  }
+}
+
+TEST(ScalarF8, SaturatesAndKeepsNan) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float v : {448.0f, 463.9f, 464.0f, 465.0f, 1e30f, infinity}) {
+    EXPECT_EQ(from_float<f8e4m3>(v).bits, 0x7e) << v;
+    EXPECT_EQ(from_float<f8e4m3>(-v).bits, 0xfe) << v;
+  }
+  EXPECT_EQ(from_float<f8e4m3>(std::bit_cast<float>(0x7fc00000u)).bits, 0x7f);
+  EXPECT_EQ(from_float<f8e4m3>(std::bit_cast<float>(0xff800001u)).bits, 0xff);
+  EXPECT_EQ(from_float<f8e4m3>(std::numeric_limits<float>::denorm_min()).bits, 0x00);
+  EXPECT_EQ(from_float<f8e4m3>(-0.0f).bits, 0x80);
+}
+
+TEST(ScalarI8, RoundsToEvenAndSaturates) {
+  for (int i = -300 * 256; i <= 300 * 256; ++i) {
+    const float v = static_cast<float>(i) / 256.0f;
+    ASSERT_EQ(from_float<i8>(v), std::clamp(std::nearbyint(v), -127.0f, 127.0f)) << v;
+  }
+  const float infinity = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(from_float<i8>(infinity), 127);
+  EXPECT_EQ(from_float<i8>(-infinity), -127);
+  EXPECT_EQ(from_float<i8>(1e30f), 127);
+  EXPECT_EQ(from_float<i8>(std::nextafter(0.5f, 1.0f)), 1);
+  EXPECT_EQ(from_float<i8>(std::numeric_limits<float>::denorm_min()), 0);
+  EXPECT_EQ(from_float<i8>(std::nanf("")), 0);
+  EXPECT_EQ(from_float<i8>(-std::nanf("")), 0);
+  for (int i = -128; i < 128; ++i) EXPECT_EQ(to_float(static_cast<i8>(i)), i);
+}
+
+TEST(Scalar, NoArithmeticOnQuantisedTypes) {
+  for (const DType dtype : {DType::f8e4m3, DType::i8}) {
+    EXPECT_TRUE(
+        test::contains(test::error_of([&] { dispatch(dtype, []<class T>() {}); }), name_of(dtype)));
+  }
 }
 
 TEST(Scalar, F32IsLeftAlone) {

@@ -61,6 +61,11 @@ def pick_dims(spec: OpSpec, count: int, limit: int = 1 << 40) -> list[Dims]:
     return picked
 
 
+def largest_dims(spec: OpSpec, limit: int) -> list[Dims]:
+    """The largest size of each kind that has at most ``limit`` elements."""
+    return list({tuple(dims): dims for dims in pick_dims(spec, 2, limit)}.values())
+
+
 def with_batch(dims: Dims, batch: int) -> Dims:
     """The same sizes with the leading dimension, by convention the first one named, replaced."""
     first = next(iter(dims))
@@ -84,9 +89,10 @@ def differentiable(spec: OpSpec, inputs: Inputs) -> list[str]:
 
 
 def subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    """All non-empty subsets."""
+    """All non-empty subsets; of more than three names those of one, of all but one, and of all."""
     for size in range(1, len(names) + 1):
-        yield from combinations(names, size)
+        if len(names) <= 3 or size in (1, len(names) - 1, len(names)):
+            yield from combinations(names, size)
 
 
 def strided_names(spec: OpSpec, inputs: Inputs) -> list[str]:
@@ -114,8 +120,22 @@ def run_backward(
     return tuple(o.detach() for o in outputs), dict(zip(names, grads, strict=True))
 
 
+def run_both(
+    function: Callable[..., Any], inputs: Inputs, names: Sequence[str], grad_outs: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Grads]:
+    """run_backward, or the outputs alone where nothing has a gradient."""
+    return run_backward(function, inputs, names, grad_outs) if names else (run_forward(function, inputs), {})
+
+
+def decoded(spec: OpSpec, inputs: Inputs, function: Callable[..., Any]) -> tuple[Tensor, ...]:
+    """The function's outputs, as the numbers they stand for."""
+    return spec.decoded(inputs, run_forward(function, inputs))
+
+
 def make_grad_outs(spec: OpSpec, inputs: Inputs) -> list[Tensor]:
     """A random gradient for each floating-point output (shapes from the op itself, without running a backward)."""
+    if not differentiable(spec, inputs):
+        return []
     outputs = run_forward(spec.function, inputs)
     return [torch.randn(o.shape, device=o.device, dtype=torch.float32).to(o.dtype) for o in outputs if is_float(o)]
 
@@ -144,12 +164,13 @@ def assert_bitwise(got: Tensor, expected: Tensor, what: str) -> None:
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if torch.equal(bits(got), bits(expected)):
         return
-    differs = got.flatten() != expected.flatten()
-    differs &= ~(got.flatten().isnan() & expected.flatten().isnan())
+    got, expected = (t.flatten().float() if t.element_size() == 1 else t.flatten() for t in (got, expected))
+    differs = got != expected
+    differs &= ~(got.isnan() & expected.isnan())
     if not differs.any():
         raise AssertionError(f"{what}: equal values, but not the same zeros or NaNs, in {got.numel()} elements")
     first = int(differs.nonzero()[0])
-    where = f"first at flat index {first}: {got.flatten()[first]} against {expected.flatten()[first]}"
+    where = f"first at flat index {first}: {got[first]} against {expected[first]}"
     raise AssertionError(f"{what}: {int(differs.sum())} of {got.numel()} values differ, {where}")
 
 

@@ -19,7 +19,7 @@ Weight = Tensor | None
 
 
 class Honest:
-    """The two kernels; a fault overrides one of the small steps they are made of.
+    """The two kernels, without bias or offset; a fault overrides one of the small steps they are made of.
 
     Means are taken in float64: torch's own float32 ones depend, on CUDA, on how many rows there are.
     """
@@ -45,13 +45,15 @@ class Honest:
     def dweight(self, products: Tensor) -> Tensor:
         return products.sum(0)
 
-    def forward(self, x: Tensor, weight: Weight = None, eps: float = 1e-6) -> Tensor:
+    def forward(self, x: Tensor, weight: Weight = None, eps: float = 1e-6, *more: Any) -> Tensor:
         values = self.load_x(x)
         y = values.float() * self.rstd(values, eps)
         return self.store(y if weight is None else y * weight.float(), x.dtype, values)
 
-    def backward(self, dy: Tensor, x: Tensor, weight: Weight = None, eps: float = 1e-6, need_dx: bool = True,
-                 need_dweight: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def backward(self, dy: Tensor, x: Tensor, weight: Weight, bias: Weight, eps: float, weight_offset: float,
+                 need_dx: bool, need_dweight: bool, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        assert bias is None
+        assert weight_offset == 0
         values, grad = self.load_x(x), self.load_dy(dy).float()
         rstd = self.rstd(values, eps)
         xhat = values.float() * rstd
@@ -61,7 +63,7 @@ class Honest:
             dx = self.dx(grad if weight is None else grad * weight.float(), xhat, rstd).to(x.dtype)
         if need_dweight:
             dweight = self.dweight((grad * xhat).reshape(-1, x.shape[-1])).to(kind)
-        return dx, dweight
+        return dx, dweight, x.new_empty(0)
 
 
 def _as_if_dense(t: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ class DifferentEveryTime(Honest):
 
 
 class WritesItsInput(Honest):
-    def forward(self, x: Tensor, weight: Weight = None, eps: float = 1e-6) -> Tensor:
+    def forward(self, x: Tensor, weight: Weight = None, eps: float = 1e-6, *more: Any) -> Tensor:
         y = super().forward(x, weight, eps)
         if x.numel():
             x.detach().flatten()[-1:].zero_()
@@ -160,13 +162,13 @@ class WritesItsInput(Honest):
 class WrongStream(Honest):
     """Runs on the default stream, in no order with the caller's. CUDA only."""
 
-    def forward(self, x: Tensor, weight: Weight = None, eps: float = 1e-6) -> Tensor:
+    def forward(self, x: Tensor, weight: Weight = None, eps: float = 1e-6, *more: Any) -> Tensor:
         with torch.cuda.stream(torch.cuda.default_stream(x.device)):
             return super().forward(x, weight, eps)
 
 
 class WrongStreamOfBackward(Honest):
-    def backward(self, dy: Tensor, x: Tensor, *more: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    def backward(self, dy: Tensor, x: Tensor, *more: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.stream(torch.cuda.default_stream(x.device)):
             return super().backward(dy, x, *more, **keywords)
 

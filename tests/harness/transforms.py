@@ -19,12 +19,14 @@ from harness.cases import (
     case_text,
     differentiable,
     is_float,
+    largest_dims,
     leaves_of,
     make_grad_outs,
     make_inputs,
     pick_dims,
     run_all,
     run_backward,
+    run_both,
     run_forward,
     strided_names,
 )
@@ -64,17 +66,16 @@ def helper_calls(spec: OpSpec, inputs: Inputs) -> dict[str, Call]:
 
 def check_opcheck(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     """Schema, autograd registration, fake kernel and AOT dispatch, for samples with and without grad and strides."""
-    for dims in pick_dims(spec, 2, limit=1 << 12):
-        dense = make_inputs(spec, device, dtype, dims, variant)
-        strided = dict(dense)
-        for name in strided_names(spec, dense):
-            strided[name] = column_slice(dense[name]) if dense[name].dim() > 1 else step_slice(dense[name])
-        for inputs in (dense, strided):
-            torch.library.opcheck(spec.op, (), leaves_of(inputs, ()))
-            torch.library.opcheck(spec.op, (), leaves_of(inputs, differentiable(spec, inputs)))
-            for name, (op, args, kwargs) in helper_calls(spec, inputs).items():
-                if name != spec.name:
-                    torch.library.opcheck(op, args, kwargs)
+    sizes = pick_dims(spec, 2, limit=1 << 12)
+    for dims, strided in ((sizes[0], False), (sizes[-1], True)):
+        inputs = make_inputs(spec, device, dtype, dims, variant)
+        for name in strided_names(spec, inputs) if strided else []:
+            inputs[name] = column_slice(inputs[name]) if inputs[name].dim() > 1 else step_slice(inputs[name])
+        for names in {(), tuple(differentiable(spec, inputs))}:
+            torch.library.opcheck(spec.op, (), leaves_of(inputs, names))
+        for name, (op, args, kwargs) in helper_calls(spec, inputs).items():
+            if name != spec.name:
+                torch.library.opcheck(op, args, kwargs)
 
 
 def check_direct_op(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
@@ -84,8 +85,8 @@ def check_direct_op(spec: OpSpec, device: str, dtype: torch.dtype, variant: Vari
         what = case_text(spec, dims, dtype, variant, "through torch.ops")
         grad_outs = make_grad_outs(spec, inputs)
         names = differentiable(spec, inputs)
-        expected, expected_grads = run_backward(spec.function, inputs, names, grad_outs)
-        got, grads = run_backward(spec.op, inputs, names, grad_outs)
+        expected, expected_grads = run_both(spec.function, inputs, names, grad_outs)
+        got, grads = run_both(spec.op, inputs, names, grad_outs)
         assert_all_bitwise(grads, expected_grads, what)
         for ours, theirs in zip(got, expected, strict=True):
             assert_bitwise(ours, theirs, what)
@@ -120,10 +121,10 @@ def check_compile(spec: OpSpec, device: str, dtype: torch.dtype, variant: Varian
         inputs, _ = _tensors_and_constants(make_inputs(spec, device, dtype, dims, variant))
         grad_outs = make_grad_outs(spec, {**inputs, **constants})
         names = differentiable(spec, inputs)
-        expected, expected_grads = run_backward(spec.function, {**inputs, **constants}, names, grad_outs)
+        expected, expected_grads = run_both(spec.function, {**inputs, **constants}, names, grad_outs)
         # Else dynamo traces a float first as a symbol and then again as the constant it turns out to be.
         with torch._dynamo.config.patch(specialize_float=True):
-            got, grads = run_backward(compiled, inputs, names, grad_outs)
+            got, grads = run_both(compiled, inputs, names, grad_outs)
         what = case_text(spec, dims, dtype, variant, f"compiled by {backend}")
         for ours, theirs in zip(got, expected, strict=True):
             assert_bitwise(ours, theirs, what)
@@ -171,7 +172,7 @@ def check_export(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant
 
 def check_vmap(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     """vmap over each floating-point input alone and all together, at dim 0 and at the last, equals a loop."""
-    for dims in pick_dims(spec, 1, limit=1 << 10):
+    for dims in largest_dims(spec, limit=1 << 10):
         copies = [make_inputs(spec, device, dtype, dims, variant, salt=i) for i in range(3)]
         tensors = [k for k, v in copies[0].items() if is_float(v)]
         for mapped in [[name] for name in tensors] + [tensors]:
@@ -194,10 +195,11 @@ def _weighted_squares(output: Tensor) -> Tensor:
 
 def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     """vmap(grad(...)): the gradient of every sample on its own, as the reference in float64 gives it."""
-    for dims in pick_dims(spec, 1, limit=1 << 10):
+    for dims in largest_dims(spec, limit=1 << 10) if spec.differentiable else []:
         copies = [make_inputs(spec, device, dtype, dims, variant, salt=i) for i in range(3)]
-        batched = {k: torch.stack([c[k] for c in copies]) for k in spec.batched if is_float(copies[0].get(k))}
-        shared = {k: copies[0][k] for k in differentiable(spec, copies[0]) if k not in batched}
+        names = differentiable(spec, copies[0])
+        batched = {k: torch.stack([c[k] for c in copies]) for k in spec.batched if k in names}
+        shared = {k: copies[0][k] for k in names if k not in batched}
         fixed = {k: v for k, v in copies[0].items() if k not in batched and k not in shared}
 
         def per_sample(function: Any, batched: Inputs, shared: Inputs, fixed: Inputs) -> Inputs:
@@ -211,7 +213,7 @@ def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, va
             return {**one_grad, **common_grad}
 
         got = per_sample(spec.function, batched, shared, fixed)
-        theirs = per_sample(spec.baseline, batched, shared, fixed)
+        theirs = per_sample(spec.measure, batched, shared, fixed)
         truth = per_sample(spec.reference, in_float64(batched), in_float64(shared), in_float64(fixed))
         for name in got:
             what = f"{case_text(spec, dims, dtype, variant)}: per-sample grad of {name}"
@@ -221,7 +223,7 @@ def check_per_sample_gradients(spec: OpSpec, device: str, dtype: torch.dtype, va
 
 def check_batched_gradients(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     """A backward under vmap (is_grads_batched, as in Jacobians) equals one backward after the other."""
-    for dims in pick_dims(spec, 1, limit=1 << 10):
+    for dims in largest_dims(spec, limit=1 << 10) if spec.differentiable else []:
         inputs = make_inputs(spec, device, dtype, dims, variant)
         names = differentiable(spec, inputs)
         leaves = leaves_of(inputs, names)
@@ -258,6 +260,6 @@ def check_checkpoint(spec: OpSpec, device: str, dtype: torch.dtype, variant: Var
         inputs = make_inputs(spec, device, dtype, dims, variant)
         grad_outs = make_grad_outs(spec, inputs)
         names = differentiable(spec, inputs)
-        _, expected = run_backward(spec.function, inputs, names, grad_outs)
-        _, got = run_backward(checkpointed, inputs, names, grad_outs)
+        _, expected = run_both(spec.function, inputs, names, grad_outs)
+        _, got = run_both(checkpointed, inputs, names, grad_outs)
         assert_all_bitwise(got, expected, f"{case_text(spec, dims, dtype, variant)}: checkpointed")

@@ -13,9 +13,14 @@
 
 namespace fastkern {
 
-enum class DType : std::uint8_t { f32, f16, bf16 };
+enum class DType : std::uint8_t { f32, f16, bf16, f8e4m3, i8 };
 
-constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+/// What computing operands may be; the others are for quantised results.
+constexpr bool is_float(DType dtype) { return dtype <= DType::bf16; }
+
+constexpr std::int64_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : is_float(dtype) ? 2 : 1;
+}
 
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {
@@ -25,6 +30,10 @@ constexpr const char* name_of(DType dtype) {
       return "f16";
     case DType::bf16:
       return "bf16";
+    case DType::f8e4m3:
+      return "f8e4m3";
+    case DType::i8:
+      return "i8";
   }
   return "unknown";
 }
@@ -113,8 +122,9 @@ struct Plan {
   int elements_per_thread = 0;
   bool resident = true;  // a row stays on the multiprocessor after its reduction; else read again
   std::int64_t shared_bytes = 0;  // dynamic shared memory
-  int stages = 1;         // rows of a block's ring in shared memory, of which one is worked on
-  int blocks_per_sm = 0;  // of a persistent kernel; 0: one block for each group of rows
+  int stages = 1;          // rows of a block's ring in shared memory, of which one is worked on
+  int blocks_per_sm = 0;   // of a persistent kernel; 0: one block for each group of rows
+  int blocks_per_row = 1;  // of a cluster that owns a row together
 };
 
 /// How the CPU kernels share work: body(context, begin, end) over [0, count), at least `grain`

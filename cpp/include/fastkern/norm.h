@@ -1,5 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Normalisations over the last dimension. M rows of N columns; statistics and affine in f32.
+// Normalisations over the last dimension, with the residual stream around them and the quantisation
+// behind them. M rows of N columns; statistics and affine in f32, every result rounded once.
+//
+//   h = residual + dropout(x) * rowscale          (only if h is given; otherwise h is x)
+//   y = norm(h) * (weight_offset + weight) + bias     and the same with weight2, bias2: y2
+//   norm(h) = h * rsqrt(mean(h^2) + eps)              NormKind::rms
+//           = (h - mean(h)) * rsqrt(var(h) + eps)     NormKind::layer, var over N, not N - 1
+//
+// h is rounded to its own type first and y is made of the rounded h, so y has the bits of norm(h).
 #pragma once
 
 #include <algorithm>
@@ -10,84 +18,152 @@
 
 namespace fastkern {
 
-/// y = x * rsqrt(mean(x^2) + eps) * weight
-struct RmsNormFwd {
-  TensorRef x;       // (..., N) f32 | f16 | bf16, any row strides
-  TensorRef weight;  // (N) f32 | f16 | bf16, or not given: 1
-  TensorRef y;       // (..., N) dtype of x
-  double eps = 1e-6;
+enum class NormKind : std::uint8_t { rms, layer };
+
+/// Element e (row * N + column) is dropped as philox.h says. `seed` and `offset` lie where the
+/// tensors lie.
+struct Dropout {
+  double p = 0.0;  // 0: none, the pointers are not read
+  const std::int64_t* seed = nullptr;
+  const std::int64_t* offset = nullptr;
 };
 
-/// Gradients of RmsNormFwd. The statistics are recomputed from x, which the pass reads anyway:
-/// forward saves nothing but its inputs.
-struct RmsNormBwd {
-  TensorRef dy;                    // (..., N) dtype of x
-  TensorRef x;                     // (..., N)
-  TensorRef weight;                // (N) or not given
-  TensorRef dx;                    // (..., N) dtype of x, or not given: not computed
-  TensorRef dweight;               // (N) dtype of weight, dense, or not given: not computed
-  void* workspace = nullptr;       // cuda: rms_norm_bwd_workspace() bytes, 16-byte aligned
-  std::size_t workspace_size = 0;  // bytes
+/// "any" is f32 | f16 | bf16, for each operand on its own; (..., N) may have any row strides.
+struct NormFwd {
+  const char* op = "fastkern::norm";  // for error messages
+  NormKind kind = NormKind::rms;
+  TensorRef x;             // (..., N) any
+  TensorRef weight, bias;  // (N) or (H, N) where x is (..., H, N); any, dense; not given: 1 and 0
+  TensorRef y;             // (..., N) any; with `scale` f8e4m3 | i8
   double eps = 1e-6;
+  double weight_offset = 0.0;  // added to weight, if that is given
+
+  TensorRef residual;        // (..., N) any; not given: 0
+  TensorRef h;               // (..., N) any; given: the residual stream. May be residual itself
+  TensorRef rowscale;        // one for each row, any, dense; not given: 1
+  Dropout dropout;           // of x
+  TensorRef weight2, bias2;  // shaped like weight and bias
+  TensorRef y2;              // (..., N) dtype of y; not given: no second output
+
+  /// y = saturate(round(value / scale)), to nearest even, |y| <= 448 (f8e4m3) or 127 (i8).
+  TensorRef scale;            // f32, dense: one for each row, written (max|value| / 448 or 127);
+  bool static_scale = false;  // or, if this is set, (1), read
+};
+
+/// Gradients of NormFwd without quantisation. Statistics are recomputed from h, which the pass
+/// reads anyway: forward saves nothing but its inputs and h.
+struct NormBwd {
+  const char* op = "fastkern::norm_bwd";
+  NormKind kind = NormKind::rms;
+  TensorRef dy;      // (..., N) any
+  TensorRef x;       // (..., N) any: what was normalised, x or h
+  TensorRef weight;  // as in NormFwd
+  double eps = 1e-6;
+  double weight_offset = 0.0;
+  TensorRef dx;              // (..., N) any, or not given. Of h: the gradient of residual
+  TensorRef dweight, dbias;  // (N) or (H, N), any, dense; or not given
+
+  TensorRef dh;        // (..., N) any: gradient of h as an output, added to dx; or none
+  TensorRef dbranch;   // (..., N) any: gradient of NormFwd::x, dropout(dx) * rowscale; or not given
+  TensorRef rowscale;  // as in NormFwd
+  Dropout dropout;     // as in NormFwd
+  TensorRef dy2, weight2;  // of the second output; dy2 not given: there is none
+  TensorRef dweight2, dbias2;
+
+  void* workspace = nullptr;       // cuda: norm_bwd_workspace() bytes, 16-byte aligned
+  std::size_t workspace_size = 0;  // bytes
 };
 
 namespace cpu {
-FASTKERN_API void rms_norm(const RmsNormFwd& args);
-FASTKERN_API void rms_norm_bwd(const RmsNormBwd& args);
+FASTKERN_API void norm(const NormFwd& args);
+FASTKERN_API void norm_bwd(const NormBwd& args);
 }  // namespace cpu
 
 namespace cuda {
-FASTKERN_API void rms_norm(const RmsNormFwd& args, Stream stream);
-FASTKERN_API void rms_norm_bwd(const RmsNormBwd& args, Stream stream);
-FASTKERN_API std::size_t rms_norm_bwd_workspace(const RmsNormBwd& args, int device);
+FASTKERN_API void norm(const NormFwd& args, Stream stream);
+FASTKERN_API void norm_bwd(const NormBwd& args, Stream stream);
+FASTKERN_API std::size_t norm_bwd_workspace(const NormBwd& args, int device);
 
 // Who owns a row: a function of its length and element type alone, so a row's result does not
-// depend on the batch.
+// depend on the batch. The element type is that of the operands where they all have one, else f32.
+// `clusters`: compute capability 9.0 and later.
 
-/// Threads for a row of `vectors` packs at most `packs` to each: a power of two, at least 4.
+/// Threads for a row of `vectors` packs at most `packs` to each: a power of two.
 constexpr int row_threads(std::int64_t vectors, int packs) {
-  const auto needed = static_cast<unsigned>((vectors + packs - 1) / packs);
-  return std::max(4, static_cast<int>(std::bit_ceil(needed)));
+  const auto needed = static_cast<std::uint64_t>((vectors + packs - 1) / packs);
+  return static_cast<int>(std::bit_ceil(std::min<std::uint64_t>(needed, 1 << 20)));
 }
 
-constexpr Plan rms_norm_plan(std::int64_t n, DType dtype) {
-  const int vector = static_cast<int>(16 / size_of(dtype));
-  const std::int64_t vectors = (n + vector - 1) / vector;
-  if (vectors > 8 * 1024) return {"rms_norm_fwd_long_kernel", 1024, 1, 1024, vector, false};
-  if (vectors > 8 * 512) return {"rms_norm_fwd_kernel", 1024, 1, 1024, 8 * vector};
-  if (vectors > 4 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 8 * vector};
-  if (vectors > 2 * 512) return {"rms_norm_fwd_kernel", 512, 1, 512, 4 * vector};
-  const int row = row_threads(vectors, 2), block = std::max(128, row);
-  return {"rms_norm_fwd_kernel", block, block / row, row, 2 * vector};
+constexpr std::int64_t row_vectors(std::int64_t n, DType dtype) {
+  const std::int64_t vector = 16 / size_of(dtype);
+  return (n + vector - 1) / vector;
 }
 
-/// Backward keeps the weight and a ring of rows in shared memory. `shared_limit`: bytes that a
-/// block, and all blocks of a multiprocessor together, may have; the default is what compute
-/// capability 9.0 gives.
-constexpr Plan rms_norm_bwd_plan(std::int64_t n, DType dtype,
-                                 std::int64_t shared_limit = 227 * 1024) {
-  constexpr int kPacks = 2, kThreadsPerSm = 512, kStagesMin = 2, kStagesMax = 4;
-  constexpr std::int64_t kStatic = 10 * 1024;  // the kernel's static shared memory, at most
+constexpr Plan norm_plan(NormKind kind, std::int64_t n, DType dtype, bool clusters = true) {
   const int vector = static_cast<int>(16 / size_of(dtype));
-  const std::int64_t vectors = (n + vector - 1) / vector;
-  const Plan read_again{"rms_norm_bwd_long_kernel", 1024, 1, 1024, vector, false};
-  if (vectors > kPacks * 1024) return read_again;
-  const int row = row_threads(vectors, kPacks);
-  const int block = std::max(128, row), blocks_per_sm = std::max(1, kThreadsPerSm / block);
-  const std::int64_t weight = 4 * static_cast<std::int64_t>(row) * kPacks * vector;
-  const std::int64_t stage = 2 * 16 * static_cast<std::int64_t>(block) * kPacks;
-  const std::int64_t stages =
-      std::min<std::int64_t>(kStagesMax, (shared_limit / blocks_per_sm - kStatic - weight) / stage);
-  if (stages < kStagesMin) return read_again;
-  return {.kernel = "rms_norm_bwd_kernel",
-          .threads_per_block = block,
-          .rows_per_block = block / row,
-          .threads_per_row = row,
-          .elements_per_thread = kPacks * vector,
-          .resident = true,
-          .shared_bytes = weight + stages * stage,
-          .stages = static_cast<int>(stages),
-          .blocks_per_sm = blocks_per_sm};
+  const std::int64_t vectors = row_vectors(n, dtype);
+  if (vectors <= 8 * 256) {
+    const int packs = vectors > 4 * 256 ? 8 : kind == NormKind::rms && vectors <= 128 ? 2 : 4;
+    const int row = std::max(2, row_threads(vectors, packs)), block = std::max(128, row);
+    return {.kernel = "norm_fwd_kernel",
+            .threads_per_block = block,
+            .rows_per_block = block / row,
+            .threads_per_row = row,
+            .elements_per_thread = packs * vector};
+  }
+  for (const int packs : {2, 4}) {
+    const int blocks = row_threads(vectors, packs * 512);
+    if (!clusters || blocks > 16) continue;
+    return {.kernel = "norm_ring_kernel",
+            .threads_per_block = 512,
+            .rows_per_block = 1,
+            .threads_per_row = 512,
+            .elements_per_thread = packs * vector,
+            .stages = 3,
+            .blocks_per_sm = packs == 2 ? 2 : 1,
+            .blocks_per_row = blocks};
+  }
+  return {"norm_fwd_long_kernel", 512, 1, 512, 4, false};
+}
+
+/// `two`: of two outputs. `shared_limit`: bytes of shared memory that a block may have; the default
+/// is what compute capability 9.0 gives. `add`: with the gradient of h.
+constexpr Plan norm_bwd_plan(NormKind kind, std::int64_t n, DType dtype, bool clusters = true,
+                             std::int64_t shared_limit = 227 * 1024, bool add = false,
+                             bool two = false) {
+  struct Shape {
+    int packs, block, blocks_per_sm;
+    bool weights_in_shared;
+  };
+  const Shape wide = kind == NormKind::rms ? Shape{2, 512, 1, true} : Shape{4, 256, 1, true};
+  const Shape shapes[] = {wide, {2, 256, 2, true}, {4, 512, 1, false}};
+  const int vector = static_cast<int>(16 / size_of(dtype));
+  const std::int64_t vectors = row_vectors(n, dtype);
+  const int stages = kind == NormKind::layer && size_of(dtype) == 4 ? 4 : 3;
+  for (const Shape& shape : shapes) {
+    if (two != (shape.block == 256 && shape.packs == 2) && two) continue;
+    if (!shape.weights_in_shared && add) continue;
+    const std::int64_t threads = row_threads(vectors, shape.packs);
+    const int blocks = std::max<int>(1, static_cast<int>(threads / shape.block));
+    if (blocks > (clusters ? 16 : 1)) continue;
+    const std::int64_t small = 2048 + 512LL * blocks;  // exchanges, at most
+    const std::int64_t ring = 16LL * stages * (2 + add + two) * shape.packs * shape.block;
+    const std::int64_t weights =
+        shape.weights_in_shared ? 4LL * (1 + two) * shape.packs * vector * shape.block : 0;
+    if (small + ring + weights > shared_limit) continue;
+    const int row = static_cast<int>(std::clamp<std::int64_t>(threads, 2, shape.block));
+    const bool twice = 2 * (small + ring + weights) <= shared_limit;
+    return {.kernel = "norm_bwd_kernel",
+            .threads_per_block = shape.block,
+            .rows_per_block = shape.block / row,
+            .threads_per_row = row,
+            .elements_per_thread = shape.packs * vector,
+            .shared_bytes = ring + weights,
+            .stages = stages,
+            .blocks_per_sm = twice ? shape.blocks_per_sm : 1,
+            .blocks_per_row = blocks};
+  }
+  return {"norm_bwd_long_kernel", 512, 1, 512, 4, false};
 }
 }  // namespace cuda
 }  // namespace fastkern

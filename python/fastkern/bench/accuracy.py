@@ -46,14 +46,19 @@ class Truth:
         self.case = case
         with torch.no_grad():
             self.outputs = tensors(case.spec.reference(**specs.in_float64(case.inputs)))
-            self.baseline = tensors(case.spec.baseline(**case.inputs))
+            self.baseline = self._numbers(tensors(case.spec.measure(**case.inputs)))
+        self.slack = case.spec.slack(case.inputs, tuple(self.outputs))
         self.grads: tuple[Tensor | None, ...] = ()
         self.baseline_grads: tuple[Tensor | None, ...] = ()
         if backward:
             leaves = case.with_grad(specs.in_float64(case.inputs))
             grads = [dy.double() for dy in case.grad_outputs]
             self.grads = case.gradients(tensors(case.spec.reference(**leaves)), leaves, grads)
-            self.baseline_grads = case.both(case.spec.baseline)()
+            self.baseline_grads = case.both(case.spec.measure)()
+
+    def _numbers(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What the outputs stand for."""
+        return list(self.case.spec.decoded(self.case.inputs, tuple(outputs)))
 
     def verdict(self, function: Function, direction: str) -> Verdict:
         """Judge a provider in one direction; whatever it raises is part of the verdict."""
@@ -83,10 +88,11 @@ class Truth:
 
     def _compare(self, outputs: list[Tensor]) -> None:
         assert len(outputs) == len(self.outputs), f"{len(outputs)} outputs, expected {len(self.outputs)}"
-        rows = zip(outputs, self.baseline, self.outputs, strict=True)
-        for i, (got, baseline, truth) in enumerate(rows):
+        rows = zip(self._numbers(outputs), self.baseline, self.outputs, self.slack, strict=True)
+        for i, (got, baseline, truth, slack) in enumerate(rows):
             what = "output" if len(outputs) == 1 else f"output {i}"
             if truth.is_floating_point():
-                specs.assert_accurate(got, baseline, truth, self.case.spec.forward_factor, what=what)
+                factor = self.case.spec.forward_factor
+                specs.assert_accurate(got, baseline, truth, factor, what=what, slack=slack)
             else:
                 assert torch.equal(got, baseline), f"{what} differs from torch"

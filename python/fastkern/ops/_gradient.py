@@ -10,11 +10,13 @@ composed of torch's own operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from fastkern.ops import _check
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _fallthrough = torch.library.Library("fastkern", "IMPL")
@@ -23,6 +25,18 @@ _fallthrough = torch.library.Library("fastkern", "IMPL")
 def transformed() -> bool:
     """Whether a ``torch.func`` transform or forward mode is active: ``requires_grad`` tells nothing then."""
     return _functorch_active() or forward_ad._current_level >= 0
+
+
+def wanted(op: str, names: Sequence[str], *tensors: Any) -> bool:
+    """Whether a call with these tensors (the first one must be there) takes the way with a gradient."""
+    try:
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return True
+    except AttributeError:
+        raise _check.not_a_tensor(op, **dict(zip(names, tensors, strict=True))) from None
+    return transformed()
 
 
 def register(

@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the row norms. norm.h says what is computed; with g = Σ dy · (weight + offset):
+//   rms    d = rstd · (g − x̂ · mean(g · x̂))
+//   layer  d = rstd · (g − mean(g) − x̂ · mean(g · x̂))
+//
+//   work     persistent teams (a part of a block, a block, a cluster of blocks) walk over the rows;
+//            a thread keeps its columns, and with them its part of dweight and dbias, in registers
+//   memory   shared: the weights as f32; a ring of rows of x, dy, dy2, dh on their way
+//   sync     one barrier a row; between its two sides lie the second pass over one row and the
+//   first
+//            pass over the next. layer in f32: with the sums of a row goes Σ x of the row after it,
+//            whose mean is then known before its squares are taken
+//   cost     reads 2 · M · N, writes M · N; each dy2, dh, dbranch one more
+#pragma once
+
+#include "norm/norm_ring.cuh"
+
+namespace fastkern::cuda::norm_detail {
+
+template <class T>
+struct Backward {
+  RowView<T> dy, x, dx, dh, dbranch, dy2;
+  ColumnView weight, weight2, rowscale;
+  tile::DropoutView dropout;
+  float* partial;  // [dweight, dbias, dweight2, dbias2][partial_rows][N]; nullptr: not wanted
+  std::int64_t partial_rows;
+  int sums;            // that are wanted: the first ones of the four
+  std::int64_t slots;  // teams, or less: a multiple of heads
+  bool merge;          // the teams of a block write one partial row together
+  std::int64_t rows, n, heads;
+  float eps, weight_offset;
+  int threads, blocks;  // of a team
+};
+
+/// rms: Σ x², Σ g · x.  layer: Σ (x − centre)², Σ g · (x − centre), Σ g, and Σ (x − centre), or Σ x
+/// of the row after.
+constexpr int bwd_values(NormKind norm) { return norm == NormKind::layer ? 4 : 2; }
+
+/// Rows of the ring: the one whose gradient is written, the one whose sums are taken, for layer in
+/// f32 the one whose mean is, and one on its way.
+template <class T, NormKind kNorm>
+inline constexpr int kBackwardStages = kNorm == NormKind::layer && !kShifted<T, kNorm> ? 4 : 3;
+
+/// Shared memory of norm_bwd_kernel, in bytes. `in_shared`: the weights are kept there.
+template <class T, int kPacks, NormKind kNorm, Sums kSums, int kBlock>
+constexpr std::size_t bwd_bytes(int threads, int blocks, bool add, bool in_shared) {
+  constexpr bool kTwo = kSums == Sums::two_outputs;
+  constexpr int kStages = kBackwardStages<T, kNorm>;
+  const int heads =
+      kNorm == NormKind::layer && threads > 32 ? (kStages * kBlock / 32 * 16 + 127) / 128 * 128 : 0;
+  return tile::Exchange<tile::Sum, bwd_values(kNorm)>::bytes(kBlock, blocks) + heads +
+         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount * (in_shared ? 1 + kTwo : 0) +
+         16 * static_cast<std::size_t>(kStages) * (2 + kTwo + add) * kPacks * kBlock;
+}
+
+/// kInShared: the weights are kept in shared memory; else read from the L2 cache, twice a row, to
+/// leave the room to the ring of the longest rows.
+template <class T, int kPacks, NormKind kNorm, Residual kResidual, Sums kSums, int kBlock,
+          bool kInShared>
+__global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
+  constexpr int kV = kVector<T>, kQuads = kV / 4;
+  constexpr bool kLayer = kNorm == NormKind::layer, kTwo = kSums == Sums::two_outputs;
+  constexpr bool kBias = kSums != Sums::weight, kAdd = kResidual != Residual::none;
+  constexpr bool kShift = kShifted<T, kNorm>;
+  constexpr int kOperands = 2 + kTwo + kAdd, kDy2 = 2, kDh = 2 + kTwo;
+  constexpr int kValues = bwd_values(kNorm), kStages = kBackwardStages<T, kNorm>;
+  extern __shared__ uint4 memory[];
+  const Team team{p.threads, p.blocks, p.blocks > 1 ? static_cast<int>(ptx::cluster_rank()) : 0};
+  using Sent = tile::Exchange<tile::Sum, kValues>;
+  Sent exchange(team, memory);
+  // First packs of rows, one for each warp and stage.
+  uint4* const sHeads = memory + Sent::bytes(kBlock, team.blocks) / 16 + threadIdx.x / 32;
+  const bool head_in_ring = kLayer && team.threads > 32;
+  using Columns = Vectors<T, kPacks, kBlock>;
+  const Columns sWeight{
+      reinterpret_cast<float4*>(memory + Sent::bytes(kBlock, team.blocks) / 16 +
+                                (head_in_ring ? (kStages * kBlock / 32 + 7) / 8 * 8 : 0))};
+  const Columns sWeight2{sWeight.at + (kTwo && kInShared ? Columns::kCount : 0)};
+  uint4* const sRing = reinterpret_cast<uint4*>(sWeight2.at + (kInShared ? Columns::kCount : 0));
+
+  const int lane = threadIdx.x & (team.threads - 1), n = static_cast<int>(p.n);
+  const int rows_per_block = kBlock / team.threads;
+  const std::int64_t slot = static_cast<std::int64_t>(blockIdx.x / team.blocks) * rows_per_block +
+                            threadIdx.x / team.threads;
+  const bool full = n == team.blocks * kPacks * team.threads * kV;
+  const std::int64_t stride = p.slots;  // a multiple of heads: a slot's rows are of one head
+  const auto column_of = [&](int i) {
+    return ((team.rank * kPacks + i) * team.threads + lane) * kV;
+  };
+  std::int64_t row = slot < stride ? slot : p.rows;
+  if (team.blocks > 1) ptx::cluster_arrive();
+  ptx::grid_wait();
+  ptx::grid_launch_next();
+
+  // A thread fetches what it will itself read: the ring needs no barrier.
+  const auto in_ring = [&](int stage, int operand) {
+    return sRing + (stage * kOperands + operand) * kPacks * kBlock + threadIdx.x;
+  };
+  const std::int64_t begin = row < p.rows ? row : 0;
+  tile::RowWalk<T> gX(p.x, begin, stride), gDy(p.dy, begin, stride), gDx(p.dx, begin, stride);
+  std::int64_t ahead = row;  // the row to fetch next
+  const auto fetch = [&](int stage) {
+    const int columns = ahead < p.rows ? n : 0;
+    const auto bring = [&](const RowView<T>& view, const char* at, int operand) {
+      view.template load_async<kPacks>(in_ring(stage, operand), kBlock, columns ? at : view.data,
+                                       column_of, columns);
+    };
+    bring(p.x, gX.at, 0);
+    if constexpr (kLayer) {
+      if (head_in_ring && threadIdx.x % 32 == 0) {
+        p.x.template load_async<1>(
+            sHeads + stage * (kBlock / 32), 0, columns ? gX.at : p.x.data, [](int) { return 0; },
+            columns);
+      }
+    }
+    bring(p.dy, gDy.at, 1);
+    if constexpr (kTwo) bring(p.dy2, p.dy2.row(columns ? ahead : 0), kDy2);
+    if constexpr (kAdd) {
+      if (p.dh.data) bring(p.dh, p.dh.row(columns ? ahead : 0), kDh);
+    }
+    ptx::cp_async_commit();
+    ahead += stride;
+    gX.next(ahead), gDy.next(ahead);
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
+
+  const std::int64_t start = p.heads == 1 ? 0 : slot % p.heads * p.n;
+  if constexpr (kInShared) {
+    sWeight.fill(p.weight, start, column_of, n, 1.0f, p.weight_offset);
+    if constexpr (kTwo) sWeight2.fill(p.weight2, start, column_of, n, 1.0f, p.weight_offset);
+  }
+  const float offset = p.weight.data ? p.weight_offset : 0.0f;
+  const auto weights = [&](int i, int q, float (&w)[4], float (&w2)[4]) {
+    if constexpr (kInShared) {
+      sWeight.quad(i, q, w);
+      if constexpr (kTwo) sWeight2.quad(i, q, w2);
+    } else {
+      p.weight.load(start, tile::opaque(column_of(i) + 4 * q), n, 1.0f, w);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j] += offset;
+    }
+  };
+
+  float dweight[kPacks][kV] = {}, dbias[kBias ? kPacks : 1][kV] = {};
+  float dweight2[kTwo ? kPacks : 1][kV] = {}, dbias2[kTwo ? kPacks : 1][kV] = {};
+  const float inverse_n = 1.0f / static_cast<float>(n);
+
+  // Twice read from the ring instead of kept: the registers are the sums'.
+  const auto read = [&](const RowView<T>& view, int stage, int operand, int i, float (&v)[kV]) {
+    view.unpack({ptx::ld_shared(in_ring(stage, operand) + i * kBlock)}, v);
+  };
+  const auto centre_of_head = [&](int stage) {
+    float v[kV];
+    if (head_in_ring) {
+      __syncwarp();  // lane 0 brought it
+      p.x.unpack({ptx::ld_shared(sHeads + stage * (kBlock / 32))}, v);
+      return head_mean<T>(v, n);
+    }
+    read(p.x, stage, 0, 0, v);
+    return __shfl_sync(0xffffffffu, head_mean<T>(v, n), threadIdx.x & 31 & ~(team.threads - 1));
+  };
+  // Σ (x − head) of a row, for its mean.
+  const auto sum_of_row = [&](int stage, float head) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float x[kV];
+      read(p.x, stage, 0, i, x);
+      within<kV>(tile::opaque(column_of(i)), n, [&](int j) { sum += x[j] - head; });
+    }
+    return sum;
+  };
+  float next_head = 0.0f;
+  // The first pass over a row; `after` is the stage of the row after it.
+  const auto send_sums = [&](int stage, int after, float centre) {
+    float sums[kValues] = {};
+    const auto add_up = [&]<bool kFull>() {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        float vx[kV], vdy[kV];
+        [[maybe_unused]] float vdy2[kV];
+        const int column = kFull ? 0 : tile::opaque(column_of(i));
+        read(p.x, stage, 0, i, vx);
+        read(p.dy, stage, 1, i, vdy);
+        if constexpr (kTwo) read(p.dy2, stage, kDy2, i, vdy2);
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          float w[4];
+          [[maybe_unused]] float w2[4];
+          weights(i, q, w, w2);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int c = 4 * q + j;
+            float g = __fmul_rn(vdy[c], w[j]);
+            if constexpr (kTwo) g = fmaf(vdy2[c], w2[j], g);
+            float d = kLayer ? vx[c] - centre : vx[c];
+            if constexpr (!kFull) d = column + c < n ? d : 0.0f;  // there x is 0, not the centre
+            sums[0] = fmaf(d, d, sums[0]);
+            sums[1] = fmaf(g, d, sums[1]);
+            if constexpr (kLayer) sums[2] += g;
+            if constexpr (kShift) sums[3] += d;
+          }
+        }
+      }
+    };
+    if (!kLayer || full) {
+      add_up.template operator()<true>();
+    } else {
+      add_up.template operator()<false>();
+    }
+    if constexpr (kLayer && !kShift) {
+      next_head = centre_of_head(after);
+      sums[3] = sum_of_row(after, next_head);
+    }
+    exchange.send(sums);
+  };
+
+  if (team.blocks > 1) ptx::cluster_wait();
+  constexpr int kUnderWay =
+      kStages - 2 - (kLayer && !kShift);  // when the first pass needs its rows
+  ptx::cp_async_wait<kUnderWay>();
+  float centre = 0.0f;
+  if constexpr (kShift) {
+    centre = centre_of_head(0);
+  } else if constexpr (kLayer) {
+    float sums[kValues] = {};
+    const float head = centre_of_head(0);
+    sums[3] = sum_of_row(0, head);
+    exchange.send(sums);
+    exchange.receive(sums);
+    centre = __fadd_rn(head, __fdiv_rn(sums[3], static_cast<float>(n)));
+  }
+  send_sums(0, 1, centre);
+  int stage = 0;
+  // All teams take the same number of steps: the barriers are for everybody.
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x / team.blocks) * rows_per_block;
+       first < p.rows; first += stride, row += stride) {
+    const auto later = [&](int steps) { return (stage + steps) % kStages; };
+    fetch(later(kStages - 1));
+    float sums[kValues];
+    exchange.receive(sums);
+
+    const bool active = row < p.rows;
+    // Factors of 0 for a row that is none: with eps = 0 its zeros would make NaN, and NaN would
+    // stay in the sums.
+    float mean = 0.0f, rstd = 0.0f;
+    if constexpr (kShift) {
+      const float both[] = {sums[3], sums[0]};
+      const Moments moments = moments_of<T, kNorm>(both, centre, static_cast<float>(n), p.eps);
+      mean = moments.centre, rstd = moments.rstd;
+      sums[1] = fmaf(-(sums[3] * inverse_n), sums[2], sums[1]);  // now around the mean
+    } else {
+      mean = centre;
+      rstd = rsqrtf(__fadd_rn(__fdiv_rn(sums[0], static_cast<float>(n)), p.eps));
+    }
+    rstd = active ? rstd : 0.0f;
+    // Of one column the mean is the value itself, and d exactly 0 where it should be: so multiplied
+    // out like the formula.
+    float mean_gx = sums[1] * rstd * inverse_n;  // mean(g · x̂)
+    float factor = rstd;
+    if (!kLayer && n == 1)
+      mean_gx = 0.0f, factor = p.eps * rstd * rstd * rstd;  // what is left of it
+    const float mean_g = kLayer ? sums[2] * inverse_n : 0.0f;
+    if (first + stride < p.rows) {
+      // After the barrier: warps whose row is there go on while others still wait for theirs.
+      ptx::cp_async_wait<kUnderWay>();
+      if constexpr (kShift) centre = centre_of_head(later(1));
+      if constexpr (kLayer && !kShift)
+        centre = __fadd_rn(next_head, __fdiv_rn(sums[3], static_cast<float>(n)));
+      send_sums(later(1), later(2), centre);
+    }
+
+    const int columns = active ? n : 0;
+    float rowscale = 1.0f;
+    if constexpr (kResidual == Residual::dropout) {
+      if (p.dbranch.data && active) rowscale = rowscale_of(p.rowscale, row);
+    }
+    Pack<T> dx[kPacks], branch[kResidual == Residual::dropout ? kPacks : 1];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float vx[kV], vdy[kV], d[kV];
+      [[maybe_unused]] float vdy2[kV];
+      read(p.x, stage, 0, i, vx);
+      read(p.dy, stage, 1, i, vdy);
+      if constexpr (kTwo) read(p.dy2, stage, kDy2, i, vdy2);
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float w[4];
+        [[maybe_unused]] float w2[4];
+        weights(i, q, w, w2);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int c = 4 * q + j;
+          const float normal = (kLayer ? vx[c] - mean : vx[c]) * rstd;  // x̂
+          dweight[i][c] = fmaf(vdy[c], normal, dweight[i][c]);
+          if constexpr (kBias) dbias[i][c] += vdy[c];
+          float g = __fmul_rn(vdy[c], w[j]);  // as in the first pass
+          if constexpr (kTwo) {
+            g = fmaf(vdy2[c], w2[j], g);
+            dweight2[i][c] = fmaf(vdy2[c], normal, dweight2[i][c]);
+            dbias2[i][c] += vdy2[c];
+          }
+          if constexpr (kLayer) g -= mean_g;
+          d[c] = fmaf(-normal, mean_gx, g) * factor;
+        }
+      }
+      if constexpr (kAdd) {
+        if (p.dh.data) {
+          float vdh[kV];
+          read(p.dh, stage, kDh, i, vdh);
+#pragma unroll
+          for (int j = 0; j < kV; ++j) d[j] += vdh[j];
+        }
+      }
+      dx[i] = p.dx.pack(d);
+      if constexpr (kResidual == Residual::dropout) {
+        if (p.dropout.seed) p.dropout.apply(row * p.n + column_of(i), d);
+#pragma unroll
+        for (int j = 0; j < kV; ++j) d[j] *= rowscale;
+        branch[i] = p.dbranch.pack(d);
+      }
+    }
+    if (p.dx.data) p.dx.store(gDx.at, column_of, columns, dx);
+    gDx.next(row + stride);
+    if constexpr (kResidual == Residual::dropout) {
+      if (p.dbranch.data)
+        p.dbranch.store(active ? p.dbranch.row(row) : nullptr, column_of, columns, branch);
+    }
+    stage = later(1);
+  }
+
+  if (!p.partial) return;
+  float* const sSums = reinterpret_cast<float*>(sRing);  // [rows_per_block][columns]
+  const int columns = kPacks * team.threads * kV;
+  if (p.merge) ptx::cp_async_wait<0>();  // of rows beyond the last one, still on their way
+  const auto put = [&](int which, const float (&sum)[kPacks][kV]) {
+    if (which >= p.sums) return;
+    float* const gPartial = p.partial + which * p.partial_rows * p.n;
+    if (p.merge) {  // the teams' sums meet in shared memory, and are added in their order
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+        for (int j = 0; j < kV; j += 4) {
+          reinterpret_cast<float4*>(sSums + threadIdx.x / team.threads * columns + column_of(i) +
+                                    j)[0] = {sum[i][j], sum[i][j + 1], sum[i][j + 2],
+                                             sum[i][j + 3]};
+        }
+      }
+      __syncthreads();
+      for (int column = threadIdx.x; column < n; column += kBlock) {
+        float total = 0.0f;
+        for (int other = 0; other < rows_per_block; ++other)
+          total += sSums[other * columns + column];
+        gPartial[blockIdx.x * p.n + column] = total;
+      }
+      return;
+    }
+    if (slot >= stride) return;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = column_of(i);
+      float* const to = gPartial + slot * p.n + column;
+      if (p.n % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < kV; j += 4) {
+          if (column + j < n) {
+            *reinterpret_cast<float4*>(to + j) = {sum[i][j], sum[i][j + 1], sum[i][j + 2],
+                                                  sum[i][j + 3]};
+          }
+        }
+      } else {
+        within<kV>(column, n, [&](int j) { to[j] = sum[i][j]; });
+      }
+    }
+  };
+  put(0, dweight);
+  if constexpr (kBias) put(1, dbias);
+  if constexpr (kTwo) put(2, dweight2), put(3, dbias2);
+}
+
+}  // namespace fastkern::cuda::norm_detail

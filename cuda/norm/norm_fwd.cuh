@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of the row norms, for rows that lie in the registers of a block. norm.h says what is
+// computed.
+//
+//   work     a row belongs to a team of threads of one block (norm_plan). Pack i of thread t is
+//            columns (i · threads + t) · vector and the vector − 1 after it.
+//   memory   the row waits in registers, as packs, between its reduction and its scaling
+//   sync     one barrier, two for layer in f32, one more for a dynamic scale; none where a team
+//   lies
+//            within a warp
+//   cost     reads and writes each operand once: 2 · M · N elements, with a residual stream 4
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "dispatch.h"
+#include "fastkern/norm.h"
+#include "launch.cuh"
+#include "norm/norm_launch.h"
+#include "tile/dropout.cuh"
+#include "tile/pack.cuh"
+#include "tile/team.cuh"
+
+namespace fastkern::cuda::norm_detail {
+
+using tile::ColumnView;
+using tile::kVector;
+using tile::Pack;
+using tile::RowView;
+using tile::Team;
+
+template <class T>
+struct Forward {
+  RowView<T> x, y, residual, h, y2;
+  ColumnView weight, bias, weight2, bias2;
+  ColumnView rowscale;  // of length 1, one a row
+  tile::DropoutView dropout;
+  float* scale;  // of quantised y
+  bool static_scale;
+  std::int64_t rows, n;
+  std::int64_t heads;
+  float eps, weight_offset;
+  int threads, blocks;  // of a team; `blocks` of norm_ring_kernel alone
+};
+
+/// Layer norm of 16-bit rows takes its sums around the mean of the row's first pack, which no more
+/// than sqrt(N / 8) standard deviations part from the mean: what cancels is far below a 16-bit
+/// result. In f32 the mean comes first, and then the squares around it, with one more barrier.
+template <class T, NormKind kNorm>
+inline constexpr bool kShifted = kNorm == NormKind::layer && sizeof(T) == 2;
+
+template <class T, NormKind kNorm>
+inline constexpr int kForwardSums = kNorm == NormKind::layer ? 2 : 1;
+
+/// The mean of the elements of a row's first pack.
+template <class T>
+__device__ __forceinline__ float head_mean(const float (&v)[kVector<T>], int n) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) sum += v[j];
+  return n >= kVector<T> ? sum * (1.0f / kVector<T>) : sum / static_cast<float>(n);
+}
+
+/// x̂ = ((x − centre) − rest) · rstd
+struct Moments {
+  float centre, rest, rstd;
+};
+
+/// From Σ (x − centre) and Σ (x − centre)². Written out to the rounding: every kernel gets the same
+/// bits.
+template <class T, NormKind kNorm>
+__device__ __forceinline__ Moments moments_of(const float (&sums)[kForwardSums<T, kNorm>],
+                                              float centre, float n, float eps) {
+  if constexpr (kNorm == NormKind::rms) {
+    return {0.0f, 0.0f, rsqrtf(__fadd_rn(__fdiv_rn(sums[0], n), eps))};
+  } else {
+    const float m = __fdiv_rn(sums[0], n);
+    const float variance = __fmaf_rn(-m, m, __fdiv_rn(sums[1], n));
+    const float rstd = rsqrtf(__fadd_rn(variance < 0.0f ? 0.0f : variance, eps));  // NaN stays NaN
+    if constexpr (kShifted<T, kNorm>) return {__fadd_rn(centre, m), 0.0f, rstd};
+    return {centre, m, rstd};
+  }
+}
+
+template <class T, NormKind kNorm>
+__device__ __forceinline__ float normalised(float x, const Moments& m) {
+  if constexpr (kNorm == NormKind::rms) return __fmul_rn(x, m.rstd);
+  const float d = __fsub_rn(x, m.centre);
+  return __fmul_rn(kShifted<T, kNorm> ? d : __fsub_rn(d, m.rest), m.rstd);
+}
+
+/// h = residual + dropout(x) · rowscale of one pack, rounded to the type of h.
+template <Residual kResidual, class T>
+__device__ __forceinline__ Pack<T> add_residual(const Forward<T>& p, const Pack<T>& x,
+                                                const Pack<T>& residual, std::int64_t row,
+                                                std::int64_t column, float rowscale) {
+  constexpr int kV = kVector<T>;
+  float h[kV];
+  p.x.unpack(x, h);
+  if constexpr (kResidual == Residual::dropout) {
+    if (p.dropout.seed) p.dropout.apply(row * p.n + column, h);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) h[j] = __fmul_rn(h[j], rowscale);  // on its own, everywhere
+  }
+  if (p.residual.data) {
+    float r[kV];
+    p.residual.unpack(residual, r);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) h[j] = __fadd_rn(h[j], r[j]);
+  }
+  return p.h.pack(h);
+}
+
+/// Σ f(v) over the elements of a pack that lie within the row.
+template <int kV, class Column, class F>
+__device__ __forceinline__ void within(Column column, Column n, F&& f) {
+  if (column + kV <= n) {
+#pragma unroll
+    for (int j = 0; j < kV; ++j) f(j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      if (column + j < n) f(j);
+    }
+  }
+}
+
+template <class T>
+constexpr DType dtype_of(T) {
+  return std::is_same_v<T, __half>          ? DType::f16
+         : std::is_same_v<T, __nv_bfloat16> ? DType::bf16
+                                            : DType::f32;
+}
+
+/// The bias where none is given: adding it keeps the sign of zero.
+inline constexpr float kNothing = -0.0f;
+
+/// y = normal · (weight + offset) + bias for all packs of a thread. `normal(i, v)` gives the
+/// normalised values of pack i, `put(i, v)` takes the result. The vectors are read all at once
+/// where they have the types that most calls have.
+template <class T, int kPacks, bool kBias, class ColumnOf, class Normal, class Put>
+__device__ __forceinline__ void affine(const ColumnView& weight, const ColumnView& bias,
+                                       float offset, std::int64_t head, const ColumnOf& column_of,
+                                       int n, const Normal& normal, const Put& put) {
+  constexpr int kV = kVector<T>;
+  const auto quick = [&]<class W>(W) {
+    tile::ColumnPack<T, W> w[kPacks], b[kBias ? kPacks : 1];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) w[i].load(weight, head, column_of(i), n);
+    if constexpr (kBias) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) b[i].load(bias, head, column_of(i), bias.data ? n : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kV], scale[kV], shift[kV];
+      normal(i, v);
+      w[i].unpack(scale);
+      if constexpr (kBias) b[i].unpack(shift);
+#pragma unroll
+      for (int j = 0; j < kV; ++j) {
+        v[j] = fmaf(v[j], scale[j] + offset, kBias && bias.data ? shift[j] : kNothing);
+      }
+      put(i, v);
+    }
+  };
+  if (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype))) {
+    if (weight.dtype == DType::f32) return quick(float{});
+    if constexpr (kV == 8) {
+      if (weight.dtype == dtype_of(T{})) return quick(T{});
+    }
+  }
+  const float add = weight.data ? offset : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    float v[kV], scale[kV], shift[kV];
+    normal(i, v);
+    weight.load(head, column_of(i), n, 1.0f, scale);
+    bias.load(head, column_of(i), n, kNothing, shift);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) v[j] = fmaf(v[j], scale[j] + add, shift[j]);
+    put(i, v);
+  }
+}
+
+__device__ __forceinline__ float rowscale_of(const ColumnView& rowscale, std::int64_t row) {
+  float v[4];
+  rowscale.load(row, 0, 1, 1.0f, v);
+  return v[0];
+}
+
+inline constexpr float kLargestF8 = 448.0f, kLargestI8 = 127.0f;
+
+/// Rounds to nearest even, saturates; NaN is NaN in f8e4m3 and 0 in i8.
+__device__ __forceinline__ std::uint8_t quantised(float v, DType dtype) {
+  if (dtype == DType::i8) {
+    const int i = __float2int_rn(v);  // saturates, NaN gives 0
+    return static_cast<std::uint8_t>(max(-127, min(127, i)));
+  }
+  return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+}
+
+/// The factor before rounding, from the largest magnitude of a row; `owner` writes the row's scale.
+template <class T>
+__device__ __forceinline__ float dynamic_scale(const Forward<T>& p, float largest, std::int64_t row,
+                                               bool owner) {
+  const float limit = p.y.dtype == DType::i8 ? kLargestI8 : kLargestF8;
+  if (owner) p.scale[row] = largest / limit;
+  if (largest == 0.0f) return 0.0f;
+  return largest == largest ? fminf(limit / largest, 3.402823466e38f) : largest;
+}
+
+template <class T, class Column>
+__device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, Column column,
+                                                Column n, const float (&v)[kVector<T>],
+                                                float inverse) {
+  constexpr int kV = kVector<T>;
+  std::uint8_t q[kV];
+#pragma unroll
+  for (int j = 0; j < kV; ++j) q[j] = quantised(v[j] * inverse, y.dtype);
+  if (y.whole && column + kV <= n) {
+    std::uint32_t words[kV / 4];
+#pragma unroll
+    for (int j = 0; j < kV; j += 4) {
+      words[j / 4] =
+          q[j] | q[j + 1] << 8 | q[j + 2] << 16 | static_cast<std::uint32_t>(q[j + 3]) << 24;
+    }
+    if constexpr (kV == 8) {
+      ptx::st_global_8(row + column, {words[0], words[1]});
+    } else {
+      *reinterpret_cast<std::uint32_t*>(row + column) = words[0];
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kV; ++j) {
+    if (column + j < n) row[column + j] = static_cast<char>(q[j]);
+  }
+}
+
+/// Shared memory of norm_fwd_kernel: two exchanges.
+constexpr int fwd_bytes(int block) { return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, 1); }
+
+template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlockMax>
+__global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p) {
+  constexpr int kV = kVector<T>, kSums = kForwardSums<T, kNorm>;
+  constexpr bool kLayer = kNorm == NormKind::layer, kAdd = kResidual != Residual::none;
+  constexpr bool kShift = kShifted<T, kNorm>;
+  extern __shared__ uint4 memory[];
+  const Team team{p.threads, 1, 0};
+  tile::Exchange<tile::Sum, kSums> exchange(team, memory);
+  const int lane = threadIdx.x & (team.threads - 1), n = static_cast<int>(p.n);
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / team.threads) +
+                           threadIdx.x / team.threads;
+  const bool active = row < p.rows;
+  const int columns = active ? n : 0;
+  const auto column_of = [&](int i) { return (i * team.threads + lane) * kV; };
+  const auto first_column = [](int) { return 0; };
+  ptx::grid_wait();
+  ptx::grid_launch_next();
+
+  Pack<T> x[kPacks], head[1];
+  const char* const gX = active ? p.x.row(row) : nullptr;
+  p.x.load(gX, column_of, columns, x);
+  if constexpr (kLayer) p.x.load(gX, first_column, columns, head);
+  const std::int64_t start = p.heads == 1 ? 0 : row % p.heads * p.n;  // of the head's vectors
+  if constexpr (kAdd) {
+    Pack<T> residual[kPacks] = {}, residual_head[1] = {};
+    if (p.residual.data) {
+      const char* const gR = active ? p.residual.row(row) : nullptr;
+      p.residual.load(gR, column_of, columns, residual);
+      if constexpr (kLayer) p.residual.load(gR, first_column, columns, residual_head);
+    }
+    const float rowscale =
+        kResidual == Residual::dropout && active ? rowscale_of(p.rowscale, row) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i)
+      x[i] = add_residual<kResidual>(p, x[i], residual[i], row, column_of(i), rowscale);
+    if constexpr (kLayer)
+      head[0] = add_residual<kResidual>(p, head[0], residual_head[0], row, 0, rowscale);
+  }
+  const RowView<T>& source = kAdd ? p.h : p.x;  // whose type the packs now have
+
+  float centre = 0.0f;  // what the squares are taken around
+  if constexpr (kLayer) {
+    float v[kV];
+    source.unpack(head[0], v);
+    centre = head_mean<T>(v, n);
+  }
+  const bool full = n == kPacks * team.threads * kV;
+  float sums[kSums];  // the last of them: the squares
+  const auto add_up = [&]<bool kFull>() {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kV];
+      if constexpr (kLayer) tile::keep_packed(x[i]);
+      source.unpack(x[i], v);
+#pragma unroll
+      for (int j = 0; j < kV; ++j) {
+        float d = kLayer ? v[j] - centre : v[j];
+        if constexpr (!kFull) d = column_of(i) + j < n ? d : 0.0f;  // there x is 0, not the centre
+        if constexpr (kLayer) sums[0] += d;
+        sums[kSums - 1] = fmaf(d, d, sums[kSums - 1]);
+      }
+    }
+    exchange.send(sums);
+    exchange.receive(sums);
+  };
+  const auto add_up_row = [&] {
+    if (!kLayer || full) {
+      add_up.template operator()<true>();
+    } else {
+      add_up.template operator()<false>();
+    }
+  };
+  add_up_row();
+  // Not before the exchange: h may be the residual, whose first pack the whole team has read by
+  // now.
+  if constexpr (kAdd) p.h.store(active ? p.h.row(row) : nullptr, column_of, columns, x);
+  if constexpr (kLayer && !kShift) {  // now around the mean
+    centre = __fadd_rn(centre, __fdiv_rn(sums[0], static_cast<float>(n)));
+    add_up_row();
+  }
+  const Moments moments = moments_of<T, kNorm>(sums, centre, static_cast<float>(n), p.eps);
+
+  const auto normal = [&](int i, float (&v)[kV]) {
+    tile::keep_packed(x[i]);
+    source.unpack(x[i], v);
+#pragma unroll
+    for (int j = 0; j < kV; ++j) v[j] = normalised<T, kNorm>(v[j], moments);
+  };
+  const auto each = [&](const ColumnView& weight, const ColumnView& bias, const auto& put) {
+    affine<T, kPacks, kLayer>(weight, bias, p.weight_offset, start, column_of, n, normal, put);
+  };
+
+  if constexpr (kQuant) {
+    float inverse = 0.0f;
+    if (p.static_scale) {
+      inverse = 1.0f / *p.scale;
+    } else {
+      tile::Exchange<tile::Largest, 1> magnitudes(
+          team, reinterpret_cast<char*>(memory) + fwd_bytes(blockDim.x) / 2);
+      float largest[1] = {0.0f};
+      if (active) {
+        each(p.weight, p.bias, [&](int i, const float (&v)[kV]) {
+          within<kV>(column_of(i), n, [&](int j) {
+            largest[0] = __uint_as_float(
+                tile::Largest::apply(__float_as_uint(largest[0]), __float_as_uint(fabsf(v[j]))));
+          });
+        });
+      }
+      magnitudes.send(largest);
+      magnitudes.receive(largest);
+      inverse = dynamic_scale(p, largest[0], row, active && lane == 0);
+    }
+    if (!active) return;
+    char* const gY = p.y.row(row);
+    each(p.weight, p.bias, [&](int i, const float (&v)[kV]) {
+      store_quantised(p.y, gY, column_of(i), n, v, inverse);
+    });
+  } else {
+    if (!active) return;
+    const auto write = [&](const RowView<T>& view, const ColumnView& weight,
+                           const ColumnView& bias) {
+      Pack<T> y[kPacks];
+      each(weight, bias, [&](int i, const float (&v)[kV]) { y[i] = view.pack(v); });
+      view.store(view.row(row), column_of, n, y);
+    };
+    write(p.y, p.weight, p.bias);
+    if constexpr (kAdd) {
+      if (p.y2.data) write(p.y2, p.weight2, p.bias2);
+    }
+  }
+}
+}  // namespace fastkern::cuda::norm_detail

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// From arguments to kernel parameters, and which kernel: included by the .cu of each operator,
+// which compiles launch_fwd and launch_bwd for its combinations.
+#pragma once
+
+#include "norm/norm_bwd.cuh"
+
+namespace fastkern::cuda::norm_detail {
+
+inline tile::DropoutView dropout_view(const Dropout& d) {
+  if (d.p == 0.0) return {};
+  return {d.seed, d.offset, dropout_threshold(d.p), dropout_scale(d.p)};
+}
+
+template <class T>
+Forward<T> forward_params(const NormFwd& a) {
+  Forward<T> p{};
+  p.x = tile::row_view<T>(a.x, a.op, "x");
+  p.y = tile::row_view<T>(a.y, a.op, "y");
+  p.residual = tile::row_view<T>(a.residual, a.op, "residual");
+  p.h = tile::row_view<T>(a.h, a.op, "h");
+  p.y2 = tile::row_view<T>(a.y2, a.op, "y2");
+  const Rows rows = rows_of(a.x, a.op, "x");
+  p.rows = rows.count, p.n = rows.length;
+  p.heads = heads_of({&a.weight, &a.bias, &a.weight2, &a.bias2});
+  p.weight = tile::column_view(a.weight, p.n), p.bias = tile::column_view(a.bias, p.n);
+  p.weight2 = tile::column_view(a.weight2, p.n), p.bias2 = tile::column_view(a.bias2, p.n);
+  p.rowscale = tile::column_view(a.rowscale, 1);
+  p.dropout = dropout_view(a.dropout);
+  p.scale = a.scale.given() ? static_cast<float*>(a.scale.data) : nullptr;
+  p.static_scale = a.static_scale;
+  p.eps = static_cast<float>(a.eps), p.weight_offset = static_cast<float>(a.weight_offset);
+  return p;
+}
+
+template <class T>
+Backward<T> backward_params(const NormBwd& a) {
+  Backward<T> p{};
+  p.dy = tile::row_view<T>(a.dy, a.op, "dy");
+  p.x = tile::row_view<T>(a.x, a.op, "x");
+  p.dx = tile::row_view<T>(a.dx, a.op, "dx");
+  p.dh = tile::row_view<T>(a.dh, a.op, "dh");
+  p.dbranch = tile::row_view<T>(a.dbranch, a.op, "dbranch");
+  p.dy2 = tile::row_view<T>(a.dy2, a.op, "dy2");
+  const Rows rows = rows_of(a.x, a.op, "x");
+  p.rows = rows.count, p.n = rows.length;
+  p.weight = tile::column_view(a.weight, p.n), p.weight2 = tile::column_view(a.weight2, p.n);
+  p.rowscale = tile::column_view(a.rowscale, 1);
+  p.dropout = dropout_view(a.dropout);
+  p.eps = static_cast<float>(a.eps), p.weight_offset = static_cast<float>(a.weight_offset);
+  return p;
+}
+
+/// f.operator()<T>() with the element type of a kernel.
+template <class F>
+void dispatch_type(DType type, bool mixed, F&& f) {
+  if (mixed) return f.template operator()<tile::Mixed>();
+  dispatch(type, f);
+}
+
+template <NormKind kNorm, Residual kResidual, bool kQuant>
+void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, Stream stream) {
+  dispatch_type(type, mixed, [&]<class T>() {
+    Forward<T> p = forward_params<T>(args);
+    p.threads = plan.threads_per_row, p.blocks = plan.blocks_per_row;
+    const int packs = plan.elements_per_thread / kVector<T>;
+    if (plan.blocks_per_sm == 0) {
+      const Launch shape{.op = args.op,
+                         .grid = ceil_div(p.rows, plan.rows_per_block),
+                         .block = plan.threads_per_block,
+                         .shared = static_cast<std::size_t>(fwd_bytes(plan.threads_per_block)),
+                         .overlap = true};
+      dispatch_ceil<2, 4, 8>(packs, [&]<int kPacks>() {
+        launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256>, shape, stream, p);
+      });
+      return;
+    }
+    const auto ring = [&]<int kPacks>() {
+      const std::size_t shared =
+          ring_bytes<T, kPacks, 512>(plan.blocks_per_row, kResidual != Residual::none,
+                                     args.bias.given() || args.bias2.given(), args.y2.given());
+      const int limit =
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device, args.op);
+      if (shared > static_cast<std::size_t>(limit)) return launch_fwd_long(args, stream);
+      const auto kernel = norm_ring_kernel<T, kPacks, kNorm, kResidual, kQuant, 512>;
+      const std::int64_t most = resident_clusters(
+          reinterpret_cast<const void*>(kernel), plan.blocks_per_row, 512, shared, stream, args.op);
+      launch(kernel,
+             {.op = args.op,
+              .grid = std::min(p.rows, most) * plan.blocks_per_row,
+              .block = 512,
+              .shared = shared,
+              .cluster = plan.blocks_per_row,
+              .overlap = true},
+             stream, p);
+    };
+    if (packs == 2) return ring.template operator()<2>();
+    if constexpr (kResidual == Residual::none && !kQuant) return ring.template operator()<4>();
+    launch_fwd_long(args, stream);
+  });
+}
+
+template <NormKind kNorm, Residual kResidual, Sums kSums>
+std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) {
+  const Plan& plan = split.plan;
+  std::int64_t partial_rows = split.partial_rows;
+  dispatch_type(split.type, split.mixed, [&]<class T>() {
+    Backward<T> p = backward_params<T>(args);
+    p.threads = plan.threads_per_row, p.blocks = plan.blocks_per_row;
+    p.heads = split.heads, p.slots = split.slots, p.partial_rows = split.partial_rows;
+    p.sums = split.sums;
+    p.partial = split.sums > 0 ? static_cast<float*>(args.workspace) : nullptr;
+    p.merge = plan.rows_per_block > 1 && split.heads == 1;
+    const auto run = [&]<int kPacks, int kBlock, bool kInShared>() {
+      const auto kernel = norm_bwd_kernel<T, kPacks, kNorm, kResidual, kSums, kBlock, kInShared>;
+      const std::size_t shared = bwd_bytes<T, kPacks, kNorm, kSums, kBlock>(
+          plan.threads_per_row, plan.blocks_per_row, kResidual != Residual::none, kInShared);
+      std::int64_t teams = split.teams;
+      if (plan.blocks_per_row > 1) {
+        teams = std::min(
+            teams, resident_clusters(reinterpret_cast<const void*>(kernel), plan.blocks_per_row,
+                                     kBlock, shared, stream, args.op));
+        p.slots = p.partial_rows = partial_rows = teams;
+      }
+      launch(kernel,
+             {.op = args.op,
+              .grid = ceil_div(teams, plan.rows_per_block) * plan.blocks_per_row,
+              .block = kBlock,
+              .shared = shared,
+              .cluster = plan.blocks_per_row,
+              .overlap = true},
+             stream, p);
+    };
+    const int packs = plan.elements_per_thread / kVector<T>;
+    if (packs == 2 && plan.threads_per_block == 256) return run.template operator()<2, 256, true>();
+    if constexpr (kSums != Sums::two_outputs) {
+      if constexpr (kResidual == Residual::none) {
+        if (packs == 4 && plan.threads_per_block == 512)
+          return run.template operator()<4, 512, false>();
+      }
+      if constexpr (kNorm == NormKind::rms) {
+        return run.template operator()<2, 512, true>();
+      } else {
+        return run.template operator()<4, 256, true>();
+      }
+    }
+  });
+  return partial_rows;
+}
+
+}  // namespace fastkern::cuda::norm_detail

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of row norms for long rows: what norm_fwd_kernel computes, with persistent teams.
+//
+//   work     a block, or a cluster of blocks, owns a row; it walks over the rows. Pack i of thread
+//            t of block b is columns ((b · packs + i) · threads + t) · vector and on.
+//   memory   shared: a ring of rows of x (and residual) on their way; weight and bias as f32. The
+//            row is read from the ring as often as needed; h takes the place of x there
+//   sync     one barrier a row, with half an iteration between the two sides of it: a row's sums
+//   are
+//            taken before the row before it is written. layer in f32 one more, around which its
+//            mean becomes known; a dynamic scale one more
+//   cost     reads and writes each operand once
+#pragma once
+
+#include "norm/norm_fwd.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace fastkern::cuda::norm_detail {
+
+inline constexpr int kRingStages = 3;  // rows of a ring, of which two are worked on
+
+/// Shared memory for the vectors of one thread's columns, as f32, in their readers' order:
+/// [kPacks][kVector / 4][kBlock] quads. For the thread's own use.
+template <class T, int kPacks, int kBlock>
+struct Vectors {
+  static constexpr int kQuads = kVector<T> / 4;
+  static constexpr int kCount = kPacks * kQuads * kBlock;  // float4
+  float4* at;
+
+  template <class ColumnOf>
+  __device__ __forceinline__ void fill(const ColumnView& view, std::int64_t head,
+                                       const ColumnOf& column_of, int n, float missing,
+                                       float offset) const {
+    const float add = view.data ? offset : 0.0f;
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kVector<T>];
+      view.load(head, column_of(i), n, missing, v);
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        at[(i * kQuads + q) * kBlock + threadIdx.x] = {v[4 * q] + add, v[4 * q + 1] + add,
+                                                       v[4 * q + 2] + add, v[4 * q + 3] + add};
+      }
+    }
+  }
+  __device__ __forceinline__ void quad(int pack, int q, float (&out)[4]) const {
+    const float4 v = at[(pack * kQuads + q) * kBlock + threadIdx.x];
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  }
+};
+
+constexpr int ring_exchange_bytes(int block, int blocks) {
+  return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, blocks);
+}
+
+/// Shared memory of norm_ring_kernel, in bytes.
+template <class T, int kPacks, int kBlock>
+constexpr std::size_t ring_bytes(int blocks, bool add, bool bias, bool two) {
+  return ring_exchange_bytes(kBlock, blocks) +
+         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount * (1 + bias) * (1 + two) +
+         16 * static_cast<std::size_t>(kRingStages) * (1 + add) * kPacks * kBlock;
+}
+
+template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlock>
+__global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
+  constexpr int kV = kVector<T>, kQuads = kV / 4;
+  constexpr bool kLayer = kNorm == NormKind::layer, kAdd = kResidual != Residual::none;
+  constexpr int kOperands = 1 + kAdd;
+  constexpr int kSums = kForwardSums<T, kNorm>;
+  constexpr bool kShift = kShifted<T, kNorm>;
+  extern __shared__ uint4 memory[];
+  char* const shared = reinterpret_cast<char*>(memory);
+  const int exchange_bytes = ring_exchange_bytes(kBlock, p.blocks);
+  const Team team{kBlock, p.blocks, p.blocks > 1 ? static_cast<int>(ptx::cluster_rank()) : 0};
+  tile::Exchange<tile::Sum, kSums> exchange(team, shared);
+  tile::Exchange<tile::Largest, 1> magnitudes(team, shared + exchange_bytes / 2);
+  using Columns = Vectors<T, kPacks, kBlock>;
+  const bool has_bias = p.bias.data || p.bias2.data, has_two = kAdd && p.y2.data;
+  const Columns sWeight{reinterpret_cast<float4*>(shared + exchange_bytes)};
+  const Columns sBias{sWeight.at + Columns::kCount};
+  const Columns sWeight2{sWeight.at + (has_bias ? 2 : 1) * Columns::kCount};
+  const Columns sBias2{sWeight2.at + Columns::kCount};
+  uint4* const sRing = reinterpret_cast<uint4*>(
+      sWeight.at + (has_bias ? 2 : 1) * (has_two ? 2 : 1) * Columns::kCount);
+
+  const int n = static_cast<int>(p.n);
+  const std::int64_t stride = gridDim.x / team.blocks;
+  std::int64_t row = blockIdx.x / team.blocks;
+  const auto column_of = [&](int i) {
+    return ((team.rank * kPacks + i) * kBlock + static_cast<int>(threadIdx.x)) * kV;
+  };
+  const bool full = n == team.blocks * kPacks * kBlock * kV;
+  ptx::grid_wait();
+  ptx::grid_launch_next();
+
+  // A thread fetches what it will itself read: the ring needs no barrier.
+  const auto in_ring = [&](int stage, int operand) {
+    return sRing + (stage * kOperands + operand) * kPacks * kBlock + threadIdx.x;
+  };
+  tile::RowWalk<T> gX(p.x, row, stride), gY(p.y, row, stride);
+  std::int64_t ahead = row;  // the row to fetch next
+  const auto fetch = [&](int stage) {
+    const int columns = ahead < p.rows ? n : 0;
+    p.x.template load_async<kPacks>(in_ring(stage, 0), kBlock, columns ? gX.at : p.x.data,
+                                    column_of, columns);
+    if constexpr (kAdd) {
+      if (p.residual.data) {
+        p.residual.template load_async<kPacks>(
+            in_ring(stage, 1), kBlock, p.residual.row(columns ? ahead : 0), column_of, columns);
+      }
+    }
+    ptx::cp_async_commit();
+    ahead += stride;
+    gX.next(ahead);
+  };
+#pragma unroll
+  for (int stage = 0; stage < kRingStages - 1; ++stage) fetch(stage);
+  // A block has one row at a time, whose head may change from row to row: with several heads the
+  // vectors are read anew.
+  const auto fill = [&](std::int64_t head) {
+    sWeight.fill(p.weight, head, column_of, n, 1.0f, p.weight_offset);
+    if (has_bias) sBias.fill(p.bias, head, column_of, n, kNothing, 0.0f);
+    if (has_two) {
+      sWeight2.fill(p.weight2, head, column_of, n, 1.0f, p.weight_offset);
+      if (has_bias) sBias2.fill(p.bias2, head, column_of, n, kNothing, 0.0f);
+    }
+  };
+  if (p.heads == 1) fill(0);
+
+  const RowView<T>& source = kAdd ? p.h : p.x;  // whose type the ring has
+  const auto read = [&](int stage, int i, float (&v)[kV]) {
+    source.unpack({ptx::ld_shared(in_ring(stage, 0) + i * kBlock)}, v);
+  };
+  // h of a row, in the place of x.
+  const auto add = [&](std::int64_t r, int stage) {
+    const float rowscale = kResidual == Residual::dropout ? rowscale_of(p.rowscale, r) : 1.0f;
+    Pack<T> h[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      uint4* const at = in_ring(stage, 0) + i * kBlock;
+      h[i] = add_residual<kResidual>(p, {*at}, {in_ring(stage, 1)[i * kBlock]}, r, column_of(i),
+                                     rowscale);
+      *at = h[i].bits;
+    }
+    p.h.store(p.h.row(r), column_of, n, h);
+  };
+  // The centre of a row's squares that is known without its sums: its first pack is read one row
+  // ahead, and is there before this block sends anything that lets h take the residual's place.
+  struct {
+    Pack<T> x[1], residual[1];
+  } head = {};
+  const auto load_head = [&](std::int64_t r) {
+    if (r >= p.rows) return;
+    const auto first_column = [](int) { return 0; };
+    p.x.load(p.x.row(r), first_column, n, head.x);
+    if constexpr (kAdd) {
+      if (p.residual.data) p.residual.load(p.residual.row(r), first_column, n, head.residual);
+    }
+  };
+  const auto centre_of_head = [&](std::int64_t r) {
+    float v[kV], centre;
+    if constexpr (kAdd) {
+      const float rowscale =
+          kResidual == Residual::dropout && r < p.rows ? rowscale_of(p.rowscale, r) : 1.0f;
+      const Pack<T> h = add_residual<kResidual>(p, head.x[0], head.residual[0], r, 0, rowscale);
+      source.unpack(h, v);
+    } else {
+      source.unpack(head.x[0], v);
+    }
+    centre = head_mean<T>(v, n);
+    asm volatile("" : "+f"(centre));
+    return centre;
+  };
+  const auto send_sums = [&](int stage, float centre) {
+    float sums[kSums] = {};  // the last of them: the squares
+    const auto add_up = [&]<bool kFull>() {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        float v[kV];
+        read(stage, i, v);
+        const int column = kFull ? 0 : tile::opaque(column_of(i));
+#pragma unroll
+        for (int j = 0; j < kV; ++j) {
+          float d = kLayer ? v[j] - centre : v[j];
+          if constexpr (!kFull) d = column + j < n ? d : 0.0f;  // there x is 0, not the centre
+          if constexpr (kLayer) sums[0] += d;
+          sums[kSums - 1] = fmaf(d, d, sums[kSums - 1]);
+        }
+      }
+    };
+    if (!kLayer || full) {
+      add_up.template operator()<true>();
+    } else {
+      add_up.template operator()<false>();
+    }
+    exchange.send(sums);
+  };
+  // What a row needs before the row before it is written: its sums sent; its centre is returned.
+  float next_centre = 0.0f;
+  const auto begin = [&](std::int64_t r, int stage) {
+    if constexpr (kAdd) add(r, stage);
+    float centre = 0.0f;
+    if constexpr (kLayer) {
+      centre = next_centre;
+      next_centre = centre_of_head(r + stride);
+    }
+    if constexpr (kLayer && !kShift) {  // to the mean
+      float sums[kSums];
+      send_sums(stage, centre);
+      exchange.receive(sums);
+      centre = __fadd_rn(centre, __fdiv_rn(sums[0], static_cast<float>(n)));
+    }
+    send_sums(stage, centre);
+    return centre;
+  };
+
+  if constexpr (kLayer) {
+    load_head(row);
+    next_centre = centre_of_head(row);
+    load_head(row + stride);
+  }
+  // Nobody sends to a block that has not begun, nor lets h take the place of a residual whose first
+  // pack others have still to read.
+  if (team.blocks > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  ptx::cp_async_wait<kRingStages - 2>();
+  float centre = begin(row, 0);
+  int stage = 0;
+  for (; row < p.rows; row += stride) {
+    fetch(stage == 0 ? kRingStages - 1 : stage - 1);
+    if constexpr (kLayer) load_head(row + 2 * stride);
+    const int next = stage == kRingStages - 1 ? 0 : stage + 1;
+    float sums[kSums];
+    exchange.receive(sums);
+    const Moments moments = moments_of<T, kNorm>(sums, centre, static_cast<float>(n), p.eps);
+    if (row + stride < p.rows) {
+      // After the barrier: warps whose row is there go on while others still wait for theirs.
+      ptx::cp_async_wait<kRingStages - 2>();
+      centre = begin(row + stride, next);
+    }
+
+    if (p.heads > 1) fill(row % p.heads * p.n);
+    const auto value = [&](int i, const Columns& weight, const Columns& bias, float (&v)[kV]) {
+      read(stage, i, v);
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float w[4], b[4] = {kNothing, kNothing, kNothing, kNothing};
+        weight.quad(i, q, w);
+        if (has_bias) bias.quad(i, q, b);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          v[4 * q + j] = fmaf(normalised<T, kNorm>(v[4 * q + j], moments), w[j], b[j]);
+        }
+      }
+    };
+    if constexpr (kQuant) {
+      float inverse = 0.0f;
+      if (p.static_scale) {
+        inverse = 1.0f / *p.scale;
+      } else {
+        std::uint32_t largest = 0;
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          float v[kV];
+          value(i, sWeight, sBias, v);
+          within<kV>(column_of(i), n, [&](int j) {
+            largest = tile::Largest::apply(largest, __float_as_uint(fabsf(v[j])));
+          });
+        }
+        float values[1] = {__uint_as_float(largest)};
+        magnitudes.send(values);
+        magnitudes.receive(values);
+        inverse = dynamic_scale(p, values[0], row, threadIdx.x == 0 && team.rank == 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        float v[kV];
+        value(i, sWeight, sBias, v);
+        store_quantised(p.y, gY.at, column_of(i), n, v, inverse);
+      }
+    } else {
+      const auto write = [&](const RowView<T>& view, char* to, const Columns& weight,
+                             const Columns& bias) {
+        Pack<T> y[kPacks];
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          float v[kV];
+          value(i, weight, bias, v);
+          y[i] = view.pack(v);
+        }
+        view.store(to, column_of, n, y);
+      };
+      write(p.y, gY.at, sWeight, sBias);
+      if (has_two) write(p.y2, p.y2.row(row), sWeight2, sBias2);
+    }
+    gY.next(row + stride);
+    stage = next;
+  }
+}
+}  // namespace fastkern::cuda::norm_detail

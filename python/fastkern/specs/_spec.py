@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of the table holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Dims = Mapping[str, int]
+Inputs = dict[str, Any]  # argument name -> tensor, number or None; in the op's argument order
+Outputs = Tensor | tuple[Tensor, ...]
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A call that must raise: ``change`` edits good inputs in place, ``message`` is a regex of the error's text."""
+
+    name: str
+    change: Callable[[Inputs], Any]
+    message: str
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator.
+
+    Attributes:
+        name: of ``fastkern.<name>`` and ``torch.ops.fastkern.<name>``.
+        family: the room it lives in: norm, softmax, attention, ...
+        function: the public function.
+        reference: the same computation in plain differentiable PyTorch; run in float64 it is the truth.
+        baseline: what a torch user would call; run in the op's dtype its error sets the tolerance, its time the bar.
+        make: inputs for given dimensions, dtype, device and variant (keyword arguments from ``variants``).
+        dims: sizes to test: primes, tile sizes and their neighbours, 1.
+        variants: which optional operands are there and of which kind.
+        differentiable: arguments that may require grad.
+        strided: arguments that may have any strides.
+        batched: arguments whose leading dimension (the first one in ``dims``) is a batch that no output row may see
+            the rest of.
+        traffic: bytes a perfect kernel moves: ``traffic(inputs, backward)``.
+        flops: floating-point operations: ``flops(inputs, backward)``.
+        bench_dims: sizes for the benchmark.
+        bench_variant: the variant that the benchmark uses.
+        peers: name -> callable taking the inputs by keyword; a peer that cannot be imported raises ImportError.
+        bad_calls: what must be refused.
+        forward_factor, backward_factor: allowed multiple of the baseline's error.
+        empty_dims: dimensions that may be 0.
+        workspace: most bytes of temporary device memory a call may take beside its outputs:
+            ``workspace(inputs, backward)``.
+        data: the batched arguments whose values the checks change; empty: all of them.
+        placed: whether a row's result depends on where in the batch it lies, as under dropout: ``placed(inputs)``.
+        decoded: outputs as the numbers they stand for, where they are stored as something else:
+            ``decoded(inputs, outputs)``. The reference gives numbers.
+        slack: for each decoded output what it may be off by besides, element by element, as a rounded number is:
+            ``slack(inputs, truth)``.
+        signed_zeros: whether the sign of a zero is torch's.
+        vanishing: whether the gradients of these inputs are zero but for rounding, so that there is nothing to compare
+            them with: ``vanishing(inputs)``.
+        dense: a dense copy of a strided argument, which must give the same bits.
+        yardstick: whose error sets the tolerance, where the baseline is less accurate than need be.
+    """
+
+    name: str
+    family: str
+    function: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
+    baseline: Callable[..., Outputs]
+    make: Callable[..., Inputs]
+    dims: tuple[Dims, ...]
+    variants: tuple[Mapping[str, Any], ...]
+    differentiable: tuple[str, ...]
+    strided: tuple[str, ...]
+    batched: tuple[str, ...]
+    traffic: Callable[[Inputs, bool], int]
+    flops: Callable[[Inputs, bool], int]
+    bench_dims: tuple[Dims, ...]
+    bench_variant: Mapping[str, Any] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., Outputs]] = field(default_factory=dict)
+    bad_calls: tuple[BadCall, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    forward_factor: float = 2.0
+    backward_factor: float = 3.0
+    empty_dims: tuple[str, ...] = ("B", "M", "S", "H", "N")
+    workspace: Callable[[Inputs, bool], int] = lambda inputs, backward: 0
+    data: tuple[str, ...] = ()
+    placed: Callable[[Inputs], bool] = lambda inputs: False
+    decoded: Callable[[Inputs, tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda inputs, outputs: outputs
+    slack: Callable[[Inputs, tuple[Tensor, ...]], tuple[Tensor | None, ...]] = lambda inputs, truth: tuple(
+        None for _ in truth
+    )
+    signed_zeros: bool = True
+    vanishing: Callable[[Inputs], bool] = lambda inputs: False
+    dense: Callable[[Tensor], Tensor] = partial(torch.clone, memory_format=torch.contiguous_format)  # noqa: RUF009
+    yardstick: Callable[..., Outputs] | None = None
+
+    @property
+    def op(self) -> Any:
+        """The operator itself, ``torch.ops.fastkern.<name>.default``."""
+        return getattr(torch.ops.fastkern, self.name).default
+
+    @property
+    def measure(self) -> Callable[..., Outputs]:
+        """Whose error sets the tolerance."""
+        return self.yardstick or self.baseline
+
+    @property
+    def changeable(self) -> tuple[str, ...]:
+        """The batched arguments whose values the checks may change."""
+        return self.data or self.batched
