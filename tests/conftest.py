@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +18,9 @@ settings.register_profile("quick", max_examples=100, derandomize=True, **_COMMON
 settings.register_profile("nightly", max_examples=20_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Graphs that torch.compile kept for another version of the library call operators with that version's arguments.
+_COMPILED = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="fastkern-inductor-"))
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker: two pools on the same cores wait for each other
     torch.set_num_threads(1)
 
@@ -26,6 +31,12 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The workers share their parent's cache; the parent removes it."""
+    if not hasattr(config, "workerinput") and os.path.basename(_COMPILED).startswith("fastkern-inductor-"):
+        shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ if [ "$(tools/cuda_choice.sh)" = off ]; then
   echo "== no nvcc here: the wheel will hold CPU kernels only"
   export FASTKERN_CUDA=off CMAKE_ARGS=
 else
-  export FASTKERN_CUDA=on CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=${WHEEL_ARCHS:-80;86;89;90a;100;120}"
+  export FASTKERN_CUDA=on CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=${WHEEL_ARCHS:-80;90a;100;120}"
 fi
 
 rm -rf build/wheel

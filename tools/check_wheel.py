@@ -3,7 +3,7 @@
 
 Usage::
 
-    python tools/check_wheel.py dist/fastkern-*.whl [--archs "80 86 89 90a 100 120"]
+    python tools/check_wheel.py dist/fastkern-*.whl [--archs "80 90a 100 120"]
 """
 
 from __future__ import annotations

@@ -23,17 +23,19 @@ namespace fastkern::cpu {
 namespace {
 
 // Weight gradients are summed over fixed groups of rows, then over the groups: the split depends on
-// M and H alone, so the result does not depend on the number of threads.
-constexpr std::int64_t kRowGroups = 64;
+// M, H and N alone, so the result does not depend on the number of threads. Many short rows make
+// more groups, so that no sum has very many terms.
+constexpr std::int64_t kRowGroups = 64, kGroupRows = 64, kMostSums = 1 << 18;
 
 /// All heads of a group are summed at once, so a group has at least one row of each.
-std::int64_t row_groups(const NormBwd& a, std::int64_t m) {
+std::int64_t row_groups(const NormBwd& a, std::int64_t m, std::int64_t n) {
   std::int64_t heads = 1;
   for (const TensorRef* t : {&a.dweight, &a.dbias, &a.dweight2, &a.dbias2}) {
     if (t->ndim == 2) heads = std::max(heads, t->sizes[0]);
   }
   FK_CHECK(m % heads == 0, a.op, ": x must have rows for each of ", heads, " heads, got ", m);
-  return std::min(m / heads, kRowGroups);
+  const std::int64_t most = std::max(kRowGroups, kMostSums / std::max<std::int64_t>(heads * n, 1));
+  return std::min({m / heads, std::max(kRowGroups, m / heads / kGroupRows), most});
 }
 
 /// Memory for the sums, which a thread keeps for its next call: the first touch of fresh pages can
@@ -91,9 +93,13 @@ struct Sums {
           for (std::int64_t block = begin; block < end; ++block) {
             const std::int64_t first = block * kBlock, count = std::min(kBlock, size - first);
             float total[kBlock] = {};
-            for (std::int64_t group = 0; group < groups; ++group) {
-              const float* sum = sums + group * size + first;
-              for (std::int64_t c = 0; c < count; ++c) total[c] += sum[c];
+            for (std::int64_t group = 0; group < groups;) {
+              float some[kBlock] = {};
+              for (const std::int64_t last = std::min(groups, group + 32); group < last; ++group) {
+                const float* sum = sums + group * size + first;
+                for (std::int64_t c = 0; c < count; ++c) some[c] += sum[c];
+              }
+              for (std::int64_t c = 0; c < count; ++c) total[c] += some[c];
             }
             for (std::int64_t c = 0; c < count; ++c) result[first + c] = from_float<T>(total[c]);
           }
@@ -107,8 +113,8 @@ struct Backward {
   explicit Backward(const NormBwd& a)
       : kind(a.kind),
         eps(a.eps),
-        dy(a.dy, a.op, "dy"),
-        x(a.x, a.op, "x"),
+        dy(a.dy, a.op, "dy", RowTensor::required),
+        x(a.x, a.op, "x", RowTensor::required),
         dx(a.dx, a.op, "dx"),
         dh(a.dh, a.op, "dh"),
         dbranch(a.dbranch, a.op, "dbranch"),
@@ -119,7 +125,7 @@ struct Backward {
         weight2(a.weight2, n, static_cast<float>(a.weight_offset), 1.0f),
         rowscale{a.rowscale},
         dropout(a.dropout.p, a.dropout.seed, a.dropout.offset),
-        groups(row_groups(a, m)),
+        groups(row_groups(a, m, n)),
         dweight(a.dweight, n, groups),
         dbias(a.dbias, n, groups),
         dweight2(a.dweight2, n, groups),

@@ -19,8 +19,8 @@ struct Forward {
   explicit Forward(const NormFwd& a)
       : kind(a.kind),
         eps(a.eps),
-        x(a.x, a.op, "x"),
-        y(a.y, a.op, "y"),
+        x(a.x, a.op, "x", RowTensor::required),
+        y(a.y, a.op, "y", RowTensor::required),
         residual(a.residual, a.op, "residual"),
         h(a.h, a.op, "h"),
         y2(a.y2, a.op, "y2"),

@@ -63,18 +63,27 @@ FASTKERN_INLINE float tree_sum(const Lanes& lanes) {
   return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
-/// K sums over the columns at once; term(c) is an array of K floats. Two levels, lanes of a stretch
-/// and then totals of the stretches: the rounding error of a long row grows with the stretch and
-/// the number of stretches, not with their product.
+/// to += lanes, of which zeros are left.
+template <int K>
+FASTKERN_INLINE void add_lanes(Lanes (&lanes)[K], Lanes (&to)[K]) {
+  for (int k = 0; k < K; ++k) {
+    for (int l = 0; l < kLanes; ++l) to[k][l] += lanes[k][l];
+  }
+  clear(lanes);
+}
+
+/// K sums over the columns at once; term(c) is an array of K floats. Three levels, lanes of a
+/// stretch, of a block of stretches, of the row: the rounding error of a long row grows with the
+/// sum of their lengths, not with the product.
 template <int K, class Term>
 FASTKERN_INLINE std::array<float, K> lane_sums(std::int64_t n, const Term& term) {
-  constexpr std::int64_t kStretch = 64 * kLanes;
-  Lanes totals[K];
+  constexpr std::int64_t kStretch = 16 * kLanes, kBlock = 32 * kStretch;
+  Lanes totals[K], block[K], lanes[K];
   clear(totals);
+  clear(block);
+  clear(lanes);
   std::int64_t i = 0;
   while (i < n) {
-    Lanes lanes[K];
-    clear(lanes);
     const std::int64_t end = std::min(n, i + kStretch);
     for (; i + kLanes <= end; i += kLanes) {
       for (int l = 0; l < kLanes; ++l) {
@@ -86,19 +95,23 @@ FASTKERN_INLINE std::array<float, K> lane_sums(std::int64_t n, const Term& term)
       const std::array<float, K> terms = term(i);
       for (int k = 0; k < K; ++k) lanes[k][l] += terms[k];
     }
-    for (int k = 0; k < K; ++k) {
-      for (int l = 0; l < kLanes; ++l) totals[k][l] += lanes[k][l];
-    }
+    add_lanes(lanes, block);
+    if (i % kBlock == 0) add_lanes(block, totals);
   }
+  add_lanes(block, totals);
   std::array<float, K> sums;
   for (int k = 0; k < K; ++k) sums[k] = tree_sum(totals[k]);
   return sums;
 }
 
-/// A tensor and its rows; nothing of it may be touched unless it is given().
+/// A tensor and its rows; nothing of it may be touched unless it is given(), as a required one is.
 struct RowTensor {
-  RowTensor(const TensorRef& tensor, const char* op, const char* argument) : ref(tensor) {
-    if (given()) rows = rows_of(tensor, op, argument);
+  enum Presence { optional, required };
+
+  RowTensor(const TensorRef& tensor, const char* op, const char* argument,
+            Presence presence = optional)
+      : ref(tensor) {
+    if (given() || presence == required) rows = rows_of(tensor, op, argument);
   }
 
   bool given() const { return ref.given(); }

@@ -60,7 +60,7 @@ def cpu_name() -> str:
 def code_for(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:
     """The compiled-in architecture that runs on a device of ``capability``; None when the device is not served.
 
-    ``"90a"`` runs on 9.0 alone; ``"86"`` on 8.6 and the later 8.x. The newest plain architecture is also there as PTX,
+    ``"90a"`` runs on 9.0 alone; ``"80"`` on 8.0 and the later 8.x. The newest plain architecture is also there as PTX,
     which the driver compiles for devices newer than it.
     """
     major, minor = capability

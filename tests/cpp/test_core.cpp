@@ -31,10 +31,10 @@ TEST(Error, CheckIsOneStatement) {
 }
 
 TEST(Error, CrossesTheLibraryBoundary) {
-  const RmsNormFwd scalar_input{};
-  const std::string message = test::error_of([&] { cpu::rms_norm(scalar_input); });
-  EXPECT_TRUE(test::contains(message, "fastkern::rms_norm: x must")) << message;
-  EXPECT_THROW(cpu::rms_norm(scalar_input), std::runtime_error);
+  const NormFwd scalar_input{};
+  const std::string message = test::error_of([&] { cpu::norm(scalar_input); });
+  EXPECT_TRUE(test::contains(message, "fastkern::norm: x must")) << message;
+  EXPECT_THROW(cpu::norm(scalar_input), std::runtime_error);
 }
 
 TEST(TensorRef, DenseIsRowMajor) {

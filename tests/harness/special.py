@@ -48,7 +48,8 @@ def special_rows(dtype: torch.dtype) -> dict[str, tuple[float, ...]]:
 def _planted(inputs: Inputs, name: str, index: int, values: tuple[float, ...]) -> Inputs:
     changed = inputs[name].clone()
     row = changed[index]
-    row.view(-1).copy_(torch.tensor(values, dtype=torch.float64).repeat(row.numel() // len(values) + 1)[: row.numel()])
+    repeated = torch.tensor(values, dtype=torch.float64).repeat(row.numel() // len(values) + 1)
+    row.copy_(repeated[: row.numel()].reshape(row.shape))
     return {**inputs, name: changed}
 
 
