@@ -37,20 +37,22 @@ __device__ __forceinline__ Pack<T> apply(const Forward<T>& p, const Pack<T>& in,
     const int c = min(at.channel, p.group_channels - 1);  // beyond the end: any
     const float scale = rstd * p.weight.at(channel + c, 1.0f), shift = p.bias.at(channel + c, 0.0f);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = activate<kSilu>(fmaf(v[j] - mean, scale, shift));
+    for (int j = 0; j < kV; ++j) v[j] = activate<T, kSilu>(fmaf(v[j] - mean, scale, shift));
   } else {
     p.planes.template for_channels<kV>(at, p.group_channels, [&](int j, int c) {
       const float scale = rstd * p.weight.at(channel + c, 1.0f);
-      v[j] = activate<kSilu>(fmaf(v[j] - mean, scale, p.bias.at(channel + c, 0.0f)));
+      v[j] = activate<T, kSilu>(fmaf(v[j] - mean, scale, p.bias.at(channel + c, 0.0f)));
     });
   }
   return tile::pack_of<T>(v);
 }
 
-/// Moments of `count` elements that the threads of a team hold in packs of n elements in all.
+/// Moments of `count` elements that the threads of a team hold in packs of n elements in all; the
+/// mean from `pivot`.
 template <class T, int kPacks>
 __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first, int step, int n,
-                                                float count, int team, float (&scratch)[2][32]) {
+                                                float count, float pivot, int team,
+                                                float (&scratch)[2][32]) {
   constexpr int kV = kVector<T>;
   float sum[1] = {0.0f}, distances[2] = {0.0f, 0.0f};  // and their squares
 #pragma unroll
@@ -77,7 +79,7 @@ __device__ __forceinline__ Moments team_moments(Pack<T> (&x)[kPacks], int first,
   }
   team_sum(distances, team, scratch[1]);
   const float off = distances[0] / count;
-  return {rough + off, corrected(distances[1], off, count)};
+  return {(rough - pivot) + off, corrected(distances[1], off, count)};
 }
 
 template <class T, bool kSilu, int kPacks>
@@ -109,13 +111,14 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_kernel(const Forward
 
   Pack<T> x[kPacks];
   load_packs(p.x + start, first, step, active ? n : 0, p.whole, x);
+  const float pivot = tile::to_float(p.x[start]);
 
   const auto count_of = [&](int r) {  // elements in block r; team and blocks are powers of two
     const int share = p.team * kV, rest = n & (step - 1);
     return static_cast<float>((n - rest) / static_cast<std::uint32_t>(p.blocks) +
                               min(max(rest - r * share, 0), share));
   };
-  Moments all = team_moments(x, first, step, n, count_of(rank), p.team, scratch);
+  Moments all = team_moments(x, first, step, n, count_of(rank), pivot, p.team, scratch);
   if (p.blocks > 1) {
     ptx::cluster_wait();
     if (threadIdx.x < p.blocks) store_to_block(&sPeers[rank], threadIdx.x, {all.mean, all.m2});
@@ -124,6 +127,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_kernel(const Forward
     all = combine(p.blocks, static_cast<float>(n), [&](int r) { return sPeers[r]; }, count_of);
   }
   if (!active) return;
+  all.mean += pivot;
   const float rstd = rstd_of(all.m2, static_cast<float>(n), p.eps);
   if (p.stats && first == 0) p.stats[group] = {all.mean, rstd};
   if (!p.y) return;
@@ -142,6 +146,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_stats_kernel(const F
   const int first = threadIdx.x * kV, step = kBlock * kV;
   const std::int64_t begin = chunk * p.chunk_size;
   const std::int64_t end = min(begin + p.chunk_size, p.group_size);
+  const float pivot = tile::to_float(p.x[group * p.group_size]);
   Moments all{0.0f, 0.0f};
   float seen = 0.0f;
   for (std::int64_t at = begin; at < end; at += kTile) {
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_stats_kernel(const F
     Pack<T> x[kPacks];
     load_packs(p.x + group * p.group_size + at, first, step, n, p.whole, x);
     const float count = static_cast<float>(n), total = seen + count;
-    const Moments tile = team_moments(x, first, step, n, count, kBlock, scratch);
+    const Moments tile = team_moments(x, first, step, n, count, pivot, kBlock, scratch);
     const float distance = tile.mean - all.mean;
     all.mean = fmaf(distance, count / total, all.mean);
     all.m2 += fmaf(distance * distance, seen * (count / total), tile.m2);
@@ -185,6 +190,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_fwd_apply_kernel(const F
           [&](int i) {
             return static_cast<float>(min(p.chunk_size, p.group_size - i * p.chunk_size));
           });
+      all.mean += tile::to_float(p.x[start]);
       rstd = rstd_of(all.m2, static_cast<float>(p.group_size), p.eps);
       if (p.stats && chunk == 0 && threadIdx.x == 0) p.stats[group] = {all.mean, rstd};
       if (!p.y) return;

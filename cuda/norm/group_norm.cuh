@@ -42,19 +42,22 @@ inline ChannelVector channel_vector(const TensorRef& t) {
   return {t.given() ? t.data : nullptr, t.dtype};
 }
 
-/// Both approximations are good to 2 ulp where the result matters: e^-z for |z| in the tens is
-/// either lost beside 1 or makes a y that is nearly 0.
-__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
-
-template <bool kSilu>
-__device__ __forceinline__ float activate(float z) {
-  return kSilu ? z * sigmoid(z) : z;
+/// For results in 16 bit approximations will do, which are off by some ulps of a float32.
+template <class T>
+__device__ __forceinline__ float sigmoid(float z) {
+  if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-z));
+  return __frcp_rn(1.0f + expf(-z));
 }
 
-template <bool kSilu>
+template <class T, bool kSilu>
+__device__ __forceinline__ float activate(float z) {
+  return kSilu ? z * sigmoid<T>(z) : z;
+}
+
+template <class T, bool kSilu>
 __device__ __forceinline__ float activate_grad(float dy, float z) {
   if constexpr (!kSilu) return dy;
-  const float s = sigmoid(z);
+  const float s = sigmoid<T>(z);
   return dy * (s * fmaf(z, 1.0f - s, 1.0f));
 }
 
@@ -89,7 +92,8 @@ __device__ __forceinline__ void team_sum(float (&values)[kValues], int team, flo
   }
 }
 
-/// Mean, and sum of squared distances from it.
+/// Mean, and sum of squared distances from it. Means of parts of a group are kept as distances from
+/// one of its elements: where a group lies far from zero, they need the digits.
 struct Moments {
   float mean, m2;
 };

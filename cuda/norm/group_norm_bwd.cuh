@@ -43,10 +43,10 @@ struct Grad {
   float xhat, dz;
 };
 
-template <bool kSilu>
+template <class T, bool kSilu>
 __device__ __forceinline__ Grad grad_of(float x, float dy, const ChannelScale& of) {
   const float xhat = (x - of.mean) * of.rstd;
-  return {xhat, activate_grad<kSilu>(dy, fmaf(xhat, of.weight, of.bias))};
+  return {xhat, activate_grad<T, kSilu>(dy, fmaf(xhat, of.weight, of.bias))};
 }
 
 /// `means` of dz * w and of dz * w * xhat over the group.

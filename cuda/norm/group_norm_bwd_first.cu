@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_bwd_held_kernel(const Ba
       tile::unpack(dy[i], g);
 #pragma unroll
       for (int j = 0; j < kV; ++j) {
-        const Grad grad = grad_of<kSilu>(v[j], g[j], scale);
+        const Grad grad = grad_of<T, kSilu>(v[j], g[j], scale);
         dz += grad.dz;
         xhat = fmaf(grad.dz, grad.xhat, xhat);
       }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_bwd_held_kernel(const Ba
     tile::unpack(x[i], v);
     tile::unpack(dy[i], g);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = dx_of(grad_of<kSilu>(v[j], g[j], scale), scale, means);
+    for (int j = 0; j < kV; ++j) v[j] = dx_of(grad_of<T, kSilu>(v[j], g[j], scale), scale, means);
     const int column = again + i * step;
     tile::store(p.dx + start, p.whole ? column : tile::opaque(column), n, p.whole,
                 tile::pack_of<T>(v));
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kPartBlock, 3) group_norm_bwd_sums_kernel(cons
       for (int j = 0; j < kV; ++j) {
         // Beyond the end dy is 0, but x may make that a NaN.
         if (first + i * p.part_team * kV + j >= n) continue;
-        const Grad grad = grad_of<kSilu>(v[j], g[j], scale);
+        const Grad grad = grad_of<T, kSilu>(v[j], g[j], scale);
         sums[0] += grad.dz;
         sums[1] = fmaf(grad.dz, grad.xhat, sums[1]);
       }
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kBlock, 2) group_norm_bwd_dx_kernel(const Back
       tile::unpack(x[i], v);
       tile::unpack(dy[i], g);
       for_pack(p, at, channel, stats, [&](int j, const ChannelScale& scale) {
-        v[j] = dx_of(grad_of<kSilu>(v[j], g[j], scale), scale, means);
+        v[j] = dx_of(grad_of<T, kSilu>(v[j], g[j], scale), scale, means);
       });
       const int column = first + i * step;
       tile::store(p.dx + start, p.whole ? column : tile::opaque(column), n, p.whole,

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kLastBlock, kWhole ? 2 : 1)
       if (first + i * cell.rows >= tile.positions) continue;  // 0 times an infinite rstd
 #pragma unroll
       for (int j = 0; j < kV; ++j) {
-        const Grad grad = grad_of<kSilu>(v[j], g[j], scale[j]);
+        const Grad grad = grad_of<T, kSilu>(v[j], g[j], scale[j]);
         dz_sum[j] += grad.dz;
         xhat_sum[j] = fmaf(grad.dz, grad.xhat, xhat_sum[j]);
       }
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kLastBlock, kWhole ? 2 : 1)
       tile::unpack(dy[i], g);
 #pragma unroll
       for (int j = 0; j < kV; ++j)
-        v[j] = dx_of(grad_of<kSilu>(v[j], g[j], scale[j]), scale[j], means[j]);
+        v[j] = dx_of(grad_of<T, kSilu>(v[j], g[j], scale[j]), scale[j], means[j]);
       store_cell<kWhole>(p.dx + start, cell, first + i * cell.rows, tile.positions,
                          tile::pack_of<T>(v));
     }

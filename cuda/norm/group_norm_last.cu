@@ -27,11 +27,13 @@ namespace fastkern::cuda::group_detail {
 namespace {
 
 /// Moments of every channel of the slab over this block's positions, into `out` (all channels of
-/// the slab); `of_thread(j, y)`: there is memory for rows * row_pitch float2's in `shared`.
+/// the slab), the means as distances from `pivots`, this thread's channels at the sample's first
+/// position; there is memory for rows * row_pitch float2's in `shared`.
 template <class T, int kPacks>
-__device__ __forceinline__ void channel_moments(Pack<T> (&x)[kPacks], const Cell& cell, int first,
-                                                int step, int positions, const Turns& turns,
-                                                int first_row, float* shared, float2* out) {
+__device__ __forceinline__ void channel_moments(Pack<T> (&x)[kPacks], const Pack<T>& pivots,
+                                                const Cell& cell, int first, int step,
+                                                int positions, const Turns& turns, int first_row,
+                                                float* shared, float2* out) {
   constexpr int kV = kVector<T>;
   const int channels = cell.packs * kV, pitch = row_pitch(channels);
   float* const sMean = shared;
@@ -55,12 +57,14 @@ __device__ __forceinline__ void channel_moments(Pack<T> (&x)[kPacks], const Cell
   }
   const int own = turns.of(first_row + cell.y);
   const float scale = own > 0 ? 1.0f / static_cast<float>(own) : 0.0f;
+  float pivot[kV];
+  tile::unpack(pivots, pivot);
 #pragma unroll
   for (int j = 0; j < kV; ++j) {
     const float distance = mean[j] * scale;
     m2[j] = fmaf(-distance, mean[j], m2[j]);
     m2[j] = m2[j] < 0.0f ? 0.0f : m2[j];  // NaN stays
-    mean[j] = shift[j] + distance;
+    mean[j] = (shift[j] - pivot[j]) + distance;
   }
   if (cell.y < cell.rows) {
     put(sMean + cell.y * pitch + cell.x * kV, mean);
@@ -84,6 +88,14 @@ __device__ __forceinline__ void channel_moments(Pack<T> (&x)[kPacks], const Cell
     squares = sum_of_four(squares);
     if (inside && part == 0) out[channel] = {of_all, squares};
   });
+}
+
+/// This thread's channels at the first position of a sample, whose slab begins at `slab`.
+template <bool kWhole, class T>
+__device__ __forceinline__ Pack<T> pivots_of(const T* slab, const Cell& cell) {
+  Pack<T> pivots[1];
+  load_cells<kWhole>(slab, cell, 0, 0, 1, pivots);
+  return pivots[0];
 }
 
 /// This thread's channels: y = act((x - mean) * scale + shift).
@@ -111,7 +123,7 @@ struct Scaling {
     float v[kV];
     tile::unpack(in, v);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = activate<kSilu>(fmaf(v[j] - mean[j], scale[j], shift[j]));
+    for (int j = 0; j < kV; ++j) v[j] = activate<T, kSilu>(fmaf(v[j] - mean[j], scale[j], shift[j]));
     return tile::pack_of<T>(v);
   }
 };
@@ -133,13 +145,15 @@ __global__ void __launch_bounds__(kLastBlock, kWhole ? 2 : 1)
 
   Pack<T> x[kPacks];
   load_cells<kWhole>(p.x + start, cell, first_row + cell.y, lap, positions, x);
+  const Pack<T> pivots = pivots_of<kWhole>(p.x + start, cell);
 
   float* const sRows = reinterpret_cast<float*>(memory);
   float2* const sChannels = reinterpret_cast<float2*>(sRows + 2 * cell.rows * row_pitch(channels));
   float2* const sPeers = sChannels + channels;             // [block][group]
   float2* const sStats = sPeers + p.blocks * most_groups;  // [group]
   const Turns turns(positions, lap);
-  channel_moments(x, cell, first_row + cell.y, lap, positions, turns, first_row, sRows, sChannels);
+  channel_moments(x, pivots, cell, first_row + cell.y, lap, positions, turns, first_row, sRows,
+                  sChannels);
   __syncthreads();
   if (p.blocks > 1) ptx::cluster_wait();
 
@@ -149,8 +163,15 @@ __global__ void __launch_bounds__(kLastBlock, kWhole ? 2 : 1)
   };
   for (int g = warp; g < groups; g += kLastBlock / kWarp) {
     const float own = count_of(rank), of_channel = own / static_cast<float>(d);
+    const T* const gPivots = p.x + start + g * d;
+    const float pivot = tile::to_float(gPivots[0]);
     const Moments of_group = combine(
-        d, own, [&](int i) { return sChannels[g * d + i]; }, [&](int) { return of_channel; });
+        d, own,
+        [&](int i) {
+          const float2 part = sChannels[g * d + i];
+          return float2{(tile::to_float(gPivots[i]) - pivot) + part.x, part.y};
+        },
+        [&](int) { return of_channel; });
     float2* const place = sPeers + rank * most_groups + g;
     if (p.blocks == 1) {
       if (lane == 0) *place = {of_group.mean, of_group.m2};
@@ -169,7 +190,7 @@ __global__ void __launch_bounds__(kLastBlock, kWhole ? 2 : 1)
     const Moments all =
         combine(p.blocks, total, [&](int r) { return sPeers[r * most_groups + g]; }, count_of);
     if (lane == 0) {
-      sStats[g] = {all.mean, rstd_of(all.m2, total, p.eps)};
+      sStats[g] = {tile::to_float(p.x[start + g * d]) + all.mean, rstd_of(all.m2, total, p.eps)};
       if (p.stats && rank == 0) p.stats[sample * p.groups + cell.channel / d + g] = sStats[g];
     }
   }
@@ -217,10 +238,12 @@ __global__ void __launch_bounds__(kLastBlock, kWhole ? 2 : 1)
       (tile.sample * p.positions + tile.first) * slabs.channels + cell.channel;
   Pack<T> x[kLastPacks];
   load_cells<kWhole>(p.x + start, cell, cell.y, cell.rows, tile.positions, x);
+  const Pack<T> pivots =
+      pivots_of<kWhole>(p.x + tile.sample * p.positions * slabs.channels + cell.channel, cell);
   float* const sRows = reinterpret_cast<float*>(memory);
   float2* const sChannels = reinterpret_cast<float2*>(sRows + 2 * cell.rows * row_pitch(channels));
-  channel_moments(x, cell, cell.y, cell.rows, tile.positions, Turns(tile.positions, cell.rows), 0,
-                  sRows, sChannels);
+  channel_moments(x, pivots, cell, cell.y, cell.rows, tile.positions,
+                  Turns(tile.positions, cell.rows), 0, sRows, sChannels);
   __syncthreads();
   float2* const partial = p.partial + tile.index * slabs.channels + cell.channel;
   for (int c = threadIdx.x; c < cell.width; c += kLastBlock) partial[c] = sChannels[c];
@@ -237,13 +260,17 @@ __global__ void __launch_bounds__(kLastBlock)
   const std::int64_t channels = static_cast<std::int64_t>(p.groups) * p.group_channels;
   const float2* const partial = p.partial + group / p.groups * p.tiles * channels +
                                 static_cast<std::int64_t>(group % p.groups) * p.group_channels;
+  const T* const gPivots = p.x + group / p.groups * p.positions * channels +
+                           static_cast<std::int64_t>(group % p.groups) * p.group_channels;
+  const float pivot = tile::to_float(gPivots[0]);
   const auto for_parts = [&](const auto& body) {
     for (std::int64_t i = threadIdx.x; i < static_cast<std::int64_t>(p.tiles) * p.group_channels;
          i += kLastBlock) {
       const unsigned tile = static_cast<unsigned>(i) / p.group_channels;
       const unsigned c = static_cast<unsigned>(i) % p.group_channels;
       const std::int64_t left = p.positions - static_cast<std::int64_t>(tile) * tile_size;
-      body(partial[tile * channels + c],
+      const float2 part = partial[tile * channels + c];
+      body(float2{(tile::to_float(gPivots[c]) - pivot) + part.x, part.y},
            static_cast<float>(min(left, static_cast<std::int64_t>(tile_size))));
     }
   };
@@ -258,7 +285,7 @@ __global__ void __launch_bounds__(kLastBlock)
     m2[0] += fmaf(count * distance, distance, part.y);
   });
   team_sum(m2, kLastBlock, scratch[1]);
-  if (threadIdx.x == 0) p.stats[group] = {mean, rstd_of(m2[0], total, p.eps)};
+  if (threadIdx.x == 0) p.stats[group] = {pivot + mean, rstd_of(m2[0], total, p.eps)};
 }
 
 template <class T, bool kSilu, bool kWhole>

@@ -25,12 +25,6 @@ constexpr int kBlockColumns = 256;  // threads of a column block of long rows, f
 
 constexpr int kFinishColumns = 32, kFinishRows = 32;
 
-/// Where a sum over the slots goes: (heads, N) of any float type; nullptr: not wanted.
-struct Finish {
-  void* to[4];
-  DType dtype[4];
-};
-
 /// to[k][head][c] = Σ over the head's slots of partial[k][slot][c]: each of 32 warps sums every
 /// thirty-second slot, then they are added in order.
 __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
@@ -56,18 +50,7 @@ __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
   if (y > 0 || column >= n) return;
 #pragma unroll
   for (int i = 1; i < kFinishRows; ++i) sum += sums[i][x];
-  void* const to = finish.to[which];
-  const std::int64_t at = head * n + column;
-  switch (finish.dtype[which]) {
-    case DType::f16:
-      static_cast<__half*>(to)[at] = tile::from_float<__half>(sum);
-      break;
-    case DType::bf16:
-      static_cast<__nv_bfloat16*>(to)[at] = tile::from_float<__nv_bfloat16>(sum);
-      break;
-    default:
-      static_cast<float*>(to)[at] = sum;
-  }
+  tile::store_as(finish.to[which], finish.dtype[which], head * n + column, sum);
 }
 
 bool has_clusters(int device, const char* op) { return capability(device, op) >= 90; }
@@ -247,12 +230,7 @@ void norm_bwd(const NormBwd& args, Stream stream) {
                    : args.kind == NormKind::rms ? run.template operator()<NormKind::rms>()
                                                 : run.template operator()<NormKind::layer>();
   }
-  if (split.sums == 0) return;
-  Finish finish{};
-  const TensorRef* const outputs[] = {&args.dweight, &args.dbias, &args.dweight2, &args.dbias2};
-  for (int i = 0; i < split.sums; ++i)
-    finish.to[i] = outputs[i]->given() ? outputs[i]->data : nullptr,
-    finish.dtype[i] = outputs[i]->dtype;
+  if (split.sums == 0 || partial_rows == kFinished) return;
   const std::int64_t column_blocks = ceil_div(split.n, kFinishColumns);
   launch(norm_bwd_finish_kernel,
          {.op = args.op,
@@ -260,7 +238,7 @@ void norm_bwd(const NormBwd& args, Stream stream) {
           .block = kFinishColumns * kFinishRows,
           .overlap = true},
          stream, static_cast<const float*>(args.workspace) + split.statistics, partial_rows,
-         split.n, split.heads, column_blocks, finish);
+         split.n, split.heads, column_blocks, finish_of(args));
 }
 
 }  // namespace fastkern::cuda

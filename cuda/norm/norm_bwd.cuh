@@ -27,8 +27,10 @@ struct Backward {
   int sums;            // that are wanted: the first ones of the four
   std::int64_t slots;  // teams, or less: a multiple of heads
   bool merge;          // the teams of a block write one partial row together
+  bool finished;       // which is the only one, and goes where the gradients go
+  Finish finish;
   std::int64_t rows, n, heads;
-  float eps, weight_offset;
+  float inverse_n, eps, weight_offset;
   int threads, blocks;  // of a team
 };
 
@@ -84,11 +86,10 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
                             threadIdx.x / team.threads;
   const bool full = n == team.blocks * kPacks * team.threads * kV;
   const std::int64_t stride = p.slots;  // a multiple of heads: a slot's rows are of one head
-  const auto column_of = [&](int i) {
-    return ((team.rank * kPacks + i) * team.threads + lane) * kV;
-  };
+  const tile::ThreadColumns<T, kPacks> column_of(team.threads, team.rank * team.threads + lane, n);
   std::int64_t row = slot < stride ? slot : p.rows;
   if (team.blocks > 1) ptx::cluster_arrive();
+  const auto mean_of = [&p](float sum) { return __fmul_rn(sum, p.inverse_n); };
   ptx::grid_wait();
   ptx::grid_launch_next();
 
@@ -99,7 +100,26 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   const std::int64_t begin = row < p.rows ? row : 0;
   tile::RowWalk<T> gX(p.x, begin, stride), gDy(p.dy, begin, stride), gDx(p.dx, begin, stride);
   std::int64_t ahead = row;  // the row to fetch next
+  // What nearly all calls have: constant offsets, constant strides.
+  constexpr bool kPlain = !kTwo && !kAdd && !std::is_same_v<T, tile::Mixed>;
+  bool plain = false;
+  if constexpr (kPlain)
+    plain = column_of.packed && p.x.plain() && p.dy.plain() && p.dx.data && p.dx.plain();
   const auto fetch = [&](int stage) {
+    if constexpr (kPlain) {
+      if (plain && ahead < p.rows) {
+        p.x.template load_async_plain<kPacks>(in_ring(stage, 0), kBlock, gX.at, column_of.first);
+        if constexpr (kLayer) {
+          if (head_in_ring && threadIdx.x % 32 == 0)
+            ptx::cp_async_16(sHeads + stage * (kBlock / 32), gX.at, 16);
+        }
+        p.dy.template load_async_plain<kPacks>(in_ring(stage, 1), kBlock, gDy.at, column_of.first);
+        ptx::cp_async_commit();
+        ahead += stride;
+        gX.next_plain(), gDy.next_plain();
+        return;
+      }
+    }
     const int columns = ahead < p.rows ? n : 0;
     const auto bring = [&](const RowView<T>& view, const char* at, int operand) {
       view.template load_async<kPacks>(in_ring(stage, operand), kBlock, columns ? at : view.data,
@@ -144,7 +164,6 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
 
   float dweight[kPacks][kV] = {}, dbias[kBias ? kPacks : 1][kV] = {};
   float dweight2[kTwo ? kPacks : 1][kV] = {}, dbias2[kTwo ? kPacks : 1][kV] = {};
-  const float inverse_n = 1.0f / static_cast<float>(n);
 
   // Twice read from the ring instead of kept: the registers are the sums'.
   const auto read = [&](const RowView<T>& view, int stage, int operand, int i, float (&v)[kV]) {
@@ -229,7 +248,7 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     sums[3] = sum_of_row(0, head);
     exchange.send(sums);
     exchange.receive(sums);
-    centre = __fadd_rn(head, __fdiv_rn(sums[3], static_cast<float>(n)));
+    centre = __fadd_rn(head, mean_of(sums[3]));
   }
   send_sums(0, 1, centre);
   int stage = 0;
@@ -247,27 +266,27 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     float mean = 0.0f, rstd = 0.0f;
     if constexpr (kShift) {
       const float both[] = {sums[3], sums[0]};
-      const Moments moments = moments_of<T, kNorm>(both, centre, static_cast<float>(n), p.eps);
+      const Moments moments = moments_of<T, kNorm>(both, centre, mean_of, p.eps);
       mean = moments.centre, rstd = moments.rstd;
-      sums[1] = fmaf(-(sums[3] * inverse_n), sums[2], sums[1]);  // now around the mean
+      sums[1] = fmaf(-mean_of(sums[3]), sums[2], sums[1]);  // now around the mean
     } else {
       mean = centre;
-      rstd = rsqrtf(__fadd_rn(__fdiv_rn(sums[0], static_cast<float>(n)), p.eps));
+      rstd = rsqrtf(__fadd_rn(mean_of(sums[0]), p.eps));
     }
-    rstd = active ? rstd : 0.0f;
-    // Of one column the mean is the value itself, and d exactly 0 where it should be: so multiplied
-    // out like the formula.
-    float mean_gx = sums[1] * rstd * inverse_n;  // mean(g · x̂)
-    float factor = rstd;
-    if (!kLayer && n == 1)
-      mean_gx = 0.0f, factor = p.eps * rstd * rstd * rstd;  // what is left of it
-    const float mean_g = kLayer ? sums[2] * inverse_n : 0.0f;
+    // d = rstd · g − rstd · mean(g) + slope · (x − mean), with slope = −rstd · rstd · mean(g · x̂).
+    // Of one column that is 0, or for rms, where the terms cancel but for eps, single · rstd · g.
+    const bool lone = n == 1;
+    rstd = !active || (kLayer && lone) ? 0.0f : rstd;
+    const float mean_gx = mean_of(sums[1]) * rstd;  // mean(g · x̂)
+    const float slope = !kLayer && lone ? 0.0f : -(mean_gx * rstd) * rstd;
+    const float single = p.eps * rstd * rstd;
+    const float shift = kLayer ? -mean_of(sums[2]) * rstd : 0.0f;
     if (first + stride < p.rows) {
       // After the barrier: warps whose row is there go on while others still wait for theirs.
       ptx::cp_async_wait<kUnderWay>();
       if constexpr (kShift) centre = centre_of_head(later(1));
       if constexpr (kLayer && !kShift)
-        centre = __fadd_rn(next_head, __fdiv_rn(sums[3], static_cast<float>(n)));
+        centre = __fadd_rn(next_head, mean_of(sums[3]));
       send_sums(later(1), later(2), centre);
     }
 
@@ -292,18 +311,22 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int c = 4 * q + j;
-          const float normal = (kLayer ? vx[c] - mean : vx[c]) * rstd;  // x̂
-          dweight[i][c] = fmaf(vdy[c], normal, dweight[i][c]);
+          const float deviation = kLayer ? vx[c] - mean : vx[c];
+          const float scaled = vdy[c] * rstd;
+          dweight[i][c] = fmaf(scaled, deviation, dweight[i][c]);
           if constexpr (kBias) dbias[i][c] += vdy[c];
-          float g = __fmul_rn(vdy[c], w[j]);  // as in the first pass
+          d[c] = fmaf(deviation, slope, kLayer ? fmaf(scaled, w[j], shift) : scaled * w[j]);
           if constexpr (kTwo) {
-            g = fmaf(vdy2[c], w2[j], g);
-            dweight2[i][c] = fmaf(vdy2[c], normal, dweight2[i][c]);
+            const float scaled2 = vdy2[c] * rstd;
+            dweight2[i][c] = fmaf(scaled2, deviation, dweight2[i][c]);
             dbias2[i][c] += vdy2[c];
+            d[c] = fmaf(scaled2, w2[j], d[c]);
           }
-          if constexpr (kLayer) g -= mean_g;
-          d[c] = fmaf(-normal, mean_gx, g) * factor;
         }
+      }
+      if (!kLayer && lone) {
+#pragma unroll
+        for (int j = 0; j < kV; ++j) d[j] *= single;
       }
       if constexpr (kAdd) {
         if (p.dh.data) {
@@ -321,8 +344,13 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
         branch[i] = p.dbranch.pack(d);
       }
     }
-    if (p.dx.data) p.dx.store(gDx.at, column_of, columns, dx);
-    gDx.next(row + stride);
+    if (kPlain && plain && active) {
+      if constexpr (kPlain) p.dx.store_plain(gDx.at, column_of.first, dx);
+      gDx.next_plain();
+    } else {
+      if (p.dx.data) p.dx.store(gDx.at, column_of, columns, dx);
+      gDx.next(row + stride);
+    }
     if constexpr (kResidual == Residual::dropout) {
       if (p.dbranch.data)
         p.dbranch.store(active ? p.dbranch.row(row) : nullptr, column_of, columns, branch);
@@ -335,7 +363,7 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   const int columns = kPacks * team.threads * kV;
   if (p.merge) ptx::cp_async_wait<0>();  // of rows beyond the last one, still on their way
   const auto put = [&](int which, const float (&sum)[kPacks][kV]) {
-    if (which >= p.sums) return;
+    if (which >= p.sums || (p.finished && !p.finish.to[which])) return;
     float* const gPartial = p.partial + which * p.partial_rows * p.n;
     if (p.merge) {  // the teams' sums meet in shared memory, and are added in their order
       __syncthreads();
@@ -353,7 +381,11 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
         float total = 0.0f;
         for (int other = 0; other < rows_per_block; ++other)
           total += sSums[other * columns + column];
-        gPartial[blockIdx.x * p.n + column] = total;
+        if (p.finished) {
+          tile::store_as(p.finish.to[which], p.finish.dtype[which], column, total);
+        } else {
+          gPartial[blockIdx.x * p.n + column] = total;
+        }
       }
       return;
     }
@@ -362,7 +394,11 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     for (int i = 0; i < kPacks; ++i) {
       const int column = column_of(i);
       float* const to = gPartial + slot * p.n + column;
-      if (p.n % 4 == 0) {
+      if (p.finished) {
+        within<kV>(column, n, [&](int j) {
+          tile::store_as(p.finish.to[which], p.finish.dtype[which], column + j, sum[i][j]);
+        });
+      } else if (p.n % 4 == 0) {
 #pragma unroll
         for (int j = 0; j < kV; j += 4) {
           if (column + j < n) {

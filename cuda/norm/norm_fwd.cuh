@@ -6,8 +6,7 @@
 //            columns (i · threads + t) · vector and the vector − 1 after it.
 //   memory   the row waits in registers, as packs, between its reduction and its scaling
 //   sync     one barrier, two for layer in f32, one more for a dynamic scale; none where a team
-//   lies
-//            within a warp
+//            lies within a warp
 //   cost     reads and writes each operand once: 2 · M · N elements, with a residual stream 4
 #pragma once
 
@@ -39,7 +38,7 @@ struct Forward {
   bool static_scale;
   std::int64_t rows, n;
   std::int64_t heads;
-  float eps, weight_offset;
+  float inverse_n, eps, weight_offset;
   int threads, blocks;  // of a team; `blocks` of norm_ring_kernel alone
 };
 
@@ -66,16 +65,16 @@ struct Moments {
   float centre, rest, rstd;
 };
 
-/// From Σ (x − centre) and Σ (x − centre)². Written out to the rounding: every kernel gets the same
-/// bits.
-template <class T, NormKind kNorm>
+/// From Σ (x − centre) and Σ (x − centre)²; `mean_of` divides a sum by N. Written out to the
+/// rounding.
+template <class T, NormKind kNorm, class MeanOf>
 __device__ __forceinline__ Moments moments_of(const float (&sums)[kForwardSums<T, kNorm>],
-                                              float centre, float n, float eps) {
+                                              float centre, const MeanOf& mean_of, float eps) {
   if constexpr (kNorm == NormKind::rms) {
-    return {0.0f, 0.0f, rsqrtf(__fadd_rn(__fdiv_rn(sums[0], n), eps))};
+    return {0.0f, 0.0f, rsqrtf(__fadd_rn(mean_of(sums[0]), eps))};
   } else {
-    const float m = __fdiv_rn(sums[0], n);
-    const float variance = __fmaf_rn(-m, m, __fdiv_rn(sums[1], n));
+    const float m = mean_of(sums[0]);
+    const float variance = __fmaf_rn(-m, m, mean_of(sums[1]));
     const float rstd = rsqrtf(__fadd_rn(variance < 0.0f ? 0.0f : variance, eps));  // NaN stays NaN
     if constexpr (kShifted<T, kNorm>) return {__fadd_rn(centre, m), 0.0f, rstd};
     return {centre, m, rstd};
@@ -238,6 +237,10 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
   }
 }
 
+/// Grids in which nobody else brings weight and bias into the L2 cache in time: here each block asks
+/// for them together with its rows.
+inline constexpr unsigned kFewBlocks = 256;
+
 /// Shared memory of norm_fwd_kernel: two exchanges.
 constexpr int fwd_bytes(int block) { return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, 1); }
 
@@ -264,6 +267,14 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   p.x.load(gX, column_of, columns, x);
   if constexpr (kLayer) p.x.load(gX, first_column, columns, head);
   const std::int64_t start = p.heads == 1 ? 0 : row % p.heads * p.n;  // of the head's vectors
+  if (gridDim.x <= kFewBlocks) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      if (column_of(i) >= columns) continue;
+      p.weight.prefetch(start, column_of(i));
+      if constexpr (kLayer) p.bias.prefetch(start, column_of(i));
+    }
+  }
   if constexpr (kAdd) {
     Pack<T> residual[kPacks] = {}, residual_head[1] = {};
     if (p.residual.data) {
@@ -287,6 +298,9 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
     source.unpack(head[0], v);
     centre = head_mean<T>(v, n);
   }
+  // A division may be a call, beyond which ptxas moves no load: multiplied with 1 / n, weight and
+  // bias would come early, in a third more registers.
+  const auto mean_of = [n](float sum) { return __fdiv_rn(sum, static_cast<float>(n)); };
   const bool full = n == kPacks * team.threads * kV;
   float sums[kSums];  // the last of them: the squares
   const auto add_up = [&]<bool kFull>() {
@@ -320,10 +334,10 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   // now.
   if constexpr (kAdd) p.h.store(active ? p.h.row(row) : nullptr, column_of, columns, x);
   if constexpr (kLayer && !kShift) {  // now around the mean
-    centre = __fadd_rn(centre, __fdiv_rn(sums[0], static_cast<float>(n)));
+    centre = __fadd_rn(centre, mean_of(sums[0]));
     add_up_row();
   }
-  const Moments moments = moments_of<T, kNorm>(sums, centre, static_cast<float>(n), p.eps);
+  const Moments moments = moments_of<T, kNorm>(sums, centre, mean_of, p.eps);
 
   const auto normal = [&](int i, float (&v)[kV]) {
     tile::keep_packed(x[i]);

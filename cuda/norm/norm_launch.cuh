@@ -29,6 +29,7 @@ Forward<T> forward_params(const NormFwd& a) {
   p.dropout = dropout_view(a.dropout);
   p.scale = a.scale.given() ? static_cast<float*>(a.scale.data) : nullptr;
   p.static_scale = a.static_scale;
+  p.inverse_n = 1.0f / static_cast<float>(p.n);
   p.eps = static_cast<float>(a.eps), p.weight_offset = static_cast<float>(a.weight_offset);
   return p;
 }
@@ -47,6 +48,7 @@ Backward<T> backward_params(const NormBwd& a) {
   p.weight = tile::column_view(a.weight, p.n), p.weight2 = tile::column_view(a.weight2, p.n);
   p.rowscale = tile::column_view(a.rowscale, 1);
   p.dropout = dropout_view(a.dropout);
+  p.inverse_n = 1.0f / static_cast<float>(p.n);
   p.eps = static_cast<float>(a.eps), p.weight_offset = static_cast<float>(a.weight_offset);
   return p;
 }
@@ -122,6 +124,8 @@ std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) 
                                      kBlock, shared, stream, args.op));
         p.slots = p.partial_rows = partial_rows = teams;
       }
+      p.finished = split.heads == 1 && teams <= plan.rows_per_block;
+      if (p.finished) partial_rows = kFinished, p.finish = finish_of(args);
       launch(kernel,
              {.op = args.op,
               .grid = ceil_div(teams, plan.rows_per_block) * plan.blocks_per_row,

@@ -43,10 +43,27 @@ struct Split {
   }
 };
 
+/// Where a sum over the rows goes: (heads, N) of any float type; nullptr: not wanted.
+struct Finish {
+  void* to[4];
+  DType dtype[4];
+};
+
+inline Finish finish_of(const NormBwd& a) {
+  Finish finish{};
+  const TensorRef* const outputs[] = {&a.dweight, &a.dbias, &a.dweight2, &a.dbias2};
+  for (int i = 0; i < 4; ++i)
+    finish.to[i] = outputs[i]->data, finish.dtype[i] = outputs[i]->dtype;
+  return finish;
+}
+
+/// Partial rows of a launch that has finished the sums itself.
+inline constexpr std::int64_t kFinished = -1;
+
 // Each is defined in the file of its operator, for the types of `Split::type` and `mixed`.
 template <NormKind kNorm, Residual kResidual, bool kQuant>
 void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, Stream stream);
-/// Returns how many partial rows of each sum it writes: those of `split`, or fewer.
+/// Returns how many partial rows of each sum it writes: those of `split`, or fewer, or kFinished.
 template <NormKind kNorm, Residual kResidual, Sums kSums>
 std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream);
 

@@ -84,7 +84,6 @@ __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mix
       }
     }
   };
-  const float inverse_n = 1.0f / static_cast<float>(p.n);
   float sum[1] = {0.0f}, mean = 0.0f;
   if (layer) {
     // Sums around an element of the row: a constant row has exactly that mean. h: this thread may
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mix
       within<kV>(column, p.n, [&](int j) { sum[0] += v[j] - head; });
     });
     block_sum(sum, exchange);
-    mean = __fadd_rn(head, __fdiv_rn(sum[0], static_cast<float>(p.n)));
+    mean = __fadd_rn(head, __fmul_rn(sum[0], p.inverse_n));
     sum[0] = 0.0f;
   }
   each_column(p.n, [&](std::int64_t column) {
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mix
     });
   });
   block_sum(sum, exchange);
-  const float rstd = rsqrtf(sum[0] * inverse_n + p.eps);
+  const float rstd = rsqrtf(sum[0] * p.inverse_n + p.eps);
 
   const auto value = [&](std::int64_t column, const ColumnView& weight, const ColumnView& bias,
                          float (&v)[kV]) {
@@ -170,7 +169,6 @@ __global__ void __launch_bounds__(kBlock)
   const std::int64_t row = blockIdx.x, head = row % p.heads * p.n;
   const char *const gX = p.x.row(row), *const gDy = p.dy.row(row);
   const char* const gDy2 = p.dy2.data ? p.dy2.row(row) : nullptr;
-  const float inverse_n = 1.0f / static_cast<float>(p.n);
   const auto gradient = [&](std::int64_t column, float (&g)[kV]) {
     float w[kV];
     p.dy.unpack(at(p.dy, gDy, column, p.n), g);
@@ -197,7 +195,7 @@ __global__ void __launch_bounds__(kBlock)
       for (int j = 0; j < kV; ++j) sums[0] += x[j];
     });
     block_sum(sums, exchange);
-    mean = sums[0] * inverse_n;
+    mean = sums[0] * p.inverse_n;
   }
   float sums[4] = {};
   each_column(p.n, [&](std::int64_t column) {
@@ -212,9 +210,9 @@ __global__ void __launch_bounds__(kBlock)
     });
   });
   block_sum(sums, exchange);
-  const float rstd = rsqrtf(sums[0] * inverse_n + p.eps);
-  const float slope = sums[1] * rstd * inverse_n * rstd * rstd;
-  const float shift = layer ? sums[2] * inverse_n * rstd : 0.0f;
+  const float rstd = rsqrtf(sums[0] * p.inverse_n + p.eps);
+  const float slope = sums[1] * rstd * p.inverse_n * rstd * rstd;
+  const float shift = layer ? sums[2] * p.inverse_n * rstd : 0.0f;
   if (statistics && threadIdx.x == 0) statistics[2 * row] = mean, statistics[2 * row + 1] = rstd;
   if (!p.dx.data && !p.dbranch.data) return;
 

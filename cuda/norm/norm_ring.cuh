@@ -32,14 +32,33 @@ struct Vectors {
                                        const ColumnOf& column_of, int n, float missing,
                                        float offset) const {
     const float add = view.data ? offset : 0.0f;
-    for (int i = 0; i < kPacks; ++i) {
-      float v[kVector<T>];
-      view.load(head, column_of(i), n, missing, v);
+    const auto put = [&](int i, const float (&v)[kVector<T>]) {
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         at[(i * kQuads + q) * kBlock + threadIdx.x] = {v[4 * q] + add, v[4 * q + 1] + add,
                                                        v[4 * q + 2] + add, v[4 * q + 3] + add};
       }
+    };
+    // All packs are asked for before the first is waited for: no row can be finished without them.
+    const auto together = [&]<class W>(W) {
+      tile::ColumnPack<T, W> packs[kPacks];
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) packs[i].load(view, head, column_of(i), n);
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        float v[kVector<T>];
+        packs[i].unpack(v);
+        put(i, v);
+      }
+    };
+    if (view.whole && view.dtype == DType::f32) return together(float{});
+    if constexpr (sizeof(T) == 2) {
+      if (view.whole && view.dtype == dtype_of(T{})) return together(T{});
+    }
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kVector<T>];
+      view.load(head, column_of(i), n, missing, v);
+      put(i, v);
     }
   }
   __device__ __forceinline__ void quad(int pack, int q, float (&out)[4]) const {
@@ -47,6 +66,26 @@ struct Vectors {
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
   }
 };
+
+/// The same in registers, for rows whose ring leaves room for one vector in shared memory.
+template <class T, int kPacks>
+struct VectorsInRegisters {
+  float values[kPacks][kVector<T>];
+
+  template <class ColumnOf>
+  __device__ __forceinline__ void fill(const ColumnView& view, std::int64_t head,
+                                       const ColumnOf& column_of, int n, float missing, float) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) view.load(head, column_of(i), n, missing, values[i]);
+  }
+  __device__ __forceinline__ void quad(int pack, int q, float (&out)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = values[pack][4 * q + j];
+  }
+};
+
+template <int kPacks>
+inline constexpr bool kBiasInRegisters = kPacks > 2;
 
 constexpr int ring_exchange_bytes(int block, int blocks) {
   return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, blocks);
@@ -56,7 +95,8 @@ constexpr int ring_exchange_bytes(int block, int blocks) {
 template <class T, int kPacks, int kBlock>
 constexpr std::size_t ring_bytes(int blocks, bool add, bool bias, bool two) {
   return ring_exchange_bytes(kBlock, blocks) +
-         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount * (1 + bias) * (1 + two) +
+         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount *
+             (1 + (bias && !kBiasInRegisters<kPacks>)) * (1 + two) +
          16 * static_cast<std::size_t>(kRingStages) * (1 + add) * kPacks * kBlock;
 }
 
@@ -67,6 +107,7 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
   constexpr int kOperands = 1 + kAdd;
   constexpr int kSums = kForwardSums<T, kNorm>;
   constexpr bool kShift = kShifted<T, kNorm>;
+  constexpr bool kPlain = !kAdd && !kQuant && !std::is_same_v<T, tile::Mixed>;
   extern __shared__ uint4 memory[];
   char* const shared = reinterpret_cast<char*>(memory);
   const int exchange_bytes = ring_exchange_bytes(kBlock, p.blocks);
@@ -74,21 +115,24 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
   tile::Exchange<tile::Sum, kSums> exchange(team, shared);
   tile::Exchange<tile::Largest, 1> magnitudes(team, shared + exchange_bytes / 2);
   using Columns = Vectors<T, kPacks, kBlock>;
+  using Biases = std::conditional_t<kBiasInRegisters<kPacks>, VectorsInRegisters<T, kPacks>, Columns>;
   const bool has_bias = p.bias.data || p.bias2.data, has_two = kAdd && p.y2.data;
+  const int vectors = has_bias && !kBiasInRegisters<kPacks> ? 2 : 1;  // in shared memory, an output
   const Columns sWeight{reinterpret_cast<float4*>(shared + exchange_bytes)};
-  const Columns sBias{sWeight.at + Columns::kCount};
-  const Columns sWeight2{sWeight.at + (has_bias ? 2 : 1) * Columns::kCount};
-  const Columns sBias2{sWeight2.at + Columns::kCount};
-  uint4* const sRing = reinterpret_cast<uint4*>(
-      sWeight.at + (has_bias ? 2 : 1) * (has_two ? 2 : 1) * Columns::kCount);
+  const Columns sWeight2{sWeight.at + vectors * Columns::kCount};
+  Biases bias, bias2;
+  if constexpr (!kBiasInRegisters<kPacks>)
+    bias.at = sWeight.at + Columns::kCount, bias2.at = sWeight2.at + Columns::kCount;
+  uint4* const sRing =
+      reinterpret_cast<uint4*>(sWeight.at + vectors * (has_two ? 2 : 1) * Columns::kCount);
 
   const int n = static_cast<int>(p.n);
   const std::int64_t stride = gridDim.x / team.blocks;
   std::int64_t row = blockIdx.x / team.blocks;
-  const auto column_of = [&](int i) {
-    return ((team.rank * kPacks + i) * kBlock + static_cast<int>(threadIdx.x)) * kV;
-  };
+  const tile::ThreadColumns<T, kPacks> column_of(
+      kBlock, team.rank * kBlock + static_cast<int>(threadIdx.x), n);
   const bool full = n == team.blocks * kPacks * kBlock * kV;
+  const auto mean_of = [&p](float sum) { return __fmul_rn(sum, p.inverse_n); };
   ptx::grid_wait();
   ptx::grid_launch_next();
 
@@ -98,7 +142,19 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
   };
   tile::RowWalk<T> gX(p.x, row, stride), gY(p.y, row, stride);
   std::int64_t ahead = row;  // the row to fetch next
+  // What nearly all calls have: constant offsets, constant strides.
+  bool plain = false;
+  if constexpr (kPlain) plain = column_of.packed && p.x.plain() && p.y.plain();
   const auto fetch = [&](int stage) {
+    if constexpr (kPlain) {
+      if (plain && ahead < p.rows) {
+        p.x.template load_async_plain<kPacks>(in_ring(stage, 0), kBlock, gX.at, column_of.first);
+        ptx::cp_async_commit();
+        ahead += stride;
+        gX.next_plain();
+        return;
+      }
+    }
     const int columns = ahead < p.rows ? n : 0;
     p.x.template load_async<kPacks>(in_ring(stage, 0), kBlock, columns ? gX.at : p.x.data,
                                     column_of, columns);
@@ -118,10 +174,10 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
   // vectors are read anew.
   const auto fill = [&](std::int64_t head) {
     sWeight.fill(p.weight, head, column_of, n, 1.0f, p.weight_offset);
-    if (has_bias) sBias.fill(p.bias, head, column_of, n, kNothing, 0.0f);
+    if (has_bias) bias.fill(p.bias, head, column_of, n, kNothing, 0.0f);
     if (has_two) {
       sWeight2.fill(p.weight2, head, column_of, n, 1.0f, p.weight_offset);
-      if (has_bias) sBias2.fill(p.bias2, head, column_of, n, kNothing, 0.0f);
+      if (has_bias) bias2.fill(p.bias2, head, column_of, n, kNothing, 0.0f);
     }
   };
   if (p.heads == 1) fill(0);
@@ -207,7 +263,7 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
       float sums[kSums];
       send_sums(stage, centre);
       exchange.receive(sums);
-      centre = __fadd_rn(centre, __fdiv_rn(sums[0], static_cast<float>(n)));
+      centre = __fadd_rn(centre, mean_of(sums[0]));
     }
     send_sums(stage, centre);
     return centre;
@@ -235,7 +291,7 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
     const int next = stage == kRingStages - 1 ? 0 : stage + 1;
     float sums[kSums];
     exchange.receive(sums);
-    const Moments moments = moments_of<T, kNorm>(sums, centre, static_cast<float>(n), p.eps);
+    const Moments moments = moments_of<T, kNorm>(sums, centre, mean_of, p.eps);
     if (row + stride < p.rows) {
       // After the barrier: warps whose row is there go on while others still wait for theirs.
       ptx::cp_async_wait<kRingStages - 2>();
@@ -243,7 +299,7 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
     }
 
     if (p.heads > 1) fill(row % p.heads * p.n);
-    const auto value = [&](int i, const Columns& weight, const Columns& bias, float (&v)[kV]) {
+    const auto value = [&](int i, const Columns& weight, const Biases& bias, float (&v)[kV]) {
       read(stage, i, v);
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
@@ -265,7 +321,7 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
           float v[kV];
-          value(i, sWeight, sBias, v);
+          value(i, sWeight, bias, v);
           within<kV>(column_of(i), n, [&](int j) {
             largest = tile::Largest::apply(largest, __float_as_uint(fabsf(v[j])));
           });
@@ -278,12 +334,12 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         float v[kV];
-        value(i, sWeight, sBias, v);
+        value(i, sWeight, bias, v);
         store_quantised(p.y, gY.at, column_of(i), n, v, inverse);
       }
     } else {
       const auto write = [&](const RowView<T>& view, char* to, const Columns& weight,
-                             const Columns& bias) {
+                             const Biases& bias) {
         Pack<T> y[kPacks];
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
@@ -291,10 +347,13 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
           value(i, weight, bias, v);
           y[i] = view.pack(v);
         }
+        if constexpr (kPlain) {
+          if (plain) return view.store_plain(to, column_of.first, y);
+        }
         view.store(to, column_of, n, y);
       };
-      write(p.y, gY.at, sWeight, sBias);
-      if (has_two) write(p.y2, p.y2.row(row), sWeight2, sBias2);
+      write(p.y, gY.at, sWeight, bias);
+      if (has_two) write(p.y2, p.y2.row(row), sWeight2, bias2);
     }
     gY.next(row + stride);
     stage = next;

@@ -47,6 +47,17 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+/// to[at] = v, rounded to the type of `to`.
+__device__ __forceinline__ void store_as(void* to, DType dtype, std::int64_t at, float v) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(to)[at] = v;
+  } else if (dtype == DType::f16) {
+    static_cast<__half*>(to)[at] = from_float<__half>(v);
+  } else {
+    static_cast<__nv_bfloat16*>(to)[at] = from_float<__nv_bfloat16>(v);
+  }
+}
+
 __device__ __forceinline__ float2 unpack_pair(std::uint32_t word, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
@@ -148,6 +159,34 @@ struct Mixed {};
 template <>
 inline constexpr int kVector<Mixed> = 4;
 
+/// The columns of a thread, `index` of `threads` that share a row: the kPacks packs of a warp lie
+/// side by side, those of a thread a warp apart. The offsets of a thread's packs are constants
+/// where a warp has one row, and all of its packs lie within the row: `packed`.
+template <class T, int kPacks>
+struct ThreadColumns {
+  static constexpr int kApart = 32 * kVector<T>;
+  int first, step;
+  bool packed;
+
+  __device__ __forceinline__ ThreadColumns(int threads, int index, int n)
+      : first(index / min(threads, 32) * kPacks * min(threads, 32) * kVector<T> +
+              index % min(threads, 32) * kVector<T>),
+        step(min(threads, 32) * kVector<T>),
+        packed(threads >= 32 && first + (kPacks - 1) * kApart < n) {}
+  /// The first column of pack i.
+  __device__ __forceinline__ int operator()(int i) const { return first + i * step; }
+};
+
+/// `columns` is a ThreadColumns whose packs may be accessed at constant offsets.
+template <class Columns>
+__device__ __forceinline__ bool is_packed(const Columns& columns) {
+  if constexpr (requires { columns.packed; }) {
+    return columns.packed;
+  } else {
+    return false;
+  }
+}
+
 /// Rows of a tensor on the device; a kernel of T takes operands of T, one of Mixed any. Whether
 /// rows are accessed in packs is asked once for all packs of a thread: `column_of(i)` is the first
 /// column of pack i. Columns beyond n read as zero and are not written.
@@ -165,12 +204,19 @@ struct RowView {
     return data + outer * outer_stride + (r32 - outer * inner) * inner_stride;
   }
 
+  /// Rows follow one another at one stride and may be accessed in packs.
+  __device__ __forceinline__ bool plain() const { return whole && inner == 0; }
+
   template <int kPacks, class ColumnOf>
   __device__ __forceinline__ void load(const char* row, const ColumnOf& column_of, int n,
                                        Pack<T> (&out)[kPacks]) const {
     typed([&]<class S>(S) {
       const S* const from = reinterpret_cast<const S*>(row);
-      if (whole) {
+      if (whole && n > 0 && is_packed(column_of)) {
+        const S* const first = from + column_of(0);
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) out[i].bits = load_whole(first + i * kApart, true);
+      } else if (whole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i)
           out[i].bits = load_whole(from + column_of(i), column_of(i) < n);
@@ -182,22 +228,37 @@ struct RowView {
   }
 
   /// The same into shared memory, without waiting for it if the rows are `whole`. For the calling
-  /// thread's own use, after cp_async_wait; pack i goes to shared + i * step.
+  /// thread's own use, after cp_async_wait; pack i goes to shared + i * step. `load_async_plain` is
+  /// for rows that are plain() and columns that are `packed`, of T's own type.
+  template <int kPacks>
+  static __device__ __forceinline__ void load_async_plain(uint4* shared, int step, const char* row,
+                                                          int first_column) {
+    const T* const from = reinterpret_cast<const T*>(row) + first_column;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) fetch_whole(shared + i * step, from + i * kApart, true);
+  }
+  template <int kPacks>
+  static __device__ __forceinline__ void store_plain(char* row, int first_column,
+                                                     const Pack<T> (&values)[kPacks]) {
+    T* const to = reinterpret_cast<T*>(row) + first_column;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) store_whole(to + i * kApart, values[i].bits);
+  }
+
   template <int kPacks, class ColumnOf>
   __device__ __forceinline__ void load_async(uint4* shared, int step, const char* row,
                                              const ColumnOf& column_of, int n) const {
     typed([&]<class S>(S) {
       const S* const from = reinterpret_cast<const S*>(row);
-      if (whole) {
+      if (whole && n > 0 && is_packed(column_of)) {
+        const S* const first = from + column_of(0);
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) fetch_whole(shared + i * step, first + i * kApart, true);
+      } else if (whole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
           const bool inside = column_of(i) < n;
-          const S* const pack = from + (inside ? column_of(i) : 0);
-          if constexpr (kBytes<S> == 16) {
-            ptx::cp_async_16(shared + i * step, pack, inside ? 16 : 0);
-          } else {
-            ptx::cp_async_8(shared + i * step, pack, inside ? 8 : 0);
-          }
+          fetch_whole(shared + i * step, from + (inside ? column_of(i) : 0), inside);
         }
       } else {
 #pragma unroll
@@ -235,16 +296,14 @@ struct RowView {
                                         const Pack<T> (&values)[kPacks]) const {
     typed([&]<class S>(S) {
       S* const to = reinterpret_cast<S*>(row);
-      if (whole) {
+      if (whole && n > 0 && is_packed(column_of)) {
+        S* const first = to + column_of(0);
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) store_whole(first + i * kApart, values[i].bits);
+      } else if (whole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
-          if (column_of(i) >= n) continue;
-          const uint4 bits = values[i].bits;
-          if constexpr (kBytes<S> == 16) {
-            ptx::st_global(to + column_of(i), bits);
-          } else {
-            ptx::st_global_8(to + column_of(i), {bits.x, bits.y});
-          }
+          if (column_of(i) < n) store_whole(to + column_of(i), values[i].bits);
         }
       } else {
 #pragma unroll
@@ -262,6 +321,7 @@ struct RowView {
   }
 
  private:
+  static constexpr int kApart = ThreadColumns<T, 1>::kApart;
   template <class S>
   static constexpr int kBytes = sizeof(S) * kVector<T>;
 
@@ -283,6 +343,24 @@ struct RowView {
     } else {
       const uint2 words = ptx::ld_global_nc_8_if(from, inside);
       return {words.x, words.y, 0, 0};
+    }
+  }
+
+  template <class S>
+  static __device__ __forceinline__ void fetch_whole(uint4* shared, const S* from, bool inside) {
+    if constexpr (kBytes<S> == 16) {
+      ptx::cp_async_16(shared, from, inside ? 16 : 0);
+    } else {
+      ptx::cp_async_8(shared, from, inside ? 8 : 0);
+    }
+  }
+
+  template <class S>
+  static __device__ __forceinline__ void store_whole(S* to, uint4 bits) {
+    if constexpr (kBytes<S> == 16) {
+      ptx::st_global(to, bits);
+    } else {
+      ptx::st_global_8(to, {bits.x, bits.y});
     }
   }
 
@@ -311,11 +389,13 @@ struct RowWalk {
   /// On to `row`, the next one.
   __device__ __forceinline__ void next(std::int64_t row) {
     if (view.inner == 0) {
-      at += step;
+      next_plain();
     } else {
       at = view.row(row);
     }
   }
+  /// The same for rows that are plain().
+  __device__ __forceinline__ void next_plain() { at += step; }
 };
 
 /// The rows of `t` for a kernel of T; nothing if `t` is not given.
@@ -357,6 +437,11 @@ struct ColumnView {
     if (dtype == DType::f32) return load_as<float>(start, column, n, out);
     if (dtype == DType::f16) return load_as<__half>(start, column, n, out);
     load_as<__nv_bfloat16>(start, column, n, out);
+  }
+
+  /// Asks for a column before it is needed.
+  __device__ __forceinline__ void prefetch(std::int64_t start, std::int64_t column) const {
+    if (data) ptx::prefetch_l2(data + (start + column) * (dtype == DType::f32 ? 4 : 2));
   }
 
  private:

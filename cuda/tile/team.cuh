@@ -128,24 +128,23 @@ class Exchange {
       return;
     }
     const int lane = threadIdx.x % 32, row_warps = team_.threads / 32;
-    const std::uint32_t* const scratch = scratch_ + (turn_ & 1) * words_;
+    // Word w holds value w % kValues of warp w / kValues.
+    const std::uint32_t* const scratch = scratch_ + (turn_ & 1) * words_ + lane;
     std::uint32_t total = Op::kIdentity;
     if (team_.blocks == 1) {
       const int first = threadIdx.x / 32 & ~(row_warps - 1);
       __syncthreads();
 #pragma unroll
-      for (int other = 0; other < kMaxWarps; other += kShare) {
-        if (other + lane / kValues < row_warps) {
-          total = Op::apply(total,
-                            scratch[(first + other + lane / kValues) * kValues + lane % kValues]);
-        }
+      for (int word = 0; word < kMaxWarps * kValues; word += 32) {
+        if (word + lane < row_warps * kValues)
+          total = Op::apply(total, scratch[first * kValues + word]);
       }
     } else {
       std::uint64_t* const barrier = barriers_ + (turn_ & 1);
       while (!ptx::mbarrier_try_wait(barrier, turn_ >> 1 & 1)) {
       }
-      for (int other = lane / kValues; other < row_warps * team_.blocks; other += kShare)
-        total = Op::apply(total, scratch[other * kValues + lane % kValues]);
+      for (int word = 0; word + lane < row_warps * team_.blocks * kValues; word += 32)
+        total = Op::apply(total, scratch[word]);
     }
 #pragma unroll
     for (int offset = 16; offset >= kValues; offset /= 2)
