@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".h", ".cpp", ".cu", ".cuh", ".py", ".pyx", ".pxd", ".cmake", ".sh"}
 AIM = 300
 LIMIT = 600
-TEST_LIMIT = 800  # of tests/cpp
 MAX_BYTES = 1_000_000
 LEFTOVER = re.compile(r"\b(TODO|FIXME|XXX)\b(?!\(#\d+\))")
 
@@ -42,9 +41,8 @@ def problems(path: Path) -> list[str]:
     text = path.read_text()
     lines = text.splitlines()
     found = []
-    limit = TEST_LIMIT if path.parent == ROOT / "tests" / "cpp" else LIMIT
-    if len(lines) > limit:
-        found.append(f"{len(lines)} lines: above {limit} a file is two ideas")
+    if len(lines) > LIMIT:
+        found.append(f"{len(lines)} lines: above {LIMIT} a file is two ideas")
     if lines and not any("SPDX-License-Identifier: Apache-2.0" in line for line in lines[:3]):
         found.append("no SPDX line at the top")
     if path.name != Path(__file__).name:

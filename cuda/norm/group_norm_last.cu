@@ -123,7 +123,8 @@ struct Scaling {
     float v[kV];
     tile::unpack(in, v);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = activate<T, kSilu>(fmaf(v[j] - mean[j], scale[j], shift[j]));
+    for (int j = 0; j < kV; ++j)
+      v[j] = activate<T, kSilu>(fmaf(v[j] - mean[j], scale[j], shift[j]));
     return tile::pack_of<T>(v);
   }
 };

@@ -285,8 +285,7 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
       // After the barrier: warps whose row is there go on while others still wait for theirs.
       ptx::cp_async_wait<kUnderWay>();
       if constexpr (kShift) centre = centre_of_head(later(1));
-      if constexpr (kLayer && !kShift)
-        centre = __fadd_rn(next_head, mean_of(sums[3]));
+      if constexpr (kLayer && !kShift) centre = __fadd_rn(next_head, mean_of(sums[3]));
       send_sums(later(1), later(2), centre);
     }
 

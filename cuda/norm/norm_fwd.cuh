@@ -237,10 +237,6 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
   }
 }
 
-/// Grids in which nobody else brings weight and bias into the L2 cache in time: here each block asks
-/// for them together with its rows.
-inline constexpr unsigned kFewBlocks = 256;
-
 /// Shared memory of norm_fwd_kernel: two exchanges.
 constexpr int fwd_bytes(int block) { return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, 1); }
 
@@ -267,14 +263,6 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   p.x.load(gX, column_of, columns, x);
   if constexpr (kLayer) p.x.load(gX, first_column, columns, head);
   const std::int64_t start = p.heads == 1 ? 0 : row % p.heads * p.n;  // of the head's vectors
-  if (gridDim.x <= kFewBlocks) {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (column_of(i) >= columns) continue;
-      p.weight.prefetch(start, column_of(i));
-      if constexpr (kLayer) p.bias.prefetch(start, column_of(i));
-    }
-  }
   if constexpr (kAdd) {
     Pack<T> residual[kPacks] = {}, residual_head[1] = {};
     if (p.residual.data) {

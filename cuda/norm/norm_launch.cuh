@@ -77,27 +77,27 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
       });
       return;
     }
-    const auto ring = [&]<int kPacks>() {
+    const auto ring = [&]<int kBlock>() {
       const std::size_t shared =
-          ring_bytes<T, kPacks, 512>(plan.blocks_per_row, kResidual != Residual::none,
-                                     args.bias.given() || args.bias2.given(), args.y2.given());
+          ring_bytes<T, kBlock>(plan.blocks_per_row, kResidual != Residual::none, args.y2.given());
       const int limit =
           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device, args.op);
       if (shared > static_cast<std::size_t>(limit)) return launch_fwd_long(args, stream);
-      const auto kernel = norm_ring_kernel<T, kPacks, kNorm, kResidual, kQuant, 512>;
-      const std::int64_t most = resident_clusters(
-          reinterpret_cast<const void*>(kernel), plan.blocks_per_row, 512, shared, stream, args.op);
+      const auto kernel = norm_ring_kernel<T, kNorm, kResidual, kQuant, kBlock>;
+      const std::int64_t most =
+          resident_clusters(reinterpret_cast<const void*>(kernel), plan.blocks_per_row, kBlock,
+                            shared, stream, args.op);
       launch(kernel,
              {.op = args.op,
               .grid = std::min(p.rows, most) * plan.blocks_per_row,
-              .block = 512,
+              .block = kBlock,
               .shared = shared,
               .cluster = plan.blocks_per_row,
               .overlap = true},
              stream, p);
     };
-    if (packs == 2) return ring.template operator()<2>();
-    if constexpr (kResidual == Residual::none && !kQuant) return ring.template operator()<4>();
+    if (plan.threads_per_block == 256) return ring.template operator()<256>();
+    if constexpr (kResidual == Residual::none && !kQuant) return ring.template operator()<512>();
     launch_fwd_long(args, stream);
   });
 }

@@ -52,8 +52,7 @@ struct Finish {
 inline Finish finish_of(const NormBwd& a) {
   Finish finish{};
   const TensorRef* const outputs[] = {&a.dweight, &a.dbias, &a.dweight2, &a.dbias2};
-  for (int i = 0; i < 4; ++i)
-    finish.to[i] = outputs[i]->data, finish.dtype[i] = outputs[i]->dtype;
+  for (int i = 0; i < 4; ++i) finish.to[i] = outputs[i]->data, finish.dtype[i] = outputs[i]->dtype;
   return finish;
 }
 

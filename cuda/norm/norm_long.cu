@@ -187,15 +187,15 @@ __global__ void __launch_bounds__(kBlock)
 
   float mean = 0.0f;
   if (layer) {
-    float sums[4] = {};
+    float sums[4] = {}, x[kV];
+    p.x.unpack(at(p.x, gX, 0, p.n), x);
+    const float first = x[0];  // sums around an element of the row, as in forward
     each_column(p.n, [&](std::int64_t column) {
-      float x[kV];
       p.x.unpack(at(p.x, gX, column, p.n), x);
-#pragma unroll
-      for (int j = 0; j < kV; ++j) sums[0] += x[j];
+      within<kV>(column, p.n, [&](int j) { sums[0] += x[j] - first; });
     });
     block_sum(sums, exchange);
-    mean = sums[0] * p.inverse_n;
+    mean = __fadd_rn(first, __fmul_rn(sums[0], p.inverse_n));
   }
   float sums[4] = {};
   each_column(p.n, [&](std::int64_t column) {

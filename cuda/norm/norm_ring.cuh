@@ -18,6 +18,7 @@
 namespace fastkern::cuda::norm_detail {
 
 inline constexpr int kRingStages = 3;  // rows of a ring, of which two are worked on
+inline constexpr int kRingPacks = 4;   // of a thread
 
 /// Shared memory for the vectors of one thread's columns, as f32, in their readers' order:
 /// [kPacks][kVector / 4][kBlock] quads. For the thread's own use.
@@ -67,7 +68,7 @@ struct Vectors {
   }
 };
 
-/// The same in registers, for rows whose ring leaves room for one vector in shared memory.
+/// The same in registers, which leaves the room to the ring.
 template <class T, int kPacks>
 struct VectorsInRegisters {
   float values[kPacks][kVector<T>];
@@ -84,25 +85,26 @@ struct VectorsInRegisters {
   }
 };
 
-template <int kPacks>
-inline constexpr bool kBiasInRegisters = kPacks > 2;
-
 constexpr int ring_exchange_bytes(int block, int blocks) {
   return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, blocks);
 }
 
 /// Shared memory of norm_ring_kernel, in bytes.
-template <class T, int kPacks, int kBlock>
-constexpr std::size_t ring_bytes(int blocks, bool add, bool bias, bool two) {
+template <class T, int kBlock>
+constexpr std::size_t ring_bytes(int blocks, bool add, bool two) {
   return ring_exchange_bytes(kBlock, blocks) +
-         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount *
-             (1 + (bias && !kBiasInRegisters<kPacks>)) * (1 + two) +
-         16 * static_cast<std::size_t>(kRingStages) * (1 + add) * kPacks * kBlock;
+         sizeof(float4) * Vectors<T, kRingPacks, kBlock>::kCount * (1 + two) +
+         16 * static_cast<std::size_t>(kRingStages) * (1 + add) * kRingPacks * kBlock;
 }
 
-template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlock>
-__global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
-  constexpr int kV = kVector<T>, kQuads = kV / 4;
+/// Blocks that share a multiprocessor, as far as shared memory allows it.
+template <int kBlock, Residual kResidual>
+inline constexpr int kRingBlocks = kResidual == Residual::none && kBlock == 256 ? 2 : 1;
+
+template <class T, NormKind kNorm, Residual kResidual, bool kQuant, int kBlock>
+__global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
+    norm_ring_kernel(const Forward<T> p) {
+  constexpr int kV = kVector<T>, kQuads = kV / 4, kPacks = kRingPacks;
   constexpr bool kLayer = kNorm == NormKind::layer, kAdd = kResidual != Residual::none;
   constexpr int kOperands = 1 + kAdd;
   constexpr int kSums = kForwardSums<T, kNorm>;
@@ -115,16 +117,12 @@ __global__ void __launch_bounds__(kBlock) norm_ring_kernel(const Forward<T> p) {
   tile::Exchange<tile::Sum, kSums> exchange(team, shared);
   tile::Exchange<tile::Largest, 1> magnitudes(team, shared + exchange_bytes / 2);
   using Columns = Vectors<T, kPacks, kBlock>;
-  using Biases = std::conditional_t<kBiasInRegisters<kPacks>, VectorsInRegisters<T, kPacks>, Columns>;
+  using Biases = VectorsInRegisters<T, kPacks>;
   const bool has_bias = p.bias.data || p.bias2.data, has_two = kAdd && p.y2.data;
-  const int vectors = has_bias && !kBiasInRegisters<kPacks> ? 2 : 1;  // in shared memory, an output
   const Columns sWeight{reinterpret_cast<float4*>(shared + exchange_bytes)};
-  const Columns sWeight2{sWeight.at + vectors * Columns::kCount};
+  const Columns sWeight2{sWeight.at + Columns::kCount};
   Biases bias, bias2;
-  if constexpr (!kBiasInRegisters<kPacks>)
-    bias.at = sWeight.at + Columns::kCount, bias2.at = sWeight2.at + Columns::kCount;
-  uint4* const sRing =
-      reinterpret_cast<uint4*>(sWeight.at + vectors * (has_two ? 2 : 1) * Columns::kCount);
+  uint4* const sRing = reinterpret_cast<uint4*>(sWeight.at + (has_two ? 2 : 1) * Columns::kCount);
 
   const int n = static_cast<int>(p.n);
   const std::int64_t stride = gridDim.x / team.blocks;

@@ -38,11 +38,6 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
-/// Asks for the line in L2.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 /// 16 bytes of shared memory. Volatile: where the source reads twice, it is read twice instead of
 /// kept in registers.
 __device__ __forceinline__ uint4 ld_shared(const void* p) {

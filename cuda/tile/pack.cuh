@@ -439,11 +439,6 @@ struct ColumnView {
     load_as<__nv_bfloat16>(start, column, n, out);
   }
 
-  /// Asks for a column before it is needed.
-  __device__ __forceinline__ void prefetch(std::int64_t start, std::int64_t column) const {
-    if (data) ptx::prefetch_l2(data + (start + column) * (dtype == DType::f32 ? 4 : 2));
-  }
-
  private:
   template <class W, int kCount>
   __device__ __forceinline__ void load_as(std::int64_t start, std::int64_t column, std::int64_t n,

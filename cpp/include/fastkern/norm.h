@@ -111,16 +111,16 @@ constexpr Plan norm_plan(NormKind kind, std::int64_t n, DType dtype, bool cluste
             .threads_per_row = row,
             .elements_per_thread = packs * vector};
   }
-  for (const int packs : {2, 4}) {
-    const int blocks = row_threads(vectors, packs * 512);
+  for (const int block : {256, 512}) {
+    const int blocks = row_threads(vectors, 4 * block);
     if (!clusters || blocks > 16) continue;
     return {.kernel = "norm_ring_kernel",
-            .threads_per_block = 512,
+            .threads_per_block = block,
             .rows_per_block = 1,
-            .threads_per_row = 512,
-            .elements_per_thread = packs * vector,
+            .threads_per_row = block,
+            .elements_per_thread = 4 * vector,
             .stages = 3,
-            .blocks_per_sm = packs == 2 ? 2 : 1,
+            .blocks_per_sm = 512 / block,
             .blocks_per_row = blocks};
   }
   return {"norm_fwd_long_kernel", 512, 1, 512, 4, false};
