@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from fastkern.specs import Inputs, OpSpec, assert_accurate, in_float64
+from fastkern.specs._accuracy import on_host
 from torch import Tensor
 
 from harness.cases import (
@@ -58,14 +59,14 @@ def check_special_values(spec: OpSpec, device: str, dtype: torch.dtype, variant:
     for dims in (with_batch(d, 3) for d in pick_dims(spec, 5, limit=1 << 15)):
         clean = make_inputs(spec, device, dtype, dims, variant)
         grad_outs = make_grad_outs(spec, clean)
-        before = run_all(spec, clean, grad_outs)
+        before = {key: on_host(t) for key, t in run_all(spec, clean, grad_outs).items()}
         batched = [n for n in spec.batched if is_float(clean.get(n))]
         for name in (n for n in spec.changeable if is_float(clean.get(n))):
             for label, values in special_rows(dtype).items():
                 inputs = _planted(clean, name, 1, values)
                 what = f"{case_text(spec, dims, dtype, variant)}: {label} in {name}"
                 _compare_special(spec, inputs, grad_outs, what)
-                after = run_all(spec, inputs, grad_outs)
+                after = {key: on_host(t) for key, t in run_all(spec, inputs, grad_outs).items()}
                 for key in before:
                     if key.startswith("grad of") and key.removeprefix("grad of ") not in batched:
                         continue  # a shared operand's gradient sums over the batch
@@ -77,6 +78,7 @@ def _compare_special(spec: OpSpec, inputs: Inputs, grad_outs: Sequence[Tensor], 
     got, theirs = decoded(spec, inputs, spec.function), decoded(spec, inputs, spec.measure)
     truth = run_forward(spec.reference, in_float64(inputs))
     rows = with_slack(spec, inputs, list(zip(got, theirs, truth, strict=True)))
+    rows = [tuple(on_host(t) for t in row) for row in rows]
     for i, (ours, base, exact, *slack) in enumerate(rows):
         for row in range(ours.shape[0]):  # row by row: an overflowing row must not widen another row's tolerance
             assert_accurate(ours[row], base[row], exact[row], spec.forward_factor, what=f"{what}: output {i}[{row}]",
@@ -90,7 +92,8 @@ def _compare_special(spec: OpSpec, inputs: Inputs, grad_outs: Sequence[Tensor], 
     _, theirs_grads = run_backward(spec.baseline, inputs, names, grad_outs)
     _, exact_grads = run_backward(spec.reference, in_float64(inputs), names, [g.double() for g in grad_outs])
     for name in names:
-        ours, base, exact = grads[name], theirs_grads[name].isfinite(), exact_grads[name].isfinite()
+        ours, base, exact = (on_host(of[name]) for of in (grads, theirs_grads, exact_grads))
+        base, exact = base.isfinite(), exact.isfinite()
         # Where torch overflows and the truth does not, either is right.
         assert bool(ours.isfinite()[base & exact].all()), f"{what}: grad of {name} is NaN or infinite, torch's is not"
         assert not bool(ours.isfinite()[~base & ~exact].any()), f"{what}: grad of {name} is finite, torch's is not"

@@ -7,7 +7,8 @@
 //   norm(h) = h * rsqrt(mean(h^2) + eps)              NormKind::rms
 //           = (h - mean(h)) * rsqrt(var(h) + eps)     NormKind::layer, var over N, not N - 1
 //
-// h is rounded to its own type first and y is made of the rounded h, so y has the bits of norm(h).
+// h is rounded to its own type first and y is made of the rounded h. So y is norm(h), with the same
+// bits where one kernel does both (docs/norm.md, Limits).
 #pragma once
 
 #include <algorithm>

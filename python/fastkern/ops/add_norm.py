@@ -44,8 +44,9 @@ def add_rms_norm(
     """Dropout, residual add and RMS norm: ``h = residual + dropout(x) * rowscale``, ``y = rms_norm(h, weight, ...)``.
 
     The seam between two blocks of a pre-norm transformer, in one pass over memory. The norm is that of
-    :func:`rms_norm`, of the rounded h: y has the bits of ``rms_norm(h, weight, eps, bias, weight_offset, out_dtype)``.
-    The same operator is ``torch.ops.fastkern.add_rms_norm``, which draws no seed.
+    :func:`rms_norm`, of the rounded h: y is ``rms_norm(h, weight, eps, bias, weight_offset, out_dtype)``, on CUDA with
+    the same bits where all operands have one type and N is at most 16,384 (float32: 8,192). The same operator is
+    ``torch.ops.fastkern.add_rms_norm``, which draws no seed.
 
     Args:
         x: (..., N), float32, float16 or bfloat16, on the CPU or a CUDA device; any strides, as in :func:`rms_norm`.

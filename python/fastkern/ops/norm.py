@@ -81,8 +81,8 @@ def layer_norm(
     """Layer normalisation: ``(x - mean(x, -1)) * rsqrt(var(x, -1) + eps) * (weight_offset + weight) + bias``.
 
     Ba, Kiros and Hinton, "Layer Normalization", 2016. The variance is that of the N elements themselves (divided by N,
-    not N - 1), taken around the mean in a second pass, so rows far from zero keep their digits. The same operator is
-    ``torch.ops.fastkern.layer_norm``; this function leaves out the autograd wrapper when no gradient is needed.
+    not N - 1), taken around the mean or elements of the row, so rows far from zero keep their digits. The same operator
+    is ``torch.ops.fastkern.layer_norm``; this function leaves out the autograd wrapper when no gradient is needed.
 
     Args:
         x: as in :func:`rms_norm`.
