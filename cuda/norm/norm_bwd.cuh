@@ -7,9 +7,8 @@
 //            a thread keeps its columns, and with them its part of dweight and dbias, in registers
 //   memory   shared: the weights as f32; a ring of rows of x, dy, dy2, dh on their way
 //   sync     one barrier a row; between its two sides lie the second pass over one row and the
-//   first
-//            pass over the next. layer in f32: with the sums of a row goes Σ x of the row after it,
-//            whose mean is then known before its squares are taken
+//            first pass over the next. layer in f32: with the sums of a row goes Σ x of the row
+//            after it, whose mean is then known before its squares are taken
 //   cost     reads 2 · M · N, writes M · N; each dy2, dh, dbranch one more
 #pragma once
 

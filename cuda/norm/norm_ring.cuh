@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of row norms for long rows: what norm_fwd_kernel computes, with persistent teams.
 //
-//   work     a block, or a cluster of blocks, owns a row; it walks over the rows. Pack i of thread
-//            t of block b is columns ((b · packs + i) · threads + t) · vector and on.
-//   memory   shared: a ring of rows of x (and residual) on their way; weight and bias as f32. The
-//            row is read from the ring as often as needed; h takes the place of x there
+//   work     a block, or a cluster of blocks, owns a row; it walks over the rows.
+//            tile::ThreadColumns says which columns are a thread's
+//   memory   shared: a ring of rows of x (and residual) on their way; the weight as f32. The row is
+//            read from the ring as often as needed; h takes the place of x there. Registers: bias
 //   sync     one barrier a row, with half an iteration between the two sides of it: a row's sums
-//   are
-//            taken before the row before it is written. layer in f32 one more, around which its
+//            are taken before the row before it is written. layer in f32 one more, around which its
 //            mean becomes known; a dynamic scale one more
 //   cost     reads and writes each operand once
 #pragma once
