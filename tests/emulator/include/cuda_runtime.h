@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for CUDA's header of this name, for kernels that g++ compiles as C++. Types are CUDA's
+// own; what the kernels use of the language and of the runtime is here.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <driver_types.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "emulator.h"
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// No __shared__: tools/run_emulator.sh rewrites such declarations.
+
+using std::max;
+using std::min;
+
+#define threadIdx (emulator::running->thread)
+#define blockIdx (emulator::running->block)
+inline dim3& blockDim = emulator::block_size;
+inline dim3& gridDim = emulator::grid_size;
+
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mask); }
+
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int lane) {
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = emulator::shuffle(mask, bits, lane & 31);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int offset) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ offset);
+}
+
+// Without -ffast-math and contraction, plain arithmetic rounds each operation to nearest.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float v) { return 1.0f / v; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+// The device's are approximations.
+inline float __fdividef(float a, float b) { return a / b; }
+#define __expf expf  // glibc has a function of that name
+inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+
+inline int __float2int_rn(float v) {
+  if (std::isnan(v)) return 0;
+  if (v >= 2147483648.0f) return 2147483647;
+  if (v < -2147483648.0f) return -2147483647 - 1;
+  return static_cast<int>(std::nearbyint(v));
+}
+inline unsigned __float_as_uint(float v) { return __builtin_bit_cast(unsigned, v); }
+inline float __uint_as_float(unsigned v) { return __builtin_bit_cast(float, v); }

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for cuda/ptx/memory.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace fastkern::ptx {
+
+inline uint4 ld_global_nc_if(const void* p, bool inside) {
+  uint4 v{};
+  if (!inside) return v;
+  emulator::check_load(p, 16);
+  std::memcpy(&v, p, 16);
+  return v;
+}
+inline uint4 ld_global_nc(const void* p) { return ld_global_nc_if(p, true); }
+
+inline uint2 ld_global_nc_8_if(const void* p, bool inside) {
+  uint2 v{};
+  if (!inside) return v;
+  emulator::check_load(p, 8);
+  std::memcpy(&v, p, 8);
+  return v;
+}
+
+inline uint4 ld_shared(const void* p) {
+  emulator::check_aligned(p, 16);
+  emulator::may_switch();
+  uint4 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+
+inline void st_global(void* p, uint4 v) {
+  emulator::check_store(p, 16);
+  emulator::may_switch();
+  std::memcpy(p, &v, 16);
+}
+
+inline void st_global_8(void* p, uint2 v) {
+  emulator::check_store(p, 8);
+  std::memcpy(p, &v, 8);
+}
+
+}  // namespace fastkern::ptx
