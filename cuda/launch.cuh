@@ -52,6 +52,8 @@ inline int device_attribute(cudaDeviceAttr attribute, int device, const char* op
   return value;
 }
 
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 /// Compute capability times ten; asked of the driver once for each device.
 inline int capability(int device, const char* op) {
   constexpr int kRemembered = 64;
@@ -65,12 +67,14 @@ inline int capability(int device, const char* op) {
   return value;
 }
 
+inline bool has_clusters(int device, const char* op) { return capability(device, op) >= 90; }
+
 struct Launch {
   const char* op;     // for error messages
   std::int64_t grid;  // blocks, on x: the only axis without a 65,535 limit
   int block;          // threads
   std::size_t shared = 0;
-  int cluster = 1;  // blocks of a cluster; above 1 only where capability() >= 90
+  int cluster = 1;  // blocks of a cluster; above 1 only where has_clusters()
   /// The kernel begins with ptx::grid_wait(): it may be launched while the one before it ends.
   bool overlap = false;
 };
@@ -96,7 +100,7 @@ void launch(void (*kernel)(Params...), const Launch& shape, Stream stream, const
   config.stream = static_cast<cudaStream_t>(stream.handle);
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
-  if (shape.overlap && capability(stream.device, shape.op) >= 90) {
+  if (shape.overlap && has_clusters(stream.device, shape.op)) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -17,27 +17,25 @@ using TwoOutputs = std::tuple<Tensor, Tensor, Tensor>;  // y, y2, h
 
 // ---- forward ------------------------------------------------------------------------------------
 
-OneOutput forward(const AddNorm& a, OptionalType residual_dtype, OptionalType out_dtype) {
+/// y2 is made where there is a place for it.
+OneOutput forward(const AddNorm& a, OptionalType residual_dtype, OptionalType out_dtype,
+                  OptionalTensor* y2 = nullptr) {
   NormCall call(a.op, a.x, a.eps, a.weight_offset);
   NormFwd args = checked_inputs(call, a);
   const DType stream = stream_type(residual_dtype, args);
   const DType out = float_type(out_dtype, args.x.dtype, a.op, "out_dtype");
   make_readable(call, a, args);
-  Tensor y = call.new_rows(out, args.y), h = call.new_rows(stream, args.h);
+  Tensor y = call.new_rows(out, args.y);
+  if (y2) *y2 = call.new_rows(out, args.y2);
+  Tensor h = call.new_rows(stream, args.h);
   call.launch(args);
   return {std::move(y), std::move(h)};
 }
 
 TwoOutputs forward_two(const AddNorm& a, OptionalType residual_dtype, OptionalType out_dtype) {
-  NormCall call(a.op, a.x, a.eps, a.weight_offset);
-  NormFwd args = checked_inputs(call, a);
-  const DType stream = stream_type(residual_dtype, args);
-  const DType out = float_type(out_dtype, args.x.dtype, a.op, "out_dtype");
-  make_readable(call, a, args);
-  Tensor y = call.new_rows(out, args.y), y2 = call.new_rows(out, args.y2),
-         h = call.new_rows(stream, args.h);
-  call.launch(args);
-  return {std::move(y), std::move(y2), std::move(h)};
+  OptionalTensor y2;
+  auto [y, h] = forward(a, residual_dtype, out_dtype, &y2);
+  return {std::move(y), std::move(*y2), std::move(h)};
 }
 
 OneOutput add_rms_norm(const Tensor& x, const OptionalTensor& residual,

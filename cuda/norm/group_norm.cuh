@@ -23,8 +23,6 @@ constexpr int kLastBlock = 256;        // threads, channels-last, where a thread
 constexpr int kClusterBlocks = 8;      // the largest portable cluster
 constexpr std::int64_t kChunks = 256;  // of a group, at most
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 /// A vector of channels, of any float type.
 struct ChannelVector {
   const void* data;  // nullptr: not given

@@ -57,6 +57,4 @@ template <class T>
 void forward_last(const GroupNormFwd& args, const GroupShape& shape, Stream stream);
 std::size_t last_workspace(const GroupShape& shape, DType dtype, bool clusters);
 
-inline bool has_clusters(int device, const char* op) { return capability(device, op) >= 90; }
-
 }  // namespace fastkern::cuda::group_detail

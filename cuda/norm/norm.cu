@@ -53,8 +53,6 @@ __global__ void __launch_bounds__(kFinishColumns* kFinishRows)
   tile::store_as(finish.to[which], finish.dtype[which], head * n + column, sum);
 }
 
-bool has_clusters(int device, const char* op) { return capability(device, op) >= 90; }
-
 /// The element type of a call's kernel, and whether its operands keep their own.
 struct Type {
   DType type;

@@ -16,8 +16,6 @@ enum class Residual { none, add, dropout };
 /// Which sums over the rows a backward kernel keeps.
 enum class Sums { weight = 1, affine = 2, two_outputs = 4 };
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 /// H of vectors (H, N), 1 of vectors (N).
 inline std::int64_t heads_of(std::initializer_list<const TensorRef*> vectors) {
   for (const TensorRef* t : vectors) {

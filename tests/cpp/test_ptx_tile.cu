@@ -6,7 +6,6 @@
 
 #include "support.cuh"
 #include "tile/pack.cuh"
-#include "tile/reduce.cuh"
 
 namespace fastkern {
 namespace {
@@ -255,98 +254,6 @@ void expect_rounds_like_the_host() {
 
 TEST_F(Primitives, F16RoundsLikeTheHost) { expect_rounds_like_the_host<Half>(); }
 TEST_F(Primitives, Bf16RoundsLikeTheHost) { expect_rounds_like_the_host<Bfloat>(); }
-
-// ---- sums
-// ----------------------------------------------------------------------------------------------------------
-
-/// The butterfly of lane_sum over the first `width` of consecutive values, bit for bit.
-float butterfly(std::vector<float> values) {
-  for (std::size_t offset = values.size() / 2; offset > 0; offset /= 2) {
-    std::vector<float> next(values.size());
-    for (std::size_t lane = 0; lane < values.size(); ++lane)
-      next[lane] = values[lane] + values[lane ^ offset];
-    values = next;
-  }
-  return values[0];
-}
-
-template <int kWidth>
-__global__ void lane_sum_kernel(const float* in, float* out) {
-  out[threadIdx.x] = tile::lane_sum<kWidth>(in[threadIdx.x]);
-}
-
-template <int kWidth>
-void expect_lane_sum() {
-  constexpr int kThreads = 128;
-  const std::vector<float> values = random_elements<float>(kThreads, kWidth);
-  const DeviceArray<float> in(values), out(kThreads);
-  lane_sum_kernel<kWidth><<<1, kThreads>>>(in.data(), out.data());
-  test::cuda_ok(cudaGetLastError());
-  const std::vector<float> found = out.download();
-  for (int thread = 0; thread < kThreads; ++thread) {
-    const auto first = values.begin() + thread / kWidth * kWidth;
-    EXPECT_EQ(bits_of(found[thread]), bits_of(butterfly({first, first + kWidth})))
-        << kWidth << ", " << thread;
-  }
-}
-
-TEST_F(Primitives, LaneSums) {
-  expect_lane_sum<1>();
-  expect_lane_sum<2>();
-  expect_lane_sum<4>();
-  expect_lane_sum<8>();
-  expect_lane_sum<16>();
-  expect_lane_sum<32>();
-}
-
-/// Several sums in a row with alternating phases, as a persistent kernel makes them.
-template <int kBlock, int kThreads, int kValues>
-__global__ void row_sum_kernel(const float* in, float* out, int steps) {
-  __shared__ tile::RowSumScratch<kBlock, kThreads, kValues> scratch;
-  int phase = 0;
-  for (int step = 0; step < steps; ++step, phase ^= 1) {
-    float values[kValues];
-    for (int i = 0; i < kValues; ++i) values[i] = in[(step * kValues + i) * kBlock + threadIdx.x];
-    tile::row_sum<kBlock, kThreads>(values, scratch, phase);
-    for (int i = 0; i < kValues; ++i) out[(step * kValues + i) * kBlock + threadIdx.x] = values[i];
-  }
-}
-
-/// The sum of one row's values in the documented order: within warps, then over the warps' sums.
-float row_sum_on_host(const std::vector<float>& values) {
-  if (values.size() <= tile::kWarp) return butterfly(values);
-  std::vector<float> warps;
-  for (auto first = values.begin(); first != values.end(); first += tile::kWarp) {
-    warps.push_back(butterfly({first, first + tile::kWarp}));
-  }
-  return butterfly(warps);
-}
-
-template <int kThreads, int kValues>
-void expect_row_sum() {
-  constexpr int kBlock = std::max(kThreads, 128), kSteps = 5;
-  const std::vector<float> values = random_elements<float>(kSteps * kValues * kBlock, kThreads);
-  const DeviceArray<float> in(values), out(values.size());
-  row_sum_kernel<kBlock, kThreads, kValues><<<1, kBlock>>>(in.data(), out.data(), kSteps);
-  test::cuda_ok(cudaGetLastError());
-  const std::vector<float> found = out.download();
-  for (std::size_t i = 0; i < values.size(); i += kThreads) {
-    const auto first = values.begin() + i;
-    const float expected = row_sum_on_host({first, first + kThreads});
-    for (int lane = 0; lane < kThreads; ++lane) {
-      ASSERT_EQ(bits_of(found[i + lane]), bits_of(expected))
-          << kThreads << " threads, value " << i + lane;
-    }
-  }
-}
-
-template <int... kThreads>
-void expect_row_sums() {
-  (expect_row_sum<kThreads, 1>(), ...);
-  (expect_row_sum<kThreads, 2>(), ...);
-}
-
-TEST_F(Primitives, RowSums) { expect_row_sums<4, 8, 16, 32, 64, 128, 256, 512, 1024>(); }
 
 }  // namespace
 }  // namespace fastkern

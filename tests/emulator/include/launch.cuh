@@ -24,7 +24,11 @@ class DeviceGuard {
   int previous_;
 };
 
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 inline int capability(int device, const char*) { return emulator::kDevices[device].capability; }
+
+inline bool has_clusters(int device, const char* op) { return capability(device, op) >= 90; }
 
 inline int device_attribute(cudaDeviceAttr attribute, int device, const char* op) {
   const emulator::Device& of = emulator::kDevices[device];
