@@ -131,7 +131,7 @@ function(fastkern_cuda_object_library name architectures)
   target_compile_options(
     ${name}
     PRIVATE
-      "$<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all;--extended-lambda;--expt-relaxed-constexpr;-Xptxas=-v;--threads=${FASTKERN_NVCC_THREADS}>"
+      "$<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all;--extended-lambda;--expt-relaxed-constexpr;-Werror=cross-execution-space-call;-Xptxas=-v;--threads=${FASTKERN_NVCC_THREADS}>"
   )
   set(launcher sh "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_log.sh" ${CMAKE_CUDA_COMPILER_LAUNCHER})
   set_target_properties(

@@ -23,34 +23,58 @@ namespace {
 
 constexpr int kBlockColumns = 256;  // threads of a column block of long rows, four columns each
 
-constexpr int kFinishColumns = 32, kFinishRows = 32;
+constexpr int kFinishThreads = 256, kFinishBatch = 5;
 
-/// to[k][head][c] = Σ over the head's slots of partial[k][slot][c]: each of 32 warps sums every
-/// thirty-second slot, then they are added in order.
-__global__ void __launch_bounds__(kFinishColumns* kFinishRows)
+/// to[k][head][c] = Σ over the head's slots of partial[k][slot][c]. A thread sums every rows-th slot
+/// of four columns; then the `rows` sums of a column are added as a tree. The blocks are small
+/// enough to take their places while the kernel before them still has its own.
+__global__ void __launch_bounds__(kFinishThreads)
     norm_bwd_finish_kernel(const float* partial, std::int64_t slots, std::int64_t n,
-                           std::int64_t heads, std::int64_t column_blocks, const Finish finish) {
-  __shared__ float sums[kFinishRows][kFinishColumns];
-  const int x = threadIdx.x % kFinishColumns, y = threadIdx.x / kFinishColumns;
-  const std::int64_t column = blockIdx.x % column_blocks * kFinishColumns + x;
+                           std::int64_t heads, std::int64_t column_blocks, int rows,
+                           const Finish finish) {
+  __shared__ float4 sums[kFinishThreads];
+  const int quads = kFinishThreads / rows;
+  const int x = threadIdx.x % quads, y = threadIdx.x / quads;
+  const std::int64_t column = 4 * (blockIdx.x % column_blocks * quads + x);
   const std::int64_t head = blockIdx.x / column_blocks % heads;
   const int which = static_cast<int>(blockIdx.x / column_blocks / heads);
   ptx::grid_wait();
   ptx::grid_launch_next();
   if (!finish.to[which]) return;
-  float sum = 0.0f;
+  float4 sum{};
   if (column < n) {
     const float* const from = partial + which * slots * n + column;
-#pragma unroll 8
-    for (std::int64_t slot = head + y * heads; slot < slots; slot += kFinishRows * heads)
-      sum += from[slot * n];
-  }
-  sums[y][x] = sum;
-  __syncthreads();
-  if (y > 0 || column >= n) return;
+    for (std::int64_t slot = head + y * heads; slot < slots; slot += kFinishBatch * rows * heads) {
+      float4 v[kFinishBatch] = {};
 #pragma unroll
-  for (int i = 1; i < kFinishRows; ++i) sum += sums[i][x];
-  tile::store_as(finish.to[which], finish.dtype[which], head * n + column, sum);
+      for (int i = 0; i < kFinishBatch; ++i) {
+        const std::int64_t at = slot + i * rows * heads;
+        if (at >= slots) continue;
+        if (n % 4 == 0) {
+          v[i] = *reinterpret_cast<const float4*>(from + at * n);
+        } else {
+          v[i].x = from[at * n];
+          if (column + 1 < n) v[i].y = from[at * n + 1];
+          if (column + 2 < n) v[i].z = from[at * n + 2];
+          if (column + 3 < n) v[i].w = from[at * n + 3];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kFinishBatch; ++i) sum = tile::add(sum, v[i]);
+    }
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = rows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (y >= half) continue;
+    sum = tile::add(sum, sums[threadIdx.x + half * quads]);
+    sums[threadIdx.x] = sum;
+  }
+  if (y > 0 || column >= n) return;
+  const std::int64_t first = head * n;
+  const std::int64_t size = finish.dtype[which] == DType::f32 ? 4 : 2;
+  tile::store_as(static_cast<char*>(finish.to[which]) + first * size, finish.dtype[which], column,
+                 n, sum);
 }
 
 /// The element type of a call's kernel, and whether its operands keep their own.
@@ -89,8 +113,11 @@ Split split_of(const NormBwd& args, int device) {
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, args.op);
   const std::int64_t sms = device_attribute(cudaDevAttrMultiProcessorCount, device, args.op);
   const bool add = args.dh.given() || args.dbranch.given();
+  const bool own = args.weight.given() && !type.mixed && args.weight.dtype == type.type &&
+                   args.weight_offset == 0.0 && split.heads == 1;
   split.plan = norm_bwd_plan(args.kind, x.length, type.type, has_clusters(device, args.op),
-                             shared_limit, add || args.dy2.given(), args.dy2.given());
+                             shared_limit, add || args.dy2.given(), args.dy2.given(), own);
+  split.own_weight = own && tile::column_view(args.weight, x.length).whole;
   const Plan& plan = split.plan;
   if (plan.resident) {
     const std::int64_t most = plan.blocks_per_sm * sms / plan.blocks_per_row * plan.rows_per_block;
@@ -229,14 +256,17 @@ void norm_bwd(const NormBwd& args, Stream stream) {
                                                 : run.template operator()<NormKind::layer>();
   }
   if (split.sums == 0 || partial_rows == kFinished) return;
-  const std::int64_t column_blocks = ceil_div(split.n, kFinishColumns);
+  // About one batch of loads for each thread.
+  int rows = 1;
+  while (rows < 32 && rows * kFinishBatch * split.heads < partial_rows) rows *= 2;
+  const std::int64_t column_blocks = ceil_div(split.n, 4 * kFinishThreads / rows);
   launch(norm_bwd_finish_kernel,
          {.op = args.op,
           .grid = column_blocks * split.heads * split.sums,
-          .block = kFinishColumns * kFinishRows,
+          .block = kFinishThreads,
           .overlap = true},
          stream, static_cast<const float*>(args.workspace) + split.statistics, partial_rows,
-         split.n, split.heads, column_blocks, finish_of(args));
+         split.n, split.heads, column_blocks, rows, finish_of(args));
 }
 
 }  // namespace fastkern::cuda

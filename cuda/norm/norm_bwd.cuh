@@ -42,32 +42,37 @@ constexpr int bwd_values(NormKind norm) { return norm == NormKind::layer ? 4 : 2
 template <class T, NormKind kNorm>
 inline constexpr int kBackwardStages = kNorm == NormKind::layer && !kShifted<T, kNorm> ? 4 : 3;
 
-/// Shared memory of norm_bwd_kernel, in bytes. `in_shared`: the weights are kept there.
-template <class T, int kPacks, NormKind kNorm, Sums kSums, int kBlock>
-constexpr std::size_t bwd_bytes(int threads, int blocks, bool add, bool in_shared) {
+/// Where the weights of a thread's columns are: as f32 in shared memory; in registers, if they have
+/// the type of the rows and no offset; or in the L2 cache, read twice a row, to leave the room to
+/// the ring of the longest rows.
+enum class Weights { shared, registers, cache };
+
+/// Shared memory of norm_bwd_kernel, in bytes.
+template <class T, int kPacks, NormKind kNorm, Sums kSums, int kBlock, Weights kWeights>
+constexpr std::size_t bwd_bytes(int threads, int blocks, bool add) {
   constexpr bool kTwo = kSums == Sums::two_outputs;
   constexpr int kStages = kBackwardStages<T, kNorm>;
   const int heads =
       kNorm == NormKind::layer && threads > 32 ? (kStages * kBlock / 32 * 16 + 127) / 128 * 128 : 0;
   return tile::Exchange<tile::Sum, bwd_values(kNorm)>::bytes(kBlock, blocks) + heads +
-         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount * (in_shared ? 1 + kTwo : 0) +
+         sizeof(float4) * Vectors<T, kPacks, kBlock>::kCount *
+             (kWeights == Weights::shared ? 1 + kTwo : 0) +
          16 * static_cast<std::size_t>(kStages) * (2 + kTwo + add) * kPacks * kBlock;
 }
 
-/// kInShared: the weights are kept in shared memory; else read from the L2 cache, twice a row, to
-/// leave the room to the ring of the longest rows.
+/// kPlain: the rows of x, dy, dx and dh are whole, at one stride; the vectors have one head.
 template <class T, int kPacks, NormKind kNorm, Residual kResidual, Sums kSums, int kBlock,
-          bool kInShared>
+          Weights kWeights, bool kPlain>
 __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
-  constexpr int kV = kVector<T>, kQuads = kV / 4;
+  constexpr int kV = kVector<T>;
   constexpr bool kLayer = kNorm == NormKind::layer, kTwo = kSums == Sums::two_outputs;
   constexpr bool kBias = kSums != Sums::weight, kAdd = kResidual != Residual::none;
-  constexpr bool kShift = kShifted<T, kNorm>;
+  constexpr bool kShift = kShifted<T, kNorm>, kInShared = kWeights == Weights::shared;
   constexpr int kOperands = 2 + kTwo + kAdd, kDy2 = 2, kDh = 2 + kTwo;
   constexpr int kValues = bwd_values(kNorm), kStages = kBackwardStages<T, kNorm>;
   extern __shared__ uint4 memory[];
   const Team team{p.threads, p.blocks, p.blocks > 1 ? static_cast<int>(ptx::cluster_rank()) : 0};
-  using Sent = tile::Exchange<tile::Sum, kValues>;
+  using Sent = tile::Exchange<tile::Sum, kValues, true>;
   Sent exchange(team, memory);
   // First packs of rows, one for each warp and stage.
   uint4* const sHeads = memory + Sent::bytes(kBlock, team.blocks) / 16 + threadIdx.x / 32;
@@ -81,12 +86,18 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
 
   const int lane = threadIdx.x & (team.threads - 1), n = static_cast<int>(p.n);
   const int rows_per_block = kBlock / team.threads;
-  const std::int64_t slot = static_cast<std::int64_t>(blockIdx.x / team.blocks) * rows_per_block +
-                            threadIdx.x / team.threads;
-  const bool full = n == team.blocks * kPacks * team.threads * kV;
-  const std::int64_t stride = p.slots;  // a multiple of heads: a slot's rows are of one head
+  using Row = std::conditional_t<kPlain, int, std::int64_t>;
+  const Row rows = static_cast<Row>(p.rows);
+  const auto slot_of = [&](int thread) {
+    return static_cast<Row>(blockIdx.x / team.blocks) * rows_per_block + thread / team.threads;
+  };
+  const Row slot = slot_of(threadIdx.x);
+  const Row stride = static_cast<Row>(p.slots);  // a multiple of heads: of a slot's rows all have one
   const tile::ThreadColumns<T, kPacks> column_of(team.threads, team.rank * team.threads + lane, n);
-  std::int64_t row = slot < stride ? slot : p.rows;
+  Row row = slot < stride ? slot : rows;
+  // The first row of the warp, whose teams take the same number of steps. None: an idle team.
+  Row first = slot_of(threadIdx.x & ~31);
+  first = first < stride ? first : rows;
   if (team.blocks > 1) ptx::cluster_arrive();
   const auto mean_of = [&p](float sum) { return __fmul_rn(sum, p.inverse_n); };
   ptx::grid_wait();
@@ -96,38 +107,20 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   const auto in_ring = [&](int stage, int operand) {
     return sRing + (stage * kOperands + operand) * kPacks * kBlock + threadIdx.x;
   };
-  const std::int64_t begin = row < p.rows ? row : 0;
-  tile::RowWalk<T> gX(p.x, begin, stride), gDy(p.dy, begin, stride), gDx(p.dx, begin, stride);
-  std::int64_t ahead = row;  // the row to fetch next
-  // What nearly all calls have: constant offsets, constant strides.
-  constexpr bool kPlain = !kTwo && !kAdd && !std::is_same_v<T, tile::Mixed>;
-  bool plain = false;
-  if constexpr (kPlain)
-    plain = column_of.packed && p.x.plain() && p.dy.plain() && p.dx.data && p.dx.plain();
+  const Row begin = row < rows ? row : 0;
+  using Walk = tile::RowWalk<T, kPlain>;
+  Walk gX(p.x, begin, stride), gDy(p.dy, begin, stride), gDx(p.dx, begin, stride);
+  Row ahead = row;  // the row to fetch next
   const auto fetch = [&](int stage) {
-    if constexpr (kPlain) {
-      if (plain && ahead < p.rows) {
-        p.x.template load_async_plain<kPacks>(in_ring(stage, 0), kBlock, gX.at, column_of.first);
-        if constexpr (kLayer) {
-          if (head_in_ring && threadIdx.x % 32 == 0)
-            ptx::cp_async_16(sHeads + stage * (kBlock / 32), gX.at, 16);
-        }
-        p.dy.template load_async_plain<kPacks>(in_ring(stage, 1), kBlock, gDy.at, column_of.first);
-        ptx::cp_async_commit();
-        ahead += stride;
-        gX.next_plain(), gDy.next_plain();
-        return;
-      }
-    }
-    const int columns = ahead < p.rows ? n : 0;
+    const int columns = ahead < rows ? n : 0;
     const auto bring = [&](const RowView<T>& view, const char* at, int operand) {
-      view.template load_async<kPacks>(in_ring(stage, operand), kBlock, columns ? at : view.data,
-                                       column_of, columns);
+      view.template load_async<kPacks, kPlain>(in_ring(stage, operand), kBlock,
+                                               columns ? at : view.data, column_of, columns);
     };
     bring(p.x, gX.at, 0);
     if constexpr (kLayer) {
       if (head_in_ring && threadIdx.x % 32 == 0) {
-        p.x.template load_async<1>(
+        p.x.template load_async<1, kPlain>(
             sHeads + stage * (kBlock / 32), 0, columns ? gX.at : p.x.data, [](int) { return 0; },
             columns);
       }
@@ -135,29 +128,39 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     bring(p.dy, gDy.at, 1);
     if constexpr (kTwo) bring(p.dy2, p.dy2.row(columns ? ahead : 0), kDy2);
     if constexpr (kAdd) {
-      if (p.dh.data) bring(p.dh, p.dh.row(columns ? ahead : 0), kDh);
+      if (p.dh.data) bring(p.dh, p.dh.template row<kPlain>(columns ? ahead : 0), kDh);
     }
     ptx::cp_async_commit();
     ahead += stride;
     gX.next(ahead), gDy.next(ahead);
   };
+  if (first < rows) {
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
+    for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
+  }
 
   const std::int64_t start = p.heads == 1 ? 0 : slot % p.heads * p.n;
-  if constexpr (kInShared) {
+  if (kInShared && first < rows) {
     sWeight.fill(p.weight, start, column_of, n, 1.0f, p.weight_offset);
     if constexpr (kTwo) sWeight2.fill(p.weight2, start, column_of, n, 1.0f, p.weight_offset);
   }
-  const float offset = p.weight.data ? p.weight_offset : 0.0f;
-  const auto weights = [&](int i, int q, float (&w)[4], float (&w2)[4]) {
-    if constexpr (kInShared) {
-      sWeight.quad(i, q, w);
-      if constexpr (kTwo) sWeight2.quad(i, q, w2);
-    } else {
-      p.weight.load(start, tile::opaque(column_of(i) + 4 * q), n, 1.0f, w);
+  tile::ColumnPack<T, tile::Own<T>> kept[kWeights == Weights::registers ? kPacks : 1] = {};
+  if constexpr (kWeights == Weights::registers) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) w[j] += offset;
+    for (int i = 0; i < kPacks; ++i) kept[i].load(p.weight, start, column_of(i), n);
+  }
+  const auto weights = [&](int i, float (&w)[kV], float (&w2)[kTwo ? kV : 1]) {
+    if constexpr (kInShared) {
+      sWeight.pack(i, w);
+      if constexpr (kTwo) sWeight2.pack(i, w2);
+    } else if constexpr (kWeights == Weights::registers) {
+      tile::keep_packed(kept[i].part[0]);
+      kept[i].unpack(w);
+    } else {
+      p.weight.load(start, tile::opaque(column_of(i)), n, 1.0f, w);
+      const float offset = p.weight.data ? p.weight_offset : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kV; ++j) w[j] += offset;
     }
   };
 
@@ -173,10 +176,10 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     if (head_in_ring) {
       __syncwarp();  // lane 0 brought it
       p.x.unpack({ptx::ld_shared(sHeads + stage * (kBlock / 32))}, v);
-      return head_mean<T>(v, n);
+      return head_mean<T>(v, kPlain ? kV : n);
     }
     read(p.x, stage, 0, 0, v);
-    return __shfl_sync(0xffffffffu, head_mean<T>(v, n), threadIdx.x & 31 & ~(team.threads - 1));
+    return __shfl_sync(0xffffffffu, head_mean<T>(v, kPlain ? kV : n), threadIdx.x & 31 & ~(team.threads - 1));
   };
   // Σ (x − head) of a row, for its mean.
   const auto sum_of_row = [&](int stage, float head) {
@@ -193,38 +196,34 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   // The first pass over a row; `after` is the stage of the row after it.
   const auto send_sums = [&](int stage, int after, float centre) {
     float sums[kValues] = {};
-    const auto add_up = [&]<bool kFull>() {
+    // kWhole: packs lie within the row or beyond it. Beyond it x is 0, not the centre.
+    const auto add_up = [&]<bool kWhole>() {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
-        float vx[kV], vdy[kV];
-        [[maybe_unused]] float vdy2[kV];
-        const int column = kFull ? 0 : tile::opaque(column_of(i));
+        float vx[kV], vdy[kV], w[kV];
+        [[maybe_unused]] float vdy2[kV], w2[kTwo ? kV : 1];
+        const int column = tile::opaque(column_of(i));
+        const float around = kWhole && column >= n ? 0.0f : centre;
         read(p.x, stage, 0, i, vx);
         read(p.dy, stage, 1, i, vdy);
         if constexpr (kTwo) read(p.dy2, stage, kDy2, i, vdy2);
+        weights(i, w, w2);
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          float w[4];
-          [[maybe_unused]] float w2[4];
-          weights(i, q, w, w2);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int c = 4 * q + j;
-            float g = __fmul_rn(vdy[c], w[j]);
-            if constexpr (kTwo) g = fmaf(vdy2[c], w2[j], g);
-            float d = kLayer ? vx[c] - centre : vx[c];
-            if constexpr (!kFull) d = column + c < n ? d : 0.0f;  // there x is 0, not the centre
-            sums[0] = fmaf(d, d, sums[0]);
-            sums[1] = fmaf(g, d, sums[1]);
-            if constexpr (kLayer) sums[2] += g;
-            if constexpr (kShift) sums[3] += d;
-          }
+        for (int j = 0; j < kV; ++j) {
+          float g = __fmul_rn(vdy[j], w[j]);
+          if constexpr (kTwo) g = fmaf(vdy2[j], w2[j], g);
+          float d = kLayer ? vx[j] - around : vx[j];
+          if constexpr (kLayer && !kWhole) d = column + j < n ? d : 0.0f;
+          sums[0] = fmaf(d, d, sums[0]);
+          sums[1] = fmaf(g, d, sums[1]);
+          if constexpr (kLayer) sums[2] += g;
+          if constexpr (kShift) sums[3] += d;
         }
       }
     };
-    if (!kLayer || full) {
+    if (!kLayer || kPlain || n % kV == 0) {
       add_up.template operator()<true>();
-    } else {
+    } else if constexpr (kLayer && !kPlain) {
       add_up.template operator()<false>();
     }
     if constexpr (kLayer && !kShift) {
@@ -237,29 +236,28 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   if (team.blocks > 1) ptx::cluster_wait();
   constexpr int kUnderWay =
       kStages - 2 - (kLayer && !kShift);  // when the first pass needs its rows
-  ptx::cp_async_wait<kUnderWay>();
   float centre = 0.0f;
-  if constexpr (kShift) {
-    centre = centre_of_head(0);
-  } else if constexpr (kLayer) {
-    float sums[kValues] = {};
-    const float head = centre_of_head(0);
-    sums[3] = sum_of_row(0, head);
-    exchange.send(sums);
-    exchange.receive(sums);
-    centre = __fadd_rn(head, mean_of(sums[3]));
+  if (first < rows) {
+    ptx::cp_async_wait<kUnderWay>();
+    if constexpr (kShift) {
+      centre = centre_of_head(0);
+    } else if constexpr (kLayer) {
+      float sums[kValues] = {};
+      const float head = centre_of_head(0);
+      sums[3] = sum_of_row(0, head);
+      exchange.send(sums);
+      exchange.receive(sums);
+      centre = __fadd_rn(head, mean_of(sums[3]));
+    }
+    send_sums(0, 1, centre);
   }
-  send_sums(0, 1, centre);
-  int stage = 0;
-  // All teams take the same number of steps: the barriers are for everybody.
-  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x / team.blocks) * rows_per_block;
-       first < p.rows; first += stride, row += stride) {
+  for (int stage = 0; first < rows; stage = (stage + 1) % kStages, row += stride) {
     const auto later = [&](int steps) { return (stage + steps) % kStages; };
     fetch(later(kStages - 1));
     float sums[kValues];
     exchange.receive(sums);
 
-    const bool active = row < p.rows;
+    const bool active = row < rows;
     // Factors of 0 for a row that is none: with eps = 0 its zeros would make NaN, and NaN would
     // stay in the sums.
     float mean = 0.0f, rstd = 0.0f;
@@ -274,13 +272,14 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     }
     // d = rstd · g − rstd · mean(g) + slope · (x − mean), with slope = −rstd · rstd · mean(g · x̂).
     // Of one column that is 0, or for rms, where the terms cancel but for eps, single · rstd · g.
-    const bool lone = n == 1;
+    const bool lone = !kPlain && n == 1;
     rstd = !active || (kLayer && lone) ? 0.0f : rstd;
     const float mean_gx = mean_of(sums[1]) * rstd;  // mean(g · x̂)
     const float slope = !kLayer && lone ? 0.0f : -(mean_gx * rstd) * rstd;
     const float single = p.eps * rstd * rstd;
     const float shift = kLayer ? -mean_of(sums[2]) * rstd : 0.0f;
-    if (first + stride < p.rows) {
+    first += stride;
+    if (first < rows) {
       // After the barrier: warps whose row is there go on while others still wait for theirs.
       ptx::cp_async_wait<kUnderWay>();
       if constexpr (kShift) centre = centre_of_head(later(1));
@@ -296,30 +295,24 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     Pack<T> dx[kPacks], branch[kResidual == Residual::dropout ? kPacks : 1];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      float vx[kV], vdy[kV], d[kV];
-      [[maybe_unused]] float vdy2[kV];
+      float vx[kV], vdy[kV], w[kV], d[kV];
+      [[maybe_unused]] float vdy2[kV], w2[kTwo ? kV : 1];
       read(p.x, stage, 0, i, vx);
       read(p.dy, stage, 1, i, vdy);
       if constexpr (kTwo) read(p.dy2, stage, kDy2, i, vdy2);
+      weights(i, w, w2);
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        float w[4];
-        [[maybe_unused]] float w2[4];
-        weights(i, q, w, w2);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int c = 4 * q + j;
-          const float deviation = kLayer ? vx[c] - mean : vx[c];
-          const float scaled = vdy[c] * rstd;
-          dweight[i][c] = fmaf(scaled, deviation, dweight[i][c]);
-          if constexpr (kBias) dbias[i][c] += vdy[c];
-          d[c] = fmaf(deviation, slope, kLayer ? fmaf(scaled, w[j], shift) : scaled * w[j]);
-          if constexpr (kTwo) {
-            const float scaled2 = vdy2[c] * rstd;
-            dweight2[i][c] = fmaf(scaled2, deviation, dweight2[i][c]);
-            dbias2[i][c] += vdy2[c];
-            d[c] = fmaf(scaled2, w2[j], d[c]);
-          }
+      for (int j = 0; j < kV; ++j) {
+        const float deviation = kLayer ? vx[j] - mean : vx[j];
+        const float scaled = vdy[j] * rstd;
+        dweight[i][j] = fmaf(scaled, deviation, dweight[i][j]);
+        if constexpr (kBias) dbias[i][j] += vdy[j];
+        d[j] = fmaf(deviation, slope, kLayer ? fmaf(scaled, w[j], shift) : scaled * w[j]);
+        if constexpr (kTwo) {
+          const float scaled2 = vdy2[j] * rstd;
+          dweight2[i][j] = fmaf(scaled2, deviation, dweight2[i][j]);
+          dbias2[i][j] += vdy2[j];
+          d[j] = fmaf(scaled2, w2[j], d[j]);
         }
       }
       if (!kLayer && lone) {
@@ -342,70 +335,48 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
         branch[i] = p.dbranch.pack(d);
       }
     }
-    if (kPlain && plain && active) {
-      if constexpr (kPlain) p.dx.store_plain(gDx.at, column_of.first, dx);
-      gDx.next_plain();
-    } else {
-      if (p.dx.data) p.dx.store(gDx.at, column_of, columns, dx);
-      gDx.next(row + stride);
-    }
+    if (kPlain || p.dx.data) p.dx.template store<kPlain>(gDx.at, column_of, columns, dx);
+    gDx.next(row + stride);
     if constexpr (kResidual == Residual::dropout) {
       if (p.dbranch.data)
         p.dbranch.store(active ? p.dbranch.row(row) : nullptr, column_of, columns, branch);
     }
-    stage = later(1);
   }
 
   if (!p.partial) return;
-  float* const sSums = reinterpret_cast<float*>(sRing);  // [rows_per_block][columns]
-  const int columns = kPacks * team.threads * kV;
-  if (p.merge) ptx::cp_async_wait<0>();  // of rows beyond the last one, still on their way
+  // The sums of the block's teams meet in shared memory, in the ring's place: [teams][columns].
+  float* const sSums = reinterpret_cast<float*>(sRing);
+  const int columns = kPacks * team.threads * kV, begin_column = team.rank * columns;
+  const int teams = p.merge ? rows_per_block : 1;  // that are added up, in their order
+  ptx::cp_async_wait<0>();                         // of rows beyond the last one
   const auto put = [&](int which, const float (&sum)[kPacks][kV]) {
     if (which >= p.sums || (p.finished && !p.finish.to[which])) return;
-    float* const gPartial = p.partial + which * p.partial_rows * p.n;
-    if (p.merge) {  // the teams' sums meet in shared memory, and are added in their order
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-        for (int j = 0; j < kV; j += 4) {
-          reinterpret_cast<float4*>(sSums + threadIdx.x / team.threads * columns + column_of(i) +
-                                    j)[0] = {sum[i][j], sum[i][j + 1], sum[i][j + 2],
-                                             sum[i][j + 3]};
-        }
-      }
-      __syncthreads();
-      for (int column = threadIdx.x; column < n; column += kBlock) {
-        float total = 0.0f;
-        for (int other = 0; other < rows_per_block; ++other)
-          total += sSums[other * columns + column];
-        if (p.finished) {
-          tile::store_as(p.finish.to[which], p.finish.dtype[which], column, total);
-        } else {
-          gPartial[blockIdx.x * p.n + column] = total;
-        }
-      }
-      return;
-    }
-    if (slot >= stride) return;
+    __syncthreads();
+    float* const mine = sSums + threadIdx.x / team.threads * columns - begin_column;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const int column = column_of(i);
-      float* const to = gPartial + slot * p.n + column;
-      if (p.finished) {
-        within<kV>(column, n, [&](int j) {
-          tile::store_as(p.finish.to[which], p.finish.dtype[which], column + j, sum[i][j]);
-        });
-      } else if (p.n % 4 == 0) {
 #pragma unroll
-        for (int j = 0; j < kV; j += 4) {
-          if (column + j < n) {
-            *reinterpret_cast<float4*>(to + j) = {sum[i][j], sum[i][j + 1], sum[i][j + 2],
-                                                  sum[i][j + 3]};
-          }
-        }
-      } else {
-        within<kV>(column, n, [&](int j) { to[j] = sum[i][j]; });
+      for (int j = 0; j < kV; j += 4) {
+        *reinterpret_cast<float4*>(mine + column_of(i) + j) = {sum[i][j], sum[i][j + 1],
+                                                               sum[i][j + 2], sum[i][j + 3]};
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int at = 4 * threadIdx.x; at < rows_per_block / teams * columns; at += 4 * kBlock) {
+      float4 total = *reinterpret_cast<const float4*>(sSums + at);
+#pragma unroll 2
+      for (int other = 1; other < teams; ++other)
+        total = tile::add(total, *reinterpret_cast<const float4*>(sSums + other * columns + at));
+      const int column = begin_column + (at & (columns - 1));
+      const std::int64_t to_row = static_cast<std::int64_t>(blockIdx.x / team.blocks) *
+                                      (rows_per_block / teams) +
+                                  (at >> (31 - __clz(columns)));
+      if (p.finished) {
+        tile::store_as(p.finish.to[which], p.finish.dtype[which], column, n, total);
+      } else if (to_row < p.partial_rows) {
+        tile::store_as(p.partial + (which * p.partial_rows + to_row) * p.n, DType::f32, column, n,
+                       total);
       }
     }
   };

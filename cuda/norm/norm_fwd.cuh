@@ -125,7 +125,7 @@ __device__ __forceinline__ void within(Column column, Column n, F&& f) {
 }
 
 template <class T>
-constexpr DType dtype_of(T) {
+__host__ __device__ constexpr DType dtype_of(T) {
   return std::is_same_v<T, __half>          ? DType::f16
          : std::is_same_v<T, __nv_bfloat16> ? DType::bf16
                                             : DType::f32;
@@ -137,7 +137,7 @@ inline constexpr float kNothing = -0.0f;
 /// y = normal · (weight + offset) + bias for all packs of a thread. `normal(i, v)` gives the
 /// normalised values of pack i, `put(i, v)` takes the result. The vectors are read all at once
 /// where they have the types that most calls have.
-template <class T, int kPacks, bool kBias, class ColumnOf, class Normal, class Put>
+template <class T, int kPacks, bool kBias, bool kPlain, class ColumnOf, class Normal, class Put>
 __device__ __forceinline__ void affine(const ColumnView& weight, const ColumnView& bias,
                                        float offset, std::int64_t head, const ColumnOf& column_of,
                                        int n, const Normal& normal, const Put& put) {
@@ -163,12 +163,13 @@ __device__ __forceinline__ void affine(const ColumnView& weight, const ColumnVie
       put(i, v);
     }
   };
-  if (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype))) {
+  if (kPlain || (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype)))) {
     if (weight.dtype == DType::f32) return quick(float{});
     if constexpr (kV == 8) {
-      if (weight.dtype == dtype_of(T{})) return quick(T{});
+      if (kPlain || weight.dtype == dtype_of(T{})) return quick(T{});
     }
   }
+  if constexpr (kPlain) return;
   const float add = weight.data ? offset : 0.0f;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -240,7 +241,11 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
 /// Shared memory of norm_fwd_kernel: two exchanges.
 constexpr int fwd_bytes(int block) { return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, 1); }
 
-template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlockMax>
+/// kPlain: the rows of x, y, residual and h are whole, at one stride; there is a weight, of the type
+/// of the rows or f32, in packs, and a bias, if any, is like it and of layer norm; there is one
+/// output.
+template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlockMax,
+          bool kPlain>
 __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p) {
   constexpr int kV = kVector<T>, kSums = kForwardSums<T, kNorm>;
   constexpr bool kLayer = kNorm == NormKind::layer, kAdd = kResidual != Residual::none;
@@ -259,16 +264,17 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   ptx::grid_launch_next();
 
   Pack<T> x[kPacks], head[1];
-  const char* const gX = active ? p.x.row(row) : nullptr;
-  p.x.load(gX, column_of, columns, x);
-  if constexpr (kLayer) p.x.load(gX, first_column, columns, head);
+  const char* const gX = active ? p.x.template row<kPlain>(row) : nullptr;
+  p.x.template load<kPlain>(gX, column_of, columns, x);
+  if constexpr (kLayer) p.x.template load<kPlain>(gX, first_column, columns, head);
   const std::int64_t start = p.heads == 1 ? 0 : row % p.heads * p.n;  // of the head's vectors
   if constexpr (kAdd) {
     Pack<T> residual[kPacks] = {}, residual_head[1] = {};
     if (p.residual.data) {
-      const char* const gR = active ? p.residual.row(row) : nullptr;
-      p.residual.load(gR, column_of, columns, residual);
-      if constexpr (kLayer) p.residual.load(gR, first_column, columns, residual_head);
+      const char* const gR = active ? p.residual.template row<kPlain>(row) : nullptr;
+      p.residual.template load<kPlain>(gR, column_of, columns, residual);
+      if constexpr (kLayer)
+        p.residual.template load<kPlain>(gR, first_column, columns, residual_head);
     }
     const float rowscale =
         kResidual == Residual::dropout && active ? rowscale_of(p.rowscale, row) : 1.0f;
@@ -284,14 +290,17 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   if constexpr (kLayer) {
     float v[kV];
     source.unpack(head[0], v);
-    centre = head_mean<T>(v, n);
+    centre = head_mean<T>(v, kPlain ? kV : n);
   }
-  // A division may be a call, beyond which ptxas moves no load: multiplied with 1 / n, weight and
-  // bias would come early, in a third more registers.
-  const auto mean_of = [n](float sum) { return __fdiv_rn(sum, static_cast<float>(n)); };
-  const bool full = n == kPacks * team.threads * kV;
+  // A division may be a call, beyond which ptxas moves no load: weight and bias then come after the
+  // reduction, in a third less registers. Multiplied with 1 / n they come before it.
+  constexpr bool kEarly = !kLayer && kPacks == 4;
+  const auto mean_of = [n, &p](float sum) {
+    return kEarly ? __fmul_rn(sum, p.inverse_n) : __fdiv_rn(sum, static_cast<float>(n));
+  };
   float sums[kSums];  // the last of them: the squares
-  const auto add_up = [&]<bool kFull>() {
+  // kWhole: packs lie within the row or beyond it. Beyond it x is 0, not the centre.
+  const auto add_up = [&]<bool kWhole>() {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) sums[k] = 0.0f;
 #pragma unroll
@@ -299,10 +308,11 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
       float v[kV];
       if constexpr (kLayer) tile::keep_packed(x[i]);
       source.unpack(x[i], v);
+      const float around = kWhole && column_of(i) >= n ? 0.0f : centre;
 #pragma unroll
       for (int j = 0; j < kV; ++j) {
-        float d = kLayer ? v[j] - centre : v[j];
-        if constexpr (!kFull) d = column_of(i) + j < n ? d : 0.0f;  // there x is 0, not the centre
+        float d = kLayer ? v[j] - around : v[j];
+        if constexpr (kLayer && !kWhole) d = column_of(i) + j < n ? d : 0.0f;
         if constexpr (kLayer) sums[0] += d;
         sums[kSums - 1] = fmaf(d, d, sums[kSums - 1]);
       }
@@ -311,16 +321,17 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
     exchange.receive(sums);
   };
   const auto add_up_row = [&] {
-    if (!kLayer || full) {
+    if (!kLayer || kPlain || n % kV == 0) {
       add_up.template operator()<true>();
-    } else {
+    } else if constexpr (kLayer && !kPlain) {
       add_up.template operator()<false>();
     }
   };
   add_up_row();
   // Not before the exchange: h may be the residual, whose first pack the whole team has read by
   // now.
-  if constexpr (kAdd) p.h.store(active ? p.h.row(row) : nullptr, column_of, columns, x);
+  if constexpr (kAdd)
+    p.h.template store<kPlain>(active ? p.h.template row<kPlain>(row) : nullptr, column_of, columns, x);
   if constexpr (kLayer && !kShift) {  // now around the mean
     centre = __fadd_rn(centre, mean_of(sums[0]));
     add_up_row();
@@ -334,7 +345,7 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
     for (int j = 0; j < kV; ++j) v[j] = normalised<T, kNorm>(v[j], moments);
   };
   const auto each = [&](const ColumnView& weight, const ColumnView& bias, const auto& put) {
-    affine<T, kPacks, kLayer>(weight, bias, p.weight_offset, start, column_of, n, normal, put);
+    affine<T, kPacks, kLayer, kPlain>(weight, bias, p.weight_offset, start, column_of, n, normal, put);
   };
 
   if constexpr (kQuant) {
@@ -368,10 +379,10 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
                            const ColumnView& bias) {
       Pack<T> y[kPacks];
       each(weight, bias, [&](int i, const float (&v)[kV]) { y[i] = view.pack(v); });
-      view.store(view.row(row), column_of, n, y);
+      view.template store<kPlain>(view.template row<kPlain>(row), column_of, n, y);
     };
     write(p.y, p.weight, p.bias);
-    if constexpr (kAdd) {
+    if constexpr (kAdd && !kPlain) {
       if (p.y2.data) write(p.y2, p.weight2, p.bias2);
     }
   }

@@ -53,6 +53,24 @@ Backward<T> backward_params(const NormBwd& a) {
   return p;
 }
 
+/// Whether there is a plain kernel for a call: what norm_ring_kernel and norm_fwd_kernel say.
+template <class T, Residual kResidual, bool kQuant>
+inline constexpr bool kHasPlain =
+    !kQuant && kResidual != Residual::dropout && !std::is_same_v<T, tile::Mixed>;
+
+template <class T>
+bool has_plain_rows(const Forward<T>& p) {
+  const auto plain = [](const RowView<T>& rows) { return !rows.data || rows.plain(); };
+  return plain(p.x) && plain(p.y) && plain(p.residual) && plain(p.h) && !p.y2.data;
+}
+
+template <NormKind kNorm, class T>
+bool has_plain_vectors(const Forward<T>& p) {
+  const DType type = p.weight.dtype;
+  return p.weight.data && p.weight.whole && (type == DType::f32 || type == dtype_of(T{})) &&
+         (!p.bias.data || (kNorm == NormKind::layer && p.bias.whole && p.bias.dtype == type));
+}
+
 /// f.operator()<T>() with the element type of a kernel.
 template <class F>
 void dispatch_type(DType type, bool mixed, F&& f) {
@@ -72,10 +90,19 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
                          .block = plan.threads_per_block,
                          .shared = static_cast<std::size_t>(fwd_bytes(plan.threads_per_block)),
                          .overlap = true};
-      dispatch_ceil<2, 4, 8>(packs, [&]<int kPacks>() {
-        launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256>, shape, stream, p);
-      });
-      return;
+      const auto run = [&]<int kPacks>() {
+        if constexpr (kHasPlain<T, kResidual, kQuant>) {
+          if (has_plain_rows(p) && has_plain_vectors<kNorm>(p)) {
+            launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256, true>, shape, stream,
+                   p);
+            return;
+          }
+        }
+        launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256, false>, shape, stream, p);
+      };
+      // The packs that norm_plan gives.
+      if constexpr (kNorm == NormKind::rms) return dispatch_ceil<2, 4, 8>(packs, run);
+      return dispatch_ceil<4, 8>(packs, run);
     }
     const auto ring = [&]<int kBlock>() {
       const std::size_t shared =
@@ -83,7 +110,11 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
       const int limit =
           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device, args.op);
       if (shared > static_cast<std::size_t>(limit)) return launch_fwd_long(args, stream);
-      const auto kernel = norm_ring_kernel<T, kNorm, kResidual, kQuant, kBlock>;
+      auto kernel = norm_ring_kernel<T, kNorm, kResidual, kQuant, kBlock, false>;
+      if constexpr (kHasPlain<T, kResidual, kQuant>) {
+        if (has_plain_rows(p) && p.heads == 1)
+          kernel = norm_ring_kernel<T, kNorm, kResidual, kQuant, kBlock, true>;
+      }
       const std::int64_t most =
           resident_clusters(reinterpret_cast<const void*>(kernel), plan.blocks_per_row, kBlock,
                             shared, stream, args.op);
@@ -112,11 +143,19 @@ std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) 
     p.heads = split.heads, p.slots = split.slots, p.partial_rows = split.partial_rows;
     p.sums = split.sums;
     p.partial = split.sums > 0 ? static_cast<float*>(args.workspace) : nullptr;
-    p.merge = plan.rows_per_block > 1 && split.heads == 1;
-    const auto run = [&]<int kPacks, int kBlock, bool kInShared>() {
-      const auto kernel = norm_bwd_kernel<T, kPacks, kNorm, kResidual, kSums, kBlock, kInShared>;
-      const std::size_t shared = bwd_bytes<T, kPacks, kNorm, kSums, kBlock>(
-          plan.threads_per_row, plan.blocks_per_row, kResidual != Residual::none, kInShared);
+    p.merge = split.heads == 1;
+    const auto run = [&]<int kPacks, int kBlock, Weights kWeights, Weights kGeneral = kWeights>() {
+      constexpr bool kPlain = kHasPlain<T, kResidual, false> && kSums != Sums::two_outputs &&
+                              kWeights != Weights::cache;
+      const bool plain = kPlain && split.heads == 1 && p.rows >> 30 == 0 && p.dx.data && p.x.plain() &&
+                         p.dy.plain() && p.dx.plain() && (!p.dh.data || p.dh.plain());
+      auto kernel = norm_bwd_kernel<T, kPacks, kNorm, kResidual, kSums, kBlock, kGeneral, false>;
+      if constexpr (kPlain) {
+        if (plain)
+          kernel = norm_bwd_kernel<T, kPacks, kNorm, kResidual, kSums, kBlock, kWeights, true>;
+      }
+      const std::size_t shared = bwd_bytes<T, kPacks, kNorm, kSums, kBlock, kWeights>(
+          plan.threads_per_row, plan.blocks_per_row, kResidual != Residual::none);
       std::int64_t teams = split.teams;
       if (plan.blocks_per_row > 1) {
         teams = std::min(
@@ -136,17 +175,15 @@ std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) 
              stream, p);
     };
     const int packs = plan.elements_per_thread / kVector<T>;
-    if (packs == 2 && plan.threads_per_block == 256) return run.template operator()<2, 256, true>();
+    if (packs == 2 && plan.threads_per_block == 256)
+      return run.template operator()<2, 256, Weights::shared>();
     if constexpr (kSums != Sums::two_outputs) {
       if constexpr (kResidual == Residual::none) {
-        if (packs == 4 && plan.threads_per_block == 512)
-          return run.template operator()<4, 512, false>();
+        if (packs == 4 && split.own_weight)
+          return run.template operator()<4, 512, Weights::registers, Weights::cache>();
+        if (packs == 4) return run.template operator()<4, 512, Weights::cache>();
       }
-      if constexpr (kNorm == NormKind::rms) {
-        return run.template operator()<2, 512, true>();
-      } else {
-        return run.template operator()<4, 256, true>();
-      }
+      return run.template operator()<2, 512, Weights::shared>();
     }
   });
   return partial_rows;

@@ -65,6 +65,15 @@ struct Vectors {
     const float4 v = at[(pack * kQuads + q) * kBlock + threadIdx.x];
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
   }
+  __device__ __forceinline__ void pack(int pack, float (&out)[kVector<T>]) const {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      float v[4];
+      quad(pack, q, v);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[4 * q + j] = v[j];
+    }
+  }
 };
 
 /// The same in registers, which leaves the room to the ring.
@@ -100,7 +109,9 @@ constexpr std::size_t ring_bytes(int blocks, bool add, bool two) {
 template <int kBlock, Residual kResidual>
 inline constexpr int kRingBlocks = kResidual == Residual::none && kBlock == 256 ? 2 : 1;
 
-template <class T, NormKind kNorm, Residual kResidual, bool kQuant, int kBlock>
+/// kPlain: the rows of x, y, residual and h are whole, at one stride; the vectors have one head;
+/// there is one output.
+template <class T, NormKind kNorm, Residual kResidual, bool kQuant, int kBlock, bool kPlain>
 __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     norm_ring_kernel(const Forward<T> p) {
   constexpr int kV = kVector<T>, kQuads = kV / 4, kPacks = kRingPacks;
@@ -108,7 +119,6 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   constexpr int kOperands = 1 + kAdd;
   constexpr int kSums = kForwardSums<T, kNorm>;
   constexpr bool kShift = kShifted<T, kNorm>;
-  constexpr bool kPlain = !kAdd && !kQuant && !std::is_same_v<T, tile::Mixed>;
   extern __shared__ uint4 memory[];
   char* const shared = reinterpret_cast<char*>(memory);
   const int exchange_bytes = ring_exchange_bytes(kBlock, p.blocks);
@@ -117,7 +127,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   tile::Exchange<tile::Largest, 1> magnitudes(team, shared + exchange_bytes / 2);
   using Columns = Vectors<T, kPacks, kBlock>;
   using Biases = VectorsInRegisters<T, kPacks>;
-  const bool has_bias = p.bias.data || p.bias2.data, has_two = kAdd && p.y2.data;
+  const bool has_two = kAdd && !kPlain && p.y2.data;
   const Columns sWeight{reinterpret_cast<float4*>(shared + exchange_bytes)};
   const Columns sWeight2{sWeight.at + Columns::kCount};
   Biases bias, bias2;
@@ -128,7 +138,6 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   std::int64_t row = blockIdx.x / team.blocks;
   const tile::ThreadColumns<T, kPacks> column_of(
       kBlock, team.rank * kBlock + static_cast<int>(threadIdx.x), n);
-  const bool full = n == team.blocks * kPacks * kBlock * kV;
   const auto mean_of = [&p](float sum) { return __fmul_rn(sum, p.inverse_n); };
   ptx::grid_wait();
   ptx::grid_launch_next();
@@ -137,28 +146,17 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   const auto in_ring = [&](int stage, int operand) {
     return sRing + (stage * kOperands + operand) * kPacks * kBlock + threadIdx.x;
   };
-  tile::RowWalk<T> gX(p.x, row, stride), gY(p.y, row, stride);
+  tile::RowWalk<T, kPlain> gX(p.x, row, stride), gY(p.y, row, stride);
   std::int64_t ahead = row;  // the row to fetch next
-  // What nearly all calls have: constant offsets, constant strides.
-  bool plain = false;
-  if constexpr (kPlain) plain = column_of.packed && p.x.plain() && p.y.plain();
   const auto fetch = [&](int stage) {
-    if constexpr (kPlain) {
-      if (plain && ahead < p.rows) {
-        p.x.template load_async_plain<kPacks>(in_ring(stage, 0), kBlock, gX.at, column_of.first);
-        ptx::cp_async_commit();
-        ahead += stride;
-        gX.next_plain();
-        return;
-      }
-    }
     const int columns = ahead < p.rows ? n : 0;
-    p.x.template load_async<kPacks>(in_ring(stage, 0), kBlock, columns ? gX.at : p.x.data,
-                                    column_of, columns);
+    p.x.template load_async<kPacks, kPlain>(in_ring(stage, 0), kBlock, columns ? gX.at : p.x.data,
+                                            column_of, columns);
     if constexpr (kAdd) {
       if (p.residual.data) {
-        p.residual.template load_async<kPacks>(
-            in_ring(stage, 1), kBlock, p.residual.row(columns ? ahead : 0), column_of, columns);
+        p.residual.template load_async<kPacks, kPlain>(
+            in_ring(stage, 1), kBlock, p.residual.template row<kPlain>(columns ? ahead : 0),
+            column_of, columns);
       }
     }
     ptx::cp_async_commit();
@@ -171,13 +169,13 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   // vectors are read anew.
   const auto fill = [&](std::int64_t head) {
     sWeight.fill(p.weight, head, column_of, n, 1.0f, p.weight_offset);
-    if (has_bias) bias.fill(p.bias, head, column_of, n, kNothing, 0.0f);
+    bias.fill(p.bias, head, column_of, n, kNothing, 0.0f);
     if (has_two) {
       sWeight2.fill(p.weight2, head, column_of, n, 1.0f, p.weight_offset);
-      if (has_bias) bias2.fill(p.bias2, head, column_of, n, kNothing, 0.0f);
+      bias2.fill(p.bias2, head, column_of, n, kNothing, 0.0f);
     }
   };
-  if (p.heads == 1) fill(0);
+  if (kPlain || p.heads == 1) fill(0);
 
   const RowView<T>& source = kAdd ? p.h : p.x;  // whose type the ring has
   const auto read = [&](int stage, int i, float (&v)[kV]) {
@@ -194,7 +192,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
                                      rowscale);
       *at = h[i].bits;
     }
-    p.h.store(p.h.row(r), column_of, n, h);
+    p.h.template store<kPlain>(p.h.template row<kPlain>(r), column_of, n, h);
   };
   // The centre of a row's squares that is known without its sums: its first pack is read one row
   // ahead, and is there before this block sends anything that lets h take the residual's place.
@@ -204,9 +202,12 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   const auto load_head = [&](std::int64_t r) {
     if (r >= p.rows) return;
     const auto first_column = [](int) { return 0; };
-    p.x.load(p.x.row(r), first_column, n, head.x);
+    p.x.template load<kPlain>(p.x.template row<kPlain>(r), first_column, n, head.x);
     if constexpr (kAdd) {
-      if (p.residual.data) p.residual.load(p.residual.row(r), first_column, n, head.residual);
+      if (p.residual.data) {
+        p.residual.template load<kPlain>(p.residual.template row<kPlain>(r), first_column, n,
+                                         head.residual);
+      }
     }
   };
   const auto centre_of_head = [&](std::int64_t r) {
@@ -219,30 +220,32 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     } else {
       source.unpack(head.x[0], v);
     }
-    centre = head_mean<T>(v, n);
+    centre = head_mean<T>(v, kPlain ? kV : n);
     asm volatile("" : "+f"(centre));
     return centre;
   };
   const auto send_sums = [&](int stage, float centre) {
     float sums[kSums] = {};  // the last of them: the squares
-    const auto add_up = [&]<bool kFull>() {
+    // kWhole: packs lie within the row or beyond it. Beyond it x is 0, not the centre.
+    const auto add_up = [&]<bool kWhole>() {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         float v[kV];
         read(stage, i, v);
-        const int column = kFull ? 0 : tile::opaque(column_of(i));
+        const int column = tile::opaque(column_of(i));
+        const float around = kWhole && column >= n ? 0.0f : centre;
 #pragma unroll
         for (int j = 0; j < kV; ++j) {
-          float d = kLayer ? v[j] - centre : v[j];
-          if constexpr (!kFull) d = column + j < n ? d : 0.0f;  // there x is 0, not the centre
+          float d = kLayer ? v[j] - around : v[j];
+          if constexpr (kLayer && !kWhole) d = column + j < n ? d : 0.0f;
           if constexpr (kLayer) sums[0] += d;
           sums[kSums - 1] = fmaf(d, d, sums[kSums - 1]);
         }
       }
     };
-    if (!kLayer || full) {
+    if (!kLayer || kPlain || n % kV == 0) {
       add_up.template operator()<true>();
-    } else {
+    } else if constexpr (kLayer && !kPlain) {
       add_up.template operator()<false>();
     }
     exchange.send(sums);
@@ -255,6 +258,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     if constexpr (kLayer) {
       centre = next_centre;
       next_centre = centre_of_head(r + stride);
+      load_head(r + 2 * stride);
     }
     if constexpr (kLayer && !kShift) {  // to the mean
       float sums[kSums];
@@ -284,7 +288,6 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   int stage = 0;
   for (; row < p.rows; row += stride) {
     fetch(stage == 0 ? kRingStages - 1 : stage - 1);
-    if constexpr (kLayer) load_head(row + 2 * stride);
     const int next = stage == kRingStages - 1 ? 0 : stage + 1;
     float sums[kSums];
     exchange.receive(sums);
@@ -295,14 +298,14 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
       centre = begin(row + stride, next);
     }
 
-    if (p.heads > 1) fill(row % p.heads * p.n);
+    if (!kPlain && p.heads > 1) fill(row % p.heads * p.n);
     const auto value = [&](int i, const Columns& weight, const Biases& bias, float (&v)[kV]) {
       read(stage, i, v);
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
-        float w[4], b[4] = {kNothing, kNothing, kNothing, kNothing};
+        float w[4], b[4];
         weight.quad(i, q, w);
-        if (has_bias) bias.quad(i, q, b);
+        bias.quad(i, q, b);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           v[4 * q + j] = fmaf(normalised<T, kNorm>(v[4 * q + j], moments), w[j], b[j]);
@@ -344,10 +347,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
           value(i, weight, bias, v);
           y[i] = view.pack(v);
         }
-        if constexpr (kPlain) {
-          if (plain) return view.store_plain(to, column_of.first, y);
-        }
-        view.store(to, column_of, n, y);
+        view.template store<kPlain>(to, column_of, n, y);
       };
       write(p.y, gY.at, sWeight, bias);
       if (has_two) write(p.y2, p.y2.row(row), sWeight2, bias2);

@@ -58,6 +58,25 @@ __device__ __forceinline__ void store_as(void* to, DType dtype, std::int64_t at,
   }
 }
 
+/// Columns column to column + 3 of a dense vector of n, those within it; `column` is a multiple of
+/// four.
+__device__ __forceinline__ void store_as(void* to, DType dtype, std::int64_t column, std::int64_t n,
+                                         const float4& v) {
+  if (dtype == DType::f32 && n % 4 == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
+    if (column < n) *reinterpret_cast<float4*>(static_cast<float*>(to) + column) = v;
+    return;
+  }
+  const float values[] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (column + j < n) store_as(to, dtype, column + j, values[j]);
+  }
+}
+
+__device__ __forceinline__ float4 add(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
 __device__ __forceinline__ float2 unpack_pair(std::uint32_t word, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
@@ -159,6 +178,10 @@ struct Mixed {};
 template <>
 inline constexpr int kVector<Mixed> = 4;
 
+/// The type with as many elements in 16 bytes.
+template <class T>
+using Own = std::conditional_t<std::is_same_v<T, Mixed>, float, T>;
+
 /// The columns of a thread, `index` of `threads` that share a row: the kPacks packs of a warp lie
 /// side by side, those of a thread a warp apart. The offsets of a thread's packs are constants
 /// where a warp has one row, and all of its packs lie within the row: `packed`.
@@ -198,29 +221,31 @@ struct RowView {
   DType dtype;
   bool whole;  // every row may be accessed in packs
 
+  template <bool kPlain = false>
   __device__ __forceinline__ char* row(std::int64_t r) const {
-    if (inner == 0) return data + r * inner_stride;
+    if (kPlain || inner == 0) return data + r * inner_stride;
     const std::uint32_t r32 = static_cast<std::uint32_t>(r), outer = r32 / inner;
     return data + outer * outer_stride + (r32 - outer * inner) * inner_stride;
   }
 
-  /// Rows follow one another at one stride and may be accessed in packs.
-  __device__ __forceinline__ bool plain() const { return whole && inner == 0; }
+  /// Rows follow one another at one stride and may be accessed in packs. Functions with kWhole or
+  /// kPlain know it at compile time.
+  __host__ __device__ __forceinline__ bool plain() const { return whole && inner == 0; }
 
-  template <int kPacks, class ColumnOf>
+  template <bool kWhole = false, int kPacks, class ColumnOf>
   __device__ __forceinline__ void load(const char* row, const ColumnOf& column_of, int n,
                                        Pack<T> (&out)[kPacks]) const {
     typed([&]<class S>(S) {
       const S* const from = reinterpret_cast<const S*>(row);
-      if (whole && n > 0 && is_packed(column_of)) {
+      if ((kWhole || whole) && n > 0 && is_packed(column_of)) {
         const S* const first = from + column_of(0);
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) out[i].bits = load_whole(first + i * kApart, true);
-      } else if (whole) {
+      } else if (kWhole || whole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i)
           out[i].bits = load_whole(from + column_of(i), column_of(i) < n);
-      } else {
+      } else if constexpr (!kWhole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) out[i].bits = load_each(from, opaque(column_of(i)), n);
       }
@@ -228,39 +253,24 @@ struct RowView {
   }
 
   /// The same into shared memory, without waiting for it if the rows are `whole`. For the calling
-  /// thread's own use, after cp_async_wait; pack i goes to shared + i * step. `load_async_plain` is
-  /// for rows that are plain() and columns that are `packed`, of T's own type.
-  template <int kPacks>
-  static __device__ __forceinline__ void load_async_plain(uint4* shared, int step, const char* row,
-                                                          int first_column) {
-    const T* const from = reinterpret_cast<const T*>(row) + first_column;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) fetch_whole(shared + i * step, from + i * kApart, true);
-  }
-  template <int kPacks>
-  static __device__ __forceinline__ void store_plain(char* row, int first_column,
-                                                     const Pack<T> (&values)[kPacks]) {
-    T* const to = reinterpret_cast<T*>(row) + first_column;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) store_whole(to + i * kApart, values[i].bits);
-  }
-
-  template <int kPacks, class ColumnOf>
+  /// thread's own use, after cp_async_wait; pack i goes to shared + i * step.
+  template <int kPacks, bool kWhole = false, class ColumnOf>
   __device__ __forceinline__ void load_async(uint4* shared, int step, const char* row,
                                              const ColumnOf& column_of, int n) const {
     typed([&]<class S>(S) {
       const S* const from = reinterpret_cast<const S*>(row);
-      if (whole && n > 0 && is_packed(column_of)) {
+      if ((kWhole || whole) && n > 0 && is_packed(column_of)) {
         const S* const first = from + column_of(0);
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) fetch_whole(shared + i * step, first + i * kApart, true);
-      } else if (whole) {
+      } else if (kWhole || whole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
-          const bool inside = column_of(i) < n;
-          fetch_whole(shared + i * step, from + (inside ? column_of(i) : 0), inside);
+          const int column = opaque(column_of(i));
+          const bool inside = column < n;
+          fetch_whole(shared + i * step, from + (inside ? column : 0), inside);
         }
-      } else {
+      } else if constexpr (!kWhole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
           shared[i * step] = load_each(from, opaque(column_of(i)), n);
@@ -291,21 +301,22 @@ struct RowView {
     });
   }
 
-  template <int kPacks, class ColumnOf>
+  template <bool kWhole = false, int kPacks, class ColumnOf>
   __device__ __forceinline__ void store(char* row, const ColumnOf& column_of, int n,
                                         const Pack<T> (&values)[kPacks]) const {
     typed([&]<class S>(S) {
       S* const to = reinterpret_cast<S*>(row);
-      if (whole && n > 0 && is_packed(column_of)) {
+      if ((kWhole || whole) && n > 0 && is_packed(column_of)) {
         S* const first = to + column_of(0);
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) store_whole(first + i * kApart, values[i].bits);
-      } else if (whole) {
+      } else if (kWhole || whole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
-          if (column_of(i) < n) store_whole(to + column_of(i), values[i].bits);
+          const int column = opaque(column_of(i));
+          if (column < n) store_whole(to + column, values[i].bits);
         }
-      } else {
+      } else if constexpr (!kWhole) {
 #pragma unroll
         for (int i = 0; i < kPacks; ++i) {
           float v[kVector<T>];
@@ -377,25 +388,25 @@ struct RowView {
   }
 };
 
-/// The rows a thread visits: `first`, then every `step` rows on.
-template <class T>
+/// The rows a thread visits: `first`, then every `step` rows on. kPlain: the rows are plain().
+template <class T, bool kPlain = false>
 struct RowWalk {
   const RowView<T>& view;
   std::int64_t step;
   char* at;
 
   __device__ __forceinline__ RowWalk(const RowView<T>& rows, std::int64_t first, std::int64_t step_)
-      : view(rows), step(rows.inner ? step_ : step_ * rows.inner_stride), at(rows.row(first)) {}
+      : view(rows),
+        step(!kPlain && rows.inner ? step_ : step_ * rows.inner_stride),
+        at(rows.template row<kPlain>(first)) {}
   /// On to `row`, the next one.
   __device__ __forceinline__ void next(std::int64_t row) {
-    if (view.inner == 0) {
-      next_plain();
+    if (kPlain || view.inner == 0) {
+      at += step;
     } else {
       at = view.row(row);
     }
   }
-  /// The same for rows that are plain().
-  __device__ __forceinline__ void next_plain() { at += step; }
 };
 
 /// The rows of `t` for a kernel of T; nothing if `t` is not given.

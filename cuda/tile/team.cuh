@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "ptx/barrier.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace fastkern::tile {
@@ -67,9 +68,13 @@ __device__ __forceinline__ std::uint32_t warp_reduce(const std::uint32_t (&value
 
 /// Sums, or other reductions, over the threads of a team, in two steps: send() gives this thread's
 /// values, receive() takes the team's. What is done in between hides the way there and back. All
-/// threads of the block, or of the cluster, make the same calls; receive() is one barrier, none
-/// where a team lies within a warp. After each send() comes its receive() before the next.
-template <class Op, int kValues>
+/// threads of the block, or of the cluster, make the same calls; receive() is one barrier of
+/// the team, none where it lies within a warp. After each send() comes its receive() before the next.
+///
+/// kApart: each team of a block waits for itself alone, so that one computes while another waits.
+/// But a kernel that numbers its barriers at run time has all 16 of a block, and a multiprocessor
+/// runs no more than four such blocks: for kernels of few, large blocks.
+template <class Op, int kValues, bool kApart = false>
 class Exchange {
  public:
   static constexpr int kShare = 32 / kValues;  // lanes of a value in a warp
@@ -77,20 +82,22 @@ class Exchange {
   /// Shared memory: a multiple of 128, for what lies behind it. Rings that do not begin on 128
   /// bytes cost backward 8 % of its speed.
   static constexpr int bytes(int block, int cluster) {
-    return (16 + 2 * ((block / 32 * cluster * kValues * 4 + 15) / 16 * 16) + 127) / 128 * 128;
+    const int own = block / 32 * kValues * 4;
+    return (32 + (cluster == 1 ? 2 * own : own + 2 * cluster * kValues * 4) + 127) / 128 * 128;
   }
 
   /// Followed by a cluster barrier if team.blocks > 1.
   __device__ __forceinline__ Exchange(const Team& team, void* shared)
       : team_(team),
         barriers_(static_cast<std::uint64_t*>(shared)),
-        scratch_(static_cast<std::uint32_t*>(shared) + 4),
-        words_((static_cast<int>(blockDim.x) / 32 * team.blocks * kValues + 3) / 4 * 4) {
+        scratch_(static_cast<std::uint32_t*>(shared) + 8),
+        words_(static_cast<int>(blockDim.x) / 32 * kValues) {
     if (team_.blocks > 1 && threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
         ptx::mbarrier_init(barriers_ + i, 1);
         ptx::mbarrier_expect(barriers_ + i, tx_bytes());
       }
+      ptx::mbarrier_init(barriers_ + 2, blockDim.x / 32);
       ptx::mbarrier_init_fence();
     }
   }
@@ -106,17 +113,21 @@ class Exchange {
     }
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const std::uint32_t mine = warp_reduce<Op>(v, lane);
-    std::uint32_t* const scratch = scratch_ + (turn_ & 1) * words_;
-    if (team_.blocks == 1) {
-      if (lane % kShare == 0) scratch[warp * kValues + lane / kShare] = mine;
-    } else {  // every warp tells every block
+    // Word w holds value w % kValues of warp w / kValues.
+    std::uint32_t* const scratch = scratch_ + (team_.blocks == 1 ? (turn_ & 1) * words_ : 0);
+    if (lane % kShare == 0) scratch[warp * kValues + lane / kShare] = mine;
+    if (team_.blocks == 1) return;
+    // One warp, each in its turn, adds up the block's and tells every block.
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_expect(barriers_ + 2, 0);
+    if (warp != (turn_ & (warps - 1))) return;
+    wait(barriers_ + 2, turn_ & 1);
+    const std::uint32_t total = sum_of(scratch, words_, lane);
 #pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        const std::uint32_t value = __shfl_sync(0xffffffffu, mine, i * kShare);
-        if (lane < team_.blocks) {
-          ptx::st_async(scratch + (team_.rank * warps + warp) * kValues + i, value,
-                        barriers_ + (turn_ & 1), lane);
-        }
+    for (int i = 0; i < kValues; ++i) {
+      const std::uint32_t value = __shfl_sync(0xffffffffu, total, i);
+      if (lane < team_.blocks) {
+        ptx::st_async(arrived() + team_.rank * kValues + i, value, barriers_ + (turn_ & 1), lane);
       }
     }
   }
@@ -128,27 +139,19 @@ class Exchange {
       return;
     }
     const int lane = threadIdx.x % 32, row_warps = team_.threads / 32;
-    // Word w holds value w % kValues of warp w / kValues.
-    const std::uint32_t* const scratch = scratch_ + (turn_ & 1) * words_ + lane;
-    std::uint32_t total = Op::kIdentity;
+    std::uint32_t total = 0;
     if (team_.blocks == 1) {
       const int first = threadIdx.x / 32 & ~(row_warps - 1);
-      __syncthreads();
-#pragma unroll
-      for (int word = 0; word < kMaxWarps * kValues; word += 32) {
-        if (word + lane < row_warps * kValues)
-          total = Op::apply(total, scratch[first * kValues + word]);
+      if constexpr (kApart) {
+        ptx::bar_sync(1 + first, team_.threads);
+      } else {
+        __syncthreads();
       }
+      total = sum_of(scratch_ + (turn_ & 1) * words_ + first * kValues, row_warps * kValues, lane);
     } else {
-      std::uint64_t* const barrier = barriers_ + (turn_ & 1);
-      while (!ptx::mbarrier_try_wait(barrier, turn_ >> 1 & 1)) {
-      }
-      for (int word = 0; word + lane < row_warps * team_.blocks * kValues; word += 32)
-        total = Op::apply(total, scratch[word]);
+      wait(barriers_ + (turn_ & 1), turn_ >> 1 & 1);
+      total = sum_of(arrived(), team_.blocks * kValues, lane);
     }
-#pragma unroll
-    for (int offset = 16; offset >= kValues; offset /= 2)
-      total = Op::apply(total, __shfl_xor_sync(0xffffffffu, total, offset));
 #pragma unroll
     for (int i = 0; i < kValues; ++i)
       values[i] = __uint_as_float(kValues == 1 ? total : __shfl_sync(0xffffffffu, total, i));
@@ -160,16 +163,37 @@ class Exchange {
   }
 
  private:
-  static constexpr int kMaxWarps = 16;  // of a team within one block
+  static constexpr int kMost = 16;  // warps of a team within one block, blocks of a cluster
 
-  __device__ __forceinline__ std::uint32_t tx_bytes() const {
-    return blockDim.x / 32 * team_.blocks * kValues * 4;
+  /// Of `count` words, a multiple of kValues: value i ends in lane i, and in those kValues apart.
+  static __device__ __forceinline__ std::uint32_t sum_of(const std::uint32_t* words, int count,
+                                                         int lane) {
+    std::uint32_t total = Op::kIdentity;
+#pragma unroll
+    for (int word = 0; word < kMost * kValues; word += 32) {
+      if (word + lane < count) total = Op::apply(total, words[word + lane]);
+    }
+#pragma unroll
+    for (int offset = 16; offset >= kValues; offset /= 2)
+      total = Op::apply(total, __shfl_xor_sync(0xffffffffu, total, offset));
+    return total;
   }
 
+  static __device__ __forceinline__ void wait(std::uint64_t* barrier, int parity) {
+    while (!ptx::mbarrier_try_wait(barrier, parity)) {
+    }
+  }
+
+  /// What the blocks of the cluster have sent in this turn.
+  __device__ __forceinline__ std::uint32_t* arrived() const {
+    return scratch_ + words_ + (turn_ & 1) * team_.blocks * kValues;
+  }
+  __device__ __forceinline__ std::uint32_t tx_bytes() const { return team_.blocks * kValues * 4; }
+
   Team team_;
-  std::uint64_t* barriers_;
+  std::uint64_t* barriers_;  // of the two halves of what arrives; of the block's own words
   std::uint32_t* scratch_;
-  int words_;     // of half the scratch
+  int words_;     // of the block's warps
   int turn_ = 0;  // its lowest bit: which half; the next: the parity
   std::uint32_t kept_[kValues] = {};
 };

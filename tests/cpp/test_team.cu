@@ -51,18 +51,30 @@ float butterfly(std::vector<float> values) {
   return values[0];
 }
 
-/// Of one value over the threads of a team: within warps, then over the warps' results, of which a
-/// lane first takes those `share` apart.
+/// A lane first takes those `share` apart.
 template <class Op>
-float reduced(const std::vector<float>& values, int share) {
-  if (values.size() <= 32) return butterfly<Op>(values);
+float over_lanes(const std::vector<float>& values, int share) {
   std::vector<float> lanes(share, 0.0f);
-  int warp = 0;
-  for (auto first = values.begin(); first != values.end(); first += 32, ++warp) {
-    float& lane = lanes[warp % share];
-    lane = apply<Op>(lane, butterfly<Op>({first, first + 32}));
-  }
+  for (std::size_t i = 0; i < values.size(); ++i)
+    lanes[i % share] = apply<Op>(lanes[i % share], values[i]);
   return butterfly<Op>(lanes);
+}
+
+/// Of one value over the threads of a team: within warps, then over the warps of a block, then over
+/// the blocks.
+template <class Op>
+float reduced(const std::vector<float>& values, int blocks, int share) {
+  if (values.size() <= 32) return butterfly<Op>(values);
+  std::vector<float> of_blocks;
+  const std::size_t block = values.size() / blocks;
+  for (std::size_t first = 0; first < values.size(); first += block) {
+    std::vector<float> of_warps;
+    for (std::size_t warp = first; warp < first + block; warp += 32)
+      of_warps.push_back(
+          butterfly<Op>({values.begin() + warp, values.begin() + std::min(warp + 32, first + block)}));
+    of_blocks.push_back(over_lanes<Op>(of_warps, share));
+  }
+  return blocks == 1 ? of_blocks[0] : over_lanes<Op>(of_blocks, share);
 }
 
 // ---- warps --------------------------------------------------------------------------------------
@@ -123,12 +135,12 @@ TEST_F(Teams, GroupsOfLanesReduce) {
 // ---- exchanges ----------------------------------------------------------------------------------
 
 /// [turn][value][thread of the grid] in and out. `delay`: warps take turns at being late.
-template <class Op, int kValues>
+template <class Op, int kValues, bool kApart>
 __global__ void exchange_kernel(const float* in, float* out, int threads, int blocks, int turns,
                                 int delay) {
   extern __shared__ uint4 memory[];
   const tile::Team team{threads, blocks, blocks > 1 ? static_cast<int>(ptx::cluster_rank()) : 0};
-  tile::Exchange<Op, kValues> exchange(team, memory);
+  tile::Exchange<Op, kValues, kApart> exchange(team, memory);
   if (blocks > 1) {
     ptx::cluster_arrive();
     ptx::cluster_wait();
@@ -151,7 +163,7 @@ struct Shape {
   int threads, block, blocks, grid;
 };
 
-template <class Op, int kValues>
+template <class Op, int kValues, bool kApart>
 void expect_exchange(const Shape& shape, std::vector<float> values, int turns, int delay) {
   const std::size_t all = static_cast<std::size_t>(shape.grid) * shape.block;
   const std::size_t team = static_cast<std::size_t>(shape.threads) * shape.blocks;
@@ -159,7 +171,7 @@ void expect_exchange(const Shape& shape, std::vector<float> values, int turns, i
   const int bytes = Exchange::bytes(shape.block, shape.blocks);
   ASSERT_EQ(bytes % 128, 0);
   const DeviceArray<float> in(values), out(values.size(), -7.0f);
-  cuda::launch(exchange_kernel<Op, kValues>,
+  cuda::launch(exchange_kernel<Op, kValues, kApart>,
                {.op = "test",
                 .grid = shape.grid,
                 .block = shape.block,
@@ -170,7 +182,8 @@ void expect_exchange(const Shape& shape, std::vector<float> values, int turns, i
   const std::vector<float> found = out.download();
   for (std::size_t first = 0; first < values.size(); first += team) {
     const float expected =
-        reduced<Op>({values.begin() + first, values.begin() + first + team}, Exchange::kShare);
+        reduced<Op>({values.begin() + first, values.begin() + first + team}, shape.blocks,
+                    Exchange::kShare);
     for (std::size_t i = first; i < first + team; ++i) {
       ASSERT_EQ(std::bit_cast<std::uint32_t>(found[i]), std::bit_cast<std::uint32_t>(expected))
           << "turn " << i / all / kValues << ", value " << i / all % kValues << ", thread "
@@ -190,7 +203,8 @@ void expect_exchanges(const Shape& shape) {
     for (float& v : values) v = std::abs(v);
   }
   for (const int delay : {0, 2000}) {
-    expect_exchange<Op, kValues>(shape, values, kTurns, delay);
+    expect_exchange<Op, kValues, false>(shape, values, kTurns, delay);
+    expect_exchange<Op, kValues, true>(shape, values, kTurns, delay);
     if (testing::Test::HasFailure()) return;
   }
 }
@@ -236,7 +250,7 @@ TEST_F(Teams, TheLargestIsNanIfAnyIs) {
       values[turn * all + turn * 37 % all] = infinity;
       if (turn % 2 == 1) values[turn * all + turn * 53 % all] = std::nanf("");
     }
-    expect_exchange<tile::Largest, 1>(shape, values, turns, 0);
+    expect_exchange<tile::Largest, 1, false>(shape, values, turns, 0);
   }
 }
 
@@ -250,7 +264,7 @@ TEST_F(Teams, ManyTurnsStayInStep) {
   for (const Shape& shape : shapes) {
     std::vector<float> values(static_cast<std::size_t>(kTurns) * shape.grid * shape.block);
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 7919 % 1009);
-    for (const int delay : {0, 300}) expect_exchange<tile::Sum, 1>(shape, values, kTurns, delay);
+    for (const int delay : {0, 300}) expect_exchange<tile::Sum, 1, false>(shape, values, kTurns, delay);
   }
 }
 

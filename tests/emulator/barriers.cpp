@@ -71,6 +71,22 @@ void block_barrier() {
   sleep("__syncthreads");
 }
 
+void block_barrier(int id, int threads) {
+  Thread& thread = self();
+  if (id < 1 || id > 15 || threads % 32 != 0) fault("bar.sync %d, %d", id, threads);
+  std::vector<int>& waiting = own_block().named[id];
+  if (!waiting.empty() && own_block().named_threads[id] != threads)
+    fault("bar.sync %d with %d and with %d threads", id, own_block().named_threads[id], threads);
+  own_block().named_threads[id] = threads;
+  if (static_cast<int>(waiting.size()) + 1 == threads) {
+    wake_all(waiting);
+    may_switch();
+    return;
+  }
+  waiting.push_back(thread.index);
+  sleep("bar.sync");
+}
+
 void check_cluster_barrier() {
   if (state.cluster_arrived != state.live || state.live == 0) return;
   ++state.cluster_phase;

@@ -94,6 +94,7 @@ T& static_shared(Lambda) {
 }
 
 void block_barrier();
+void block_barrier(int id, int threads);
 void warp_barrier(unsigned mask);
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source);
 void cluster_arrive();

@@ -46,6 +46,8 @@ struct Block {
   char* fixed = nullptr;  // static shared memory
   int live = 0;           // threads that have not ended
   std::vector<int> waiting;
+  std::vector<int> named[16];  // who waits in bar.sync, by its number
+  int named_threads[16] = {};
   std::vector<std::vector<Meeting>> warps;
 };
 

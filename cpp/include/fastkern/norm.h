@@ -103,8 +103,9 @@ constexpr std::int64_t row_vectors(std::int64_t n, DType dtype) {
 constexpr Plan norm_plan(NormKind kind, std::int64_t n, DType dtype, bool clusters = true) {
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = row_vectors(n, dtype);
-  if (vectors <= 8 * 256) {
-    const int packs = vectors > 4 * 256 ? 8 : kind == NormKind::rms && vectors <= 128 ? 2 : 4;
+  const bool layer = kind == NormKind::layer, ring = layer && clusters && size_of(dtype) == 2;
+  if (vectors <= (ring ? 4 : 8) * 256) {
+    const int packs = vectors > 4 * 256 ? 8 : layer || vectors > 512 ? 4 : 2;
     const int row = std::max(2, row_threads(vectors, packs)), block = std::max(128, row);
     return {.kernel = "norm_fwd_kernel",
             .threads_per_block = block,
@@ -128,26 +129,30 @@ constexpr Plan norm_plan(NormKind kind, std::int64_t n, DType dtype, bool cluste
 }
 
 /// `two`: of two outputs. `shared_limit`: bytes of shared memory that a block may have; the default
-/// is what compute capability 9.0 gives. `add`: with the gradient of h.
+/// is what compute capability 9.0 gives. `add`: with the gradient of h. `own`: a weight of the type
+/// of the rows, without an offset, one for all heads: it needs no shared memory.
 constexpr Plan norm_bwd_plan(NormKind kind, std::int64_t n, DType dtype, bool clusters = true,
                              std::int64_t shared_limit = 227 * 1024, bool add = false,
-                             bool two = false) {
+                             bool two = false, bool own = true) {
   struct Shape {
-    int packs, block, blocks_per_sm;
-    bool weights_in_shared;
+    int packs, block, most_blocks, blocks_per_sm;
+    bool weights_in_shared, any_weight;
   };
-  const Shape wide = kind == NormKind::rms ? Shape{2, 512, 1, true} : Shape{4, 256, 1, true};
-  const Shape shapes[] = {wide, {2, 256, 2, true}, {4, 512, 1, false}};
+  constexpr Shape shapes[] = {{2, 512, 1, 1, true, true},
+                              {4, 512, 16, 1, false, false},
+                              {2, 512, 16, 1, true, true},
+                              {2, 256, 16, 2, true, true},
+                              {4, 512, 16, 1, false, true}};
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = row_vectors(n, dtype);
   const int stages = kind == NormKind::layer && size_of(dtype) == 4 ? 4 : 3;
   for (const Shape& shape : shapes) {
     if (two != (shape.block == 256 && shape.packs == 2) && two) continue;
-    if (!shape.weights_in_shared && add) continue;
+    if (!shape.weights_in_shared && (add || !(own || shape.any_weight))) continue;
     const std::int64_t threads = row_threads(vectors, shape.packs);
     const int blocks = std::max<int>(1, static_cast<int>(threads / shape.block));
-    if (blocks > (clusters ? 16 : 1)) continue;
-    const std::int64_t small = 2048 + 512LL * blocks;  // exchanges, at most
+    if (blocks > (clusters ? shape.most_blocks : 1)) continue;
+    const std::int64_t small = 2048 + 64LL * blocks;  // exchanges, at most
     const std::int64_t ring = 16LL * stages * (2 + add + two) * shape.packs * shape.block;
     const std::int64_t weights =
         shape.weights_in_shared ? 4LL * (1 + two) * shape.packs * vector * shape.block : 0;

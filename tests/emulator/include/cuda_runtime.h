@@ -40,6 +40,7 @@ inline dim3& blockDim = emulator::block_size;
 inline dim3& gridDim = emulator::grid_size;
 
 inline void __syncthreads() { emulator::block_barrier(); }
+inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mask); }
 
 template <class T>
