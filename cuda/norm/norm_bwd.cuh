@@ -98,6 +98,8 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   // The first row of the warp, whose teams take the same number of steps. None: an idle team.
   Row first = slot_of(threadIdx.x & ~31);
   first = first < stride ? first : rows;
+  // Warps beyond the end of the row add nothing to its sums.
+  const bool beyond = team.threads >= 32 && column_of.first - lane % 32 * kV >= n;
   if (team.blocks > 1) ptx::cluster_arrive();
   const auto mean_of = [&p](float sum) { return __fmul_rn(sum, p.inverse_n); };
   ptx::grid_wait();
@@ -117,18 +119,20 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
       view.template load_async<kPacks, kPlain>(in_ring(stage, operand), kBlock,
                                                columns ? at : view.data, column_of, columns);
     };
-    bring(p.x, gX.at, 0);
-    if constexpr (kLayer) {
-      if (head_in_ring && threadIdx.x % 32 == 0) {
-        p.x.template load_async<1, kPlain>(
-            sHeads + stage * (kBlock / 32), 0, columns ? gX.at : p.x.data, [](int) { return 0; },
-            columns);
+    if (!beyond) {
+      bring(p.x, gX.at, 0);
+      if constexpr (kLayer) {
+        if (head_in_ring && threadIdx.x % 32 == 0) {
+          p.x.template load_async<1, kPlain>(
+              sHeads + stage * (kBlock / 32), 0, columns ? gX.at : p.x.data, [](int) { return 0; },
+              columns);
+        }
       }
-    }
-    bring(p.dy, gDy.at, 1);
-    if constexpr (kTwo) bring(p.dy2, p.dy2.row(columns ? ahead : 0), kDy2);
-    if constexpr (kAdd) {
-      if (p.dh.data) bring(p.dh, p.dh.template row<kPlain>(columns ? ahead : 0), kDh);
+      bring(p.dy, gDy.at, 1);
+      if constexpr (kTwo) bring(p.dy2, p.dy2.row(columns ? ahead : 0), kDy2);
+      if constexpr (kAdd) {
+        if (p.dh.data) bring(p.dh, p.dh.template row<kPlain>(columns ? ahead : 0), kDh);
+      }
     }
     ptx::cp_async_commit();
     ahead += stride;
@@ -221,14 +225,17 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
         }
       }
     };
-    if (!kLayer || kPlain || n % kV == 0) {
+    if (beyond) {
+    } else if (!kLayer || kPlain || n % kV == 0) {
       add_up.template operator()<true>();
     } else if constexpr (kLayer && !kPlain) {
       add_up.template operator()<false>();
     }
     if constexpr (kLayer && !kShift) {
-      next_head = centre_of_head(after);
-      sums[3] = sum_of_row(after, next_head);
+      if (!beyond) {
+        next_head = centre_of_head(after);
+        sums[3] = sum_of_row(after, next_head);
+      }
     }
     exchange.send(sums);
   };
@@ -240,11 +247,11 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
   if (first < rows) {
     ptx::cp_async_wait<kUnderWay>();
     if constexpr (kShift) {
-      centre = centre_of_head(0);
+      if (!beyond) centre = centre_of_head(0);
     } else if constexpr (kLayer) {
       float sums[kValues] = {};
-      const float head = centre_of_head(0);
-      sums[3] = sum_of_row(0, head);
+      const float head = beyond ? 0.0f : centre_of_head(0);
+      if (!beyond) sums[3] = sum_of_row(0, head);
       exchange.send(sums);
       exchange.receive(sums);
       centre = __fadd_rn(head, mean_of(sums[3]));
@@ -282,11 +289,12 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     if (first < rows) {
       // After the barrier: warps whose row is there go on while others still wait for theirs.
       ptx::cp_async_wait<kUnderWay>();
-      if constexpr (kShift) centre = centre_of_head(later(1));
+      if (kShift && !beyond) centre = centre_of_head(later(1));
       if constexpr (kLayer && !kShift) centre = __fadd_rn(next_head, mean_of(sums[3]));
       send_sums(later(1), later(2), centre);
     }
 
+    if (beyond) continue;
     const int columns = active ? n : 0;
     float rowscale = 1.0f;
     if constexpr (kResidual == Residual::dropout) {

@@ -253,9 +253,12 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   extern __shared__ uint4 memory[];
   const Team team{p.threads, 1, 0};
   tile::Exchange<tile::Sum, kSums> exchange(team, memory);
-  const int lane = threadIdx.x & (team.threads - 1), n = static_cast<int>(p.n);
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / team.threads) +
-                           threadIdx.x / team.threads;
+  const bool several = team.threads <= 64;  // rows a block
+  const int lane = several ? threadIdx.x & (team.threads - 1) : threadIdx.x;
+  const int n = static_cast<int>(p.n);
+  const std::int64_t row = several ? static_cast<std::int64_t>(blockIdx.x) * (128 / team.threads) +
+                                         threadIdx.x / team.threads
+                                   : blockIdx.x;
   const bool active = row < p.rows;
   const int columns = active ? n : 0;
   const auto column_of = [&](int i) { return (i * team.threads + lane) * kV; };

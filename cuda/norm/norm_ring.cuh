@@ -138,6 +138,8 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   std::int64_t row = blockIdx.x / team.blocks;
   const tile::ThreadColumns<T, kPacks> column_of(
       kBlock, team.rank * kBlock + static_cast<int>(threadIdx.x), n);
+  // Warps beyond the end of the row add nothing to its sums.
+  const bool beyond = column_of.first - static_cast<int>(threadIdx.x) % 32 * kV >= n;
   const auto mean_of = [&p](float sum) { return __fmul_rn(sum, p.inverse_n); };
   ptx::grid_wait();
   ptx::grid_launch_next();
@@ -150,13 +152,15 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   std::int64_t ahead = row;  // the row to fetch next
   const auto fetch = [&](int stage) {
     const int columns = ahead < p.rows ? n : 0;
-    p.x.template load_async<kPacks, kPlain>(in_ring(stage, 0), kBlock, columns ? gX.at : p.x.data,
-                                            column_of, columns);
-    if constexpr (kAdd) {
-      if (p.residual.data) {
-        p.residual.template load_async<kPacks, kPlain>(
-            in_ring(stage, 1), kBlock, p.residual.template row<kPlain>(columns ? ahead : 0),
-            column_of, columns);
+    if (!beyond) {
+      p.x.template load_async<kPacks, kPlain>(in_ring(stage, 0), kBlock, columns ? gX.at : p.x.data,
+                                              column_of, columns);
+      if constexpr (kAdd) {
+        if (p.residual.data) {
+          p.residual.template load_async<kPacks, kPlain>(
+              in_ring(stage, 1), kBlock, p.residual.template row<kPlain>(columns ? ahead : 0),
+              column_of, columns);
+        }
       }
     }
     ptx::cp_async_commit();
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     Pack<T> x[1], residual[1];
   } head = {};
   const auto load_head = [&](std::int64_t r) {
-    if (r >= p.rows) return;
+    if (r >= p.rows || beyond) return;
     const auto first_column = [](int) { return 0; };
     p.x.template load<kPlain>(p.x.template row<kPlain>(r), first_column, n, head.x);
     if constexpr (kAdd) {
@@ -243,7 +247,8 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
         }
       }
     };
-    if (!kLayer || kPlain || n % kV == 0) {
+    if (beyond) {
+    } else if (!kLayer || kPlain || n % kV == 0) {
       add_up.template operator()<true>();
     } else if constexpr (kLayer && !kPlain) {
       add_up.template operator()<false>();
@@ -253,7 +258,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   // What a row needs before the row before it is written: its sums sent; its centre is returned.
   float next_centre = 0.0f;
   const auto begin = [&](std::int64_t r, int stage) {
-    if constexpr (kAdd) add(r, stage);
+    if (kAdd && !beyond) add(r, stage);
     float centre = 0.0f;
     if constexpr (kLayer) {
       centre = next_centre;
@@ -349,7 +354,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
         }
         view.template store<kPlain>(to, column_of, n, y);
       };
-      write(p.y, gY.at, sWeight, bias);
+      if (!beyond) write(p.y, gY.at, sWeight, bias);
       if (has_two) write(p.y2, p.y2.row(row), sWeight2, bias2);
     }
     gY.next(row + stride);

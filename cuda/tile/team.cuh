@@ -11,7 +11,7 @@
 namespace fastkern::tile {
 
 struct Team {
-  int threads;  // of a block, for each row: a power of two
+  int threads;  // of a block, for each row: a power of two, or all of the block's
   int blocks;   // of a cluster, for one row: a power of two; above 1 the whole block is one row's
   int rank;     // of this block among them
 };
@@ -106,13 +106,18 @@ class Exchange {
     std::uint32_t v[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; ++i) v[i] = __float_as_uint(values[i]);
-    if (team_.threads <= 32) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (team_.threads < 32) {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) kept_[i] = lanes_reduce<Op>(v[i], team_.threads);
       return;
     }
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const std::uint32_t mine = warp_reduce<Op>(v, lane);
+    if (team_.threads == 32) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) kept_[i] = __shfl_sync(0xffffffffu, mine, i * kShare);
+      return;
+    }
     // Word w holds value w % kValues of warp w / kValues.
     std::uint32_t* const scratch = scratch_ + (team_.blocks == 1 ? (turn_ & 1) * words_ : 0);
     if (lane % kShare == 0) scratch[warp * kValues + lane / kShare] = mine;
@@ -141,7 +146,7 @@ class Exchange {
     const int lane = threadIdx.x % 32, row_warps = team_.threads / 32;
     std::uint32_t total = 0;
     if (team_.blocks == 1) {
-      const int first = threadIdx.x / 32 & ~(row_warps - 1);
+      const int warp = threadIdx.x / 32, first = team_.threads == blockDim.x ? 0 : warp & -row_warps;
       if constexpr (kApart) {
         ptx::bar_sync(1 + first, team_.threads);
       } else {
