@@ -25,8 +25,8 @@ constexpr int kBlockColumns = 256;  // threads of a column block of long rows, f
 
 constexpr int kFinishThreads = 256, kFinishBatch = 5;
 
-/// to[k][head][c] = Σ over the head's slots of partial[k][slot][c]. A thread sums every rows-th slot
-/// of four columns; then the `rows` sums of a column are added as a tree. The blocks are small
+/// to[k][head][c] = Σ over the head's slots of partial[k][slot][c]. A thread sums every rows-th
+/// slot of four columns; then the `rows` sums of a column are added as a tree. The blocks are small
 /// enough to take their places while the kernel before them still has its own.
 __global__ void __launch_bounds__(kFinishThreads)
     norm_bwd_finish_kernel(const float* partial, std::int64_t slots, std::int64_t n,

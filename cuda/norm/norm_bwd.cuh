@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     return static_cast<Row>(blockIdx.x / team.blocks) * rows_per_block + thread / team.threads;
   };
   const Row slot = slot_of(threadIdx.x);
-  const Row stride = static_cast<Row>(p.slots);  // a multiple of heads: of a slot's rows all have one
+  const Row stride =
+      static_cast<Row>(p.slots);  // a multiple of heads: of a slot's rows all have one
   const tile::ThreadColumns<T, kPacks> column_of(team.threads, team.rank * team.threads + lane, n);
   Row row = slot < stride ? slot : rows;
   // The first row of the warp, whose teams take the same number of steps. None: an idle team.
@@ -183,7 +184,8 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
       return head_mean<T>(v, kPlain ? kV : n);
     }
     read(p.x, stage, 0, 0, v);
-    return __shfl_sync(0xffffffffu, head_mean<T>(v, kPlain ? kV : n), threadIdx.x & 31 & ~(team.threads - 1));
+    return __shfl_sync(0xffffffffu, head_mean<T>(v, kPlain ? kV : n),
+                       threadIdx.x & 31 & ~(team.threads - 1));
   };
   // Σ (x − head) of a row, for its mean.
   const auto sum_of_row = [&](int stage, float head) {
@@ -377,9 +379,9 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
       for (int other = 1; other < teams; ++other)
         total = tile::add(total, *reinterpret_cast<const float4*>(sSums + other * columns + at));
       const int column = begin_column + (at & (columns - 1));
-      const std::int64_t to_row = static_cast<std::int64_t>(blockIdx.x / team.blocks) *
-                                      (rows_per_block / teams) +
-                                  (at >> (31 - __clz(columns)));
+      const std::int64_t to_row =
+          static_cast<std::int64_t>(blockIdx.x / team.blocks) * (rows_per_block / teams) +
+          (at >> (31 - __clz(columns)));
       if (p.finished) {
         tile::store_as(p.finish.to[which], p.finish.dtype[which], column, n, total);
       } else if (to_row < p.partial_rows) {

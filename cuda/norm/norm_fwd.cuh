@@ -163,7 +163,8 @@ __device__ __forceinline__ void affine(const ColumnView& weight, const ColumnVie
       put(i, v);
     }
   };
-  if (kPlain || (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype)))) {
+  if (kPlain ||
+      (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype)))) {
     if (weight.dtype == DType::f32) return quick(float{});
     if constexpr (kV == 8) {
       if (kPlain || weight.dtype == dtype_of(T{})) return quick(T{});
@@ -241,9 +242,9 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
 /// Shared memory of norm_fwd_kernel: two exchanges.
 constexpr int fwd_bytes(int block) { return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, 1); }
 
-/// kPlain: the rows of x, y, residual and h are whole, at one stride; there is a weight, of the type
-/// of the rows or f32, in packs, and a bias, if any, is like it and of layer norm; there is one
-/// output.
+/// kPlain: the rows of x, y, residual and h are whole, at one stride; there is a weight, of the
+/// type of the rows or f32, in packs, and a bias, if any, is like it and of layer norm; there is
+/// one output.
 template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlockMax,
           bool kPlain>
 __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p) {
@@ -334,7 +335,8 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
   // Not before the exchange: h may be the residual, whose first pack the whole team has read by
   // now.
   if constexpr (kAdd)
-    p.h.template store<kPlain>(active ? p.h.template row<kPlain>(row) : nullptr, column_of, columns, x);
+    p.h.template store<kPlain>(active ? p.h.template row<kPlain>(row) : nullptr, column_of, columns,
+                               x);
   if constexpr (kLayer && !kShift) {  // now around the mean
     centre = __fadd_rn(centre, mean_of(sums[0]));
     add_up_row();
@@ -348,7 +350,8 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
     for (int j = 0; j < kV; ++j) v[j] = normalised<T, kNorm>(v[j], moments);
   };
   const auto each = [&](const ColumnView& weight, const ColumnView& bias, const auto& put) {
-    affine<T, kPacks, kLayer, kPlain>(weight, bias, p.weight_offset, start, column_of, n, normal, put);
+    affine<T, kPacks, kLayer, kPlain>(weight, bias, p.weight_offset, start, column_of, n, normal,
+                                      put);
   };
 
   if constexpr (kQuant) {

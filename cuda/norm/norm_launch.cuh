@@ -106,7 +106,7 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
     }
     const auto ring = [&]<int kBlock>() {
       const std::size_t shared =
-          ring_bytes<T, kBlock>(plan.blocks_per_row, kResidual != Residual::none, args.y2.given());
+          ring_bytes<T, kResidual, kBlock>(plan.blocks_per_row, args.y2.given());
       const int limit =
           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device, args.op);
       if (shared > static_cast<std::size_t>(limit)) return launch_fwd_long(args, stream);
@@ -147,8 +147,9 @@ std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) 
     const auto run = [&]<int kPacks, int kBlock, Weights kWeights, Weights kGeneral = kWeights>() {
       constexpr bool kPlain = kHasPlain<T, kResidual, false> && kSums != Sums::two_outputs &&
                               kWeights != Weights::cache;
-      const bool plain = kPlain && split.heads == 1 && p.rows >> 30 == 0 && p.dx.data && p.x.plain() &&
-                         p.dy.plain() && p.dx.plain() && (!p.dh.data || p.dh.plain());
+      const bool plain = kPlain && split.heads == 1 && p.rows >> 30 == 0 && p.dx.data &&
+                         p.x.plain() && p.dy.plain() && p.dx.plain() &&
+                         (!p.dh.data || p.dh.plain());
       auto kernel = norm_bwd_kernel<T, kPacks, kNorm, kResidual, kSums, kBlock, kGeneral, false>;
       if constexpr (kPlain) {
         if (plain)

@@ -29,7 +29,8 @@ struct Split {
   Plan plan;
   DType type = DType::f32;  // of the kernel; `mixed`: operands in their own types
   bool mixed = false;
-  bool own_weight = false;  // of the kernel's type, in packs, without an offset, the same for all rows
+  bool own_weight =
+      false;  // of the kernel's type, in packs, without an offset, the same for all rows
   std::int64_t rows = 0, n = 0, heads = 1;
   std::int64_t teams = 0;          // clusters, blocks or parts of blocks that walk over the rows
   std::int64_t slots = 0;          // teams in use: a multiple of heads

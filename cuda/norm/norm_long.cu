@@ -48,9 +48,10 @@ __device__ __forceinline__ void each_column(std::int64_t n, F&& f) {
 }
 
 __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mixed> p, bool layer) {
-  __shared__ uint4 memory[tile::Exchange<tile::Sum, 1>::bytes(kBlock, 1) / 16];
+  using Sent = tile::Exchange<tile::Sum, 2>;
+  __shared__ uint4 memory[Sent::bytes(kBlock, 1) / 16];
   const Team team{kBlock, 1, 0};
-  tile::Exchange<tile::Sum, 1> exchange(team, memory);
+  Sent exchange(team, memory);
   const std::int64_t row = blockIdx.x, head = row % p.heads * p.n;
   const char* gX = p.x.row(row);
   if (p.h.data) {
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mix
       }
     }
   };
-  float sum[1] = {0.0f}, mean = 0.0f;
+  float sums[2] = {}, mean = 0.0f;
   if (layer) {
     // Sums around an element of the row: a constant row has exactly that mean. h: this thread may
     // not have written that element.
@@ -94,22 +95,25 @@ __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mix
     const float head = v[0];
     each_column(p.n, [&](std::int64_t column) {
       read(column, v);
-      within<kV>(column, p.n, [&](int j) { sum[0] += v[j] - head; });
+      within<kV>(column, p.n, [&](int j) { sums[0] += v[j] - head; });
     });
-    block_sum(sum, exchange);
-    mean = __fadd_rn(head, __fmul_rn(sum[0], p.inverse_n));
-    sum[0] = 0.0f;
+    block_sum(sums, exchange);
+    mean = __fadd_rn(head, __fmul_rn(sums[0], p.inverse_n));
+    sums[0] = 0.0f;
   }
   each_column(p.n, [&](std::int64_t column) {
     float v[kV];
     read(column, v);
     within<kV>(column, p.n, [&](int j) {
       const float d = v[j] - mean;
-      sum[0] = fmaf(d, d, sum[0]);
+      sums[0] += d;
+      sums[1] = fmaf(d, d, sums[1]);
     });
   });
-  block_sum(sum, exchange);
-  const float rstd = rsqrtf(sum[0] * p.inverse_n + p.eps);
+  block_sum(sums, exchange);
+  // What the first sum, of so many terms, has left of the mean.
+  const float rest = layer ? sums[0] * p.inverse_n : 0.0f;
+  const float rstd = rsqrtf(fmaf(-rest, rest, sums[1] * p.inverse_n) + p.eps);
 
   const auto value = [&](std::int64_t column, const ColumnView& weight, const ColumnView& bias,
                          float (&v)[kV]) {
@@ -119,7 +123,7 @@ __global__ void __launch_bounds__(kBlock) norm_fwd_long_kernel(const Forward<Mix
     bias.load(head, column, p.n, kNothing, b);
     const float offset = weight.data ? p.weight_offset : 0.0f;
 #pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = fmaf((v[j] - mean) * rstd, w[j] + offset, b[j]);
+    for (int j = 0; j < kV; ++j) v[j] = fmaf(((v[j] - mean) - rest) * rstd, w[j] + offset, b[j]);
   };
   if (p.scale) {
     float inverse = p.static_scale ? 1.0f / *p.scale : 0.0f;
@@ -207,9 +211,16 @@ __global__ void __launch_bounds__(kBlock)
       sums[0] = fmaf(d, d, sums[0]);
       sums[1] = fmaf(g[j], d, sums[1]);
       sums[2] += g[j];
+      sums[3] += d;
     });
   });
   block_sum(sums, exchange);
+  if (layer) {  // what the first sum, of so many terms, has left of the mean
+    const float rest = sums[3] * p.inverse_n;
+    mean = __fadd_rn(mean, rest);
+    sums[0] = fmaf(-rest, sums[3], sums[0]);
+    sums[1] = fmaf(-rest, sums[2], sums[1]);
+  }
   const float rstd = rsqrtf(sums[0] * p.inverse_n + p.eps);
   const float slope = sums[1] * rstd * p.inverse_n * rstd * rstd;
   const float shift = layer ? sums[2] * p.inverse_n * rstd : 0.0f;

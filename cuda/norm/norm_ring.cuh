@@ -5,9 +5,9 @@
 //            tile::ThreadColumns says which columns are a thread's
 //   memory   shared: a ring of rows of x (and residual) on their way; the weight as f32. The row is
 //            read from the ring as often as needed; h takes the place of x there. Registers: bias
-//   sync     one barrier a row, with half an iteration between the two sides of it: a row's sums
-//            are taken before the row before it is written. layer in f32 one more, around which its
-//            mean becomes known; a dynamic scale one more
+//   sync     one barrier a row, with an iteration and a half between the two sides of it (half of
+//            one with a residual): a row's sums are taken two rows before it is written. layer in
+//            f32 one more, around which its mean becomes known; a dynamic scale one more
 //   cost     reads and writes each operand once
 #pragma once
 
@@ -16,8 +16,11 @@
 
 namespace fastkern::cuda::norm_detail {
 
-inline constexpr int kRingStages = 3;  // rows of a ring, of which two are worked on
-inline constexpr int kRingPacks = 4;   // of a thread
+/// How many rows ahead of the one that is written sums are sent. With a residual one: a block that
+/// writes h over it must know that the others have read the first pack of that row.
+template <Residual kResidual>
+inline constexpr int kRingAhead = kResidual == Residual::none ? 2 : 1;
+inline constexpr int kRingPacks = 4;  // of a thread
 
 /// Shared memory for the vectors of one thread's columns, as f32, in their readers' order:
 /// [kPacks][kVector / 4][kBlock] quads. For the thread's own use.
@@ -93,16 +96,18 @@ struct VectorsInRegisters {
   }
 };
 
+template <int kAhead>
 constexpr int ring_exchange_bytes(int block, int blocks) {
-  return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, blocks);
+  return tile::Exchange<tile::Sum, 2, false, kAhead>::bytes(block, blocks);
 }
 
 /// Shared memory of norm_ring_kernel, in bytes.
-template <class T, int kBlock>
-constexpr std::size_t ring_bytes(int blocks, bool add, bool two) {
-  return ring_exchange_bytes(kBlock, blocks) +
+template <class T, Residual kResidual, int kBlock>
+constexpr std::size_t ring_bytes(int blocks, bool two) {
+  constexpr int kAhead = kRingAhead<kResidual>, kOperands = kResidual == Residual::none ? 1 : 2;
+  return ring_exchange_bytes<kAhead>(kBlock, blocks) + ring_exchange_bytes<1>(kBlock, blocks) +
          sizeof(float4) * Vectors<T, kRingPacks, kBlock>::kCount * (1 + two) +
-         16 * static_cast<std::size_t>(kRingStages) * (1 + add) * kRingPacks * kBlock;
+         16 * static_cast<std::size_t>(kAhead + 2) * kOperands * kRingPacks * kBlock;
 }
 
 /// Blocks that share a multiprocessor, as far as shared memory allows it.
@@ -121,10 +126,16 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   constexpr bool kShift = kShifted<T, kNorm>;
   extern __shared__ uint4 memory[];
   char* const shared = reinterpret_cast<char*>(memory);
-  const int exchange_bytes = ring_exchange_bytes(kBlock, p.blocks);
+  constexpr int kAhead = kRingAhead<kResidual>;
+  constexpr int kStages = kAhead + 2;  // a row is written, kAhead are summed, one is on its way
+  const int first_bytes = ring_exchange_bytes<kAhead>(kBlock, p.blocks);
+  const int exchange_bytes = first_bytes + ring_exchange_bytes<1>(kBlock, p.blocks);
   const Team team{kBlock, p.blocks, p.blocks > 1 ? static_cast<int>(ptx::cluster_rank()) : 0};
-  tile::Exchange<tile::Sum, kSums> exchange(team, shared);
-  tile::Exchange<tile::Largest, 1> magnitudes(team, shared + exchange_bytes / 2);
+  tile::Exchange<tile::Sum, kSums, false, kAhead> exchange(team, shared);
+  // Of largest magnitudes, or of sums that lead to the mean.
+  using Second = std::conditional_t<kQuant, tile::Exchange<tile::Largest, 1>,
+                                    tile::Exchange<tile::Sum, kSums>>;
+  Second second(team, shared + first_bytes);
   using Columns = Vectors<T, kPacks, kBlock>;
   using Biases = VectorsInRegisters<T, kPacks>;
   const bool has_two = kAdd && !kPlain && p.y2.data;
@@ -168,7 +179,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     gX.next(ahead);
   };
 #pragma unroll
-  for (int stage = 0; stage < kRingStages - 1; ++stage) fetch(stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
   // A block has one row at a time, whose head may change from row to row: with several heads the
   // vectors are read anew.
   const auto fill = [&](std::int64_t head) {
@@ -228,7 +239,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     asm volatile("" : "+f"(centre));
     return centre;
   };
-  const auto send_sums = [&](int stage, float centre) {
+  const auto send_sums = [&](auto& to, int stage, float centre) {
     float sums[kSums] = {};  // the last of them: the squares
     // kWhole: packs lie within the row or beyond it. Beyond it x is 0, not the centre.
     const auto add_up = [&]<bool kWhole>() {
@@ -253,9 +264,9 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     } else if constexpr (kLayer && !kPlain) {
       add_up.template operator()<false>();
     }
-    exchange.send(sums);
+    to.send(sums);
   };
-  // What a row needs before the row before it is written: its sums sent; its centre is returned.
+  // What a row needs kAhead rows before it is written: its sums sent; its centre is returned.
   float next_centre = 0.0f;
   const auto begin = [&](std::int64_t r, int stage) {
     if (kAdd && !beyond) add(r, stage);
@@ -267,11 +278,11 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
     }
     if constexpr (kLayer && !kShift) {  // to the mean
       float sums[kSums];
-      send_sums(stage, centre);
-      exchange.receive(sums);
+      send_sums(second, stage, centre);
+      second.receive(sums);
       centre = __fadd_rn(centre, mean_of(sums[0]));
     }
-    send_sums(stage, centre);
+    send_sums(exchange, stage, centre);
     return centre;
   };
 
@@ -288,19 +299,26 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
   } else {
     __syncthreads();
   }
-  ptx::cp_async_wait<kRingStages - 2>();
-  float centre = begin(row, 0);
+  float centres[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    // The oldest of the groups on their way is that of row i.
+    if (i == 0) ptx::cp_async_wait<kStages - 2>();
+    if (i == 1) ptx::cp_async_wait<kStages - 3>();
+    if (row + i * stride < p.rows) centres[i] = begin(row + i * stride, i);
+  }
   int stage = 0;
   for (; row < p.rows; row += stride) {
-    fetch(stage == 0 ? kRingStages - 1 : stage - 1);
-    const int next = stage == kRingStages - 1 ? 0 : stage + 1;
+    const auto later = [&](int steps) { return (stage + steps) % kStages; };
+    fetch(later(kStages - 1));
     float sums[kSums];
     exchange.receive(sums);
-    const Moments moments = moments_of<T, kNorm>(sums, centre, mean_of, p.eps);
-    if (row + stride < p.rows) {
+    const Moments moments = moments_of<T, kNorm>(sums, centres[0], mean_of, p.eps);
+    if constexpr (kAhead == 2) centres[0] = centres[1];
+    if (row + kAhead * stride < p.rows) {
       // After the barrier: warps whose row is there go on while others still wait for theirs.
-      ptx::cp_async_wait<kRingStages - 2>();
-      centre = begin(row + stride, next);
+      ptx::cp_async_wait<1>();
+      centres[kAhead - 1] = begin(row + kAhead * stride, later(kAhead));
     }
 
     if (!kPlain && p.heads > 1) fill(row % p.heads * p.n);
@@ -332,8 +350,8 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
           });
         }
         float values[1] = {__uint_as_float(largest)};
-        magnitudes.send(values);
-        magnitudes.receive(values);
+        second.send(values);
+        second.receive(values);
         inverse = dynamic_scale(p, values[0], row, threadIdx.x == 0 && team.rank == 0);
       }
 #pragma unroll
@@ -358,7 +376,7 @@ __global__ void __launch_bounds__(kBlock, kRingBlocks<kBlock, kResidual>)
       if (has_two) write(p.y2, p.y2.row(row), sWeight2, bias2);
     }
     gY.next(row + stride);
-    stage = next;
+    stage = later(1);
   }
 }
 }  // namespace fastkern::cuda::norm_detail

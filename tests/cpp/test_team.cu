@@ -70,8 +70,8 @@ float reduced(const std::vector<float>& values, int blocks, int share) {
   for (std::size_t first = 0; first < values.size(); first += block) {
     std::vector<float> of_warps;
     for (std::size_t warp = first; warp < first + block; warp += 32)
-      of_warps.push_back(
-          butterfly<Op>({values.begin() + warp, values.begin() + std::min(warp + 32, first + block)}));
+      of_warps.push_back(butterfly<Op>(
+          {values.begin() + warp, values.begin() + std::min(warp + 32, first + block)}));
     of_blocks.push_back(over_lanes<Op>(of_warps, share));
   }
   return blocks == 1 ? of_blocks[0] : over_lanes<Op>(of_blocks, share);
@@ -135,25 +135,30 @@ TEST_F(Teams, GroupsOfLanesReduce) {
 // ---- exchanges ----------------------------------------------------------------------------------
 
 /// [turn][value][thread of the grid] in and out. `delay`: warps take turns at being late.
-template <class Op, int kValues, bool kApart>
+template <class Op, int kValues, bool kApart, int kAhead>
 __global__ void exchange_kernel(const float* in, float* out, int threads, int blocks, int turns,
                                 int delay) {
   extern __shared__ uint4 memory[];
   const tile::Team team{threads, blocks, blocks > 1 ? static_cast<int>(ptx::cluster_rank()) : 0};
-  tile::Exchange<Op, kValues, kApart> exchange(team, memory);
+  tile::Exchange<Op, kValues, kApart, kAhead> exchange(team, memory);
   if (blocks > 1) {
     ptx::cluster_arrive();
     ptx::cluster_wait();
   }
   const std::int64_t all = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   const std::int64_t me = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int turn = 0; turn < turns; ++turn) {
-    const std::int64_t warp = me / 32;
+  const std::int64_t warp = me / 32;
+  const auto send = [&](int turn) {
     if (delay > 0 && (warp * 7 + turn * 13) % 5 == 0) __nanosleep(delay);
     float values[kValues];
     for (int i = 0; i < kValues; ++i) values[i] = in[(turn * kValues + i) * all + me];
     exchange.send(values);
+  };
+  for (int turn = 0; turn < kAhead - 1; ++turn) send(turn);
+  for (int turn = 0; turn < turns; ++turn) {
+    if (turn + kAhead - 1 < turns) send(turn + kAhead - 1);
     if (delay > 0 && (warp * 11 + turn * 3) % 5 == 0) __nanosleep(delay);
+    float values[kValues];
     exchange.receive(values);
     for (int i = 0; i < kValues; ++i) out[(turn * kValues + i) * all + me] = values[i];
   }
@@ -163,15 +168,15 @@ struct Shape {
   int threads, block, blocks, grid;
 };
 
-template <class Op, int kValues, bool kApart>
+template <class Op, int kValues, bool kApart, int kAhead>
 void expect_exchange(const Shape& shape, std::vector<float> values, int turns, int delay) {
   const std::size_t all = static_cast<std::size_t>(shape.grid) * shape.block;
   const std::size_t team = static_cast<std::size_t>(shape.threads) * shape.blocks;
-  using Exchange = tile::Exchange<Op, kValues>;
+  using Exchange = tile::Exchange<Op, kValues, kApart, kAhead>;
   const int bytes = Exchange::bytes(shape.block, shape.blocks);
   ASSERT_EQ(bytes % 128, 0);
   const DeviceArray<float> in(values), out(values.size(), -7.0f);
-  cuda::launch(exchange_kernel<Op, kValues, kApart>,
+  cuda::launch(exchange_kernel<Op, kValues, kApart, kAhead>,
                {.op = "test",
                 .grid = shape.grid,
                 .block = shape.block,
@@ -181,9 +186,8 @@ void expect_exchange(const Shape& shape, std::vector<float> values, int turns, i
   test::cuda_ok(cudaDeviceSynchronize(), "exchange_kernel");
   const std::vector<float> found = out.download();
   for (std::size_t first = 0; first < values.size(); first += team) {
-    const float expected =
-        reduced<Op>({values.begin() + first, values.begin() + first + team}, shape.blocks,
-                    Exchange::kShare);
+    const float expected = reduced<Op>({values.begin() + first, values.begin() + first + team},
+                                       shape.blocks, Exchange::kShare);
     for (std::size_t i = first; i < first + team; ++i) {
       ASSERT_EQ(std::bit_cast<std::uint32_t>(found[i]), std::bit_cast<std::uint32_t>(expected))
           << "turn " << i / all / kValues << ", value " << i / all % kValues << ", thread "
@@ -203,8 +207,9 @@ void expect_exchanges(const Shape& shape) {
     for (float& v : values) v = std::abs(v);
   }
   for (const int delay : {0, 2000}) {
-    expect_exchange<Op, kValues, false>(shape, values, kTurns, delay);
-    expect_exchange<Op, kValues, true>(shape, values, kTurns, delay);
+    expect_exchange<Op, kValues, false, 1>(shape, values, kTurns, delay);
+    expect_exchange<Op, kValues, true, 1>(shape, values, kTurns, delay);
+    if (shape.threads > 32) expect_exchange<Op, kValues, false, 2>(shape, values, kTurns, delay);
     if (testing::Test::HasFailure()) return;
   }
 }
@@ -250,7 +255,7 @@ TEST_F(Teams, TheLargestIsNanIfAnyIs) {
       values[turn * all + turn * 37 % all] = infinity;
       if (turn % 2 == 1) values[turn * all + turn * 53 % all] = std::nanf("");
     }
-    expect_exchange<tile::Largest, 1, false>(shape, values, turns, 0);
+    expect_exchange<tile::Largest, 1, false, 1>(shape, values, turns, 0);
   }
 }
 
@@ -264,7 +269,10 @@ TEST_F(Teams, ManyTurnsStayInStep) {
   for (const Shape& shape : shapes) {
     std::vector<float> values(static_cast<std::size_t>(kTurns) * shape.grid * shape.block);
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i * 7919 % 1009);
-    for (const int delay : {0, 300}) expect_exchange<tile::Sum, 1, false>(shape, values, kTurns, delay);
+    for (const int delay : {0, 300}) {
+      expect_exchange<tile::Sum, 1, false, 1>(shape, values, kTurns, delay);
+      expect_exchange<tile::Sum, 1, false, 2>(shape, values, kTurns, delay);
+    }
   }
 }
 

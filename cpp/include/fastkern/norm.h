@@ -108,7 +108,8 @@ constexpr Plan norm_plan(NormKind kind, std::int64_t n, DType dtype, bool cluste
     const int packs = vectors > 4 * 256 ? 8 : layer || vectors > 512 ? 4 : 2;
     const int needed = static_cast<int>((vectors + packs - 1) / packs);
     // A power of two up to 64 threads, of which several rows share a block; else whole warps.
-    const int row = needed <= 64 ? std::max(2, row_threads(vectors, packs)) : (needed + 31) / 32 * 32;
+    const int row =
+        needed <= 64 ? std::max(2, row_threads(vectors, packs)) : (needed + 31) / 32 * 32;
     const int block = row <= 64 ? 128 : row;
     return {.kernel = "norm_fwd_kernel",
             .threads_per_block = block,
