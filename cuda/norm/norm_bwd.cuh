@@ -5,9 +5,9 @@
 //
 //   work     persistent teams (a part of a block, a block, a cluster of blocks) walk over the rows;
 //            a thread keeps its columns, and with them its part of dweight and dbias, in registers
-//   memory   shared: the weights as f32; a ring of rows of x, dy, dy2, dh on their way
-//   sync     one barrier a row; between its two sides lie the second pass over one row and the
-//            first pass over the next. layer in f32: with the sums of a row goes Σ x of the row
+//   memory   shared: a ring of rows of x, dy, dy2, dh on their way, and the weights (enum Weights)
+//   sync     one barrier a row and team; between its two sides lies the second pass over the row
+//            before. layer in f32: with the sums of a row goes Σ x of the row
 //            after it, whose mean is then known before its squares are taken
 //   cost     reads 2 · M · N, writes M · N; each dy2, dh, dbranch one more
 #pragma once
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
     return static_cast<Row>(blockIdx.x / team.blocks) * rows_per_block + thread / team.threads;
   };
   const Row slot = slot_of(threadIdx.x);
-  const Row stride =
-      static_cast<Row>(p.slots);  // a multiple of heads: of a slot's rows all have one
+  // A multiple of heads: the rows of a slot are of one head.
+  const Row stride = static_cast<Row>(p.slots);
   const tile::ThreadColumns<T, kPacks> column_of(team.threads, team.rank * team.threads + lane, n);
   Row row = slot < stride ? slot : rows;
   // The first row of the warp, whose teams take the same number of steps. None: an idle team.
