@@ -16,6 +16,7 @@ else
 fi
 
 rm -rf build/wheel
+mkdir -p build
 "$python" -m build --wheel --no-isolation --outdir build/wheel -Cbuild-dir=build/release . >build/wheel.log 2>&1 ||
   { cat build/wheel.log; exit 1; }
 mkdir -p dist
