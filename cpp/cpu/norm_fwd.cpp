@@ -141,9 +141,11 @@ FASTKERN_INLINE void norm_rows(const Forward& f, std::int64_t begin, std::int64_
   const RowTensor& source = f.h.given() ? f.h : f.x;
   const std::int64_t n = f.n;
   for (std::int64_t r = begin; r < end; ++r) {
+    f.y.prefetch<true>(r);
     if (f.h.given()) stream_row(f, r, scratch);
     const In* in = typed_row<In>(source, r, scratch.row(0));
     const Statistics s = statistics_of(f, in);
+    for (const RowTensor* t : {&f.x, &f.residual}) t->prefetch<false>(r + 1);
     for (const bool second : {false, true}) {
       const RowTensor& y = second ? f.y2 : f.y;
       if (!y.given()) continue;

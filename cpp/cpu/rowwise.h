@@ -111,7 +111,9 @@ struct RowTensor {
   RowTensor(const TensorRef& tensor, const char* op, const char* argument,
             Presence presence = optional)
       : ref(tensor) {
-    if (given() || presence == required) rows = rows_of(tensor, op, argument);
+    if (!given() && presence == optional) return;
+    rows = rows_of(tensor, op, argument);
+    far = rows.count * rows.length * size_of(tensor.dtype) >= kFar;
   }
 
   bool given() const { return ref.given(); }
@@ -119,12 +121,32 @@ struct RowTensor {
 
   template <class T>
   FASTKERN_INLINE T* row(std::int64_t r) const {
-    // One level of strides is the rule, and a division takes as long as a hundred columns.
-    return static_cast<T*>(ref.data) + (r < rows.inner ? r * rows.inner_stride : rows.start(r));
+    return static_cast<T*>(ref.data) + start(r);
+  }
+
+  /// Asks for the cache lines of row r of a tensor that is larger than the nearer caches: of the
+  /// next row to be read while one is computed, of one to be written before its sums are known. A
+  /// processor looks ahead by itself, but no further than to the end of a page.
+  template <bool kWrite>
+  FASTKERN_INLINE void prefetch(std::int64_t r) const {
+    constexpr std::int64_t kLine = 64;
+    if (!far || r >= rows.count) return;
+    const std::int64_t element = size_of(ref.dtype), size = rows.length * element;
+    const char* const bytes = static_cast<const char*>(ref.data) + start(r) * element;
+    for (std::int64_t i = 0; i < size; i += kLine) __builtin_prefetch(bytes + i, kWrite);
   }
 
   TensorRef ref;
   Rows rows;
+  bool far = false;  // larger than the nearer caches
+
+ private:
+  static constexpr std::int64_t kFar = 8 << 20;
+
+  FASTKERN_INLINE std::int64_t start(std::int64_t r) const {
+    // One level of strides is the rule, and a division takes as long as a hundred columns.
+    return r < rows.inner ? r * rows.inner_stride : rows.start(r);
+  }
 };
 
 /// A row in f32: where it lies if that is its type, else converted into `scratch`.

@@ -76,7 +76,7 @@ class _OpRun:
             if dtype not in spec.dtypes:
                 self._skip(f"{spec.name} {name_of(dtype)}", "the operator does not take this dtype")
         left_out = [cases.label(d) for d in spec.bench_dims if d not in self.sizes]
-        if left_out:
+        if left_out and self.sizes != spec.cpu_bench_dims:
             why = "larger than --quick takes" if options.quick else "too large for a CPU"
             self._skip(f"{spec.name} {', '.join(left_out)}", why)
         self.reporter.start(spec.name, len(dtypes) * (2 * len(self.sizes) + 1))

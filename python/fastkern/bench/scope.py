@@ -51,7 +51,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 def sizes(spec: OpSpec, options: Options) -> tuple[Dims, ...]:
     """The sizes of the spec's row that this run takes."""
-    limit = QUICK_ELEMENTS if options.quick else CPU_ELEMENTS if options.device.type == "cpu" else None
+    on_cpu = options.device.type == "cpu"
+    if on_cpu and spec.cpu_bench_dims and not options.quick:
+        return spec.cpu_bench_dims
+    limit = QUICK_ELEMENTS if options.quick else CPU_ELEMENTS if on_cpu else None
     if limit is None:
         return spec.bench_dims
     return tuple(d for d in spec.bench_dims if cases.elements(d) <= limit) or (cases.smallest(spec),)

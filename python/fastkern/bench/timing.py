@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ METHODS = {
     "cache flushed before each (triton.testing.do_bench)",
     EVENTS: "median between CUDA events around one call, L2 cache flushed before each (triton.testing.do_bench)",
     GRAPH: "median per call of a replayed CUDA graph of back-to-back calls, inputs warm in L2",
-    TIMER: "median of repeated calls (torch.utils.benchmark, all torch threads)",
+    TIMER: "median of repeated calls (torch.utils.benchmark, all torch threads), memory of earlier ones used again",
 }
 
 # Under about 20 us, events around one call measure launch gaps and host time more than the kernel.
@@ -52,12 +54,27 @@ class Ceiling:
         return traffic / self.gbps / 1e3
 
 
+def _keep_freed_memory() -> None:
+    """Make the C library keep what is freed, for results to lie in pages that are there already.
+
+    It returns large blocks to the system otherwise, and the first touch of a new page takes longer than most kernels
+    need for it, on some calls and not on others. No libc but glibc knows ``mallopt``.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
 class Clock:
     """Measures calls on one device. ``quick`` trades precision for time."""
 
     def __init__(self, device: torch.device, quick: bool = False) -> None:
         self.device, self.quick = device, quick
         self.cuda = device.type == "cuda"
+        if not self.cuda:
+            _keep_freed_memory()
 
     def time(self, prepare: Prepare, quick: bool | None = None, capture: bool = True) -> Measurement:
         """Time the call that ``prepare`` returns; what ``prepare`` itself does is not timed."""

@@ -47,6 +47,7 @@ class OpSpec:
         traffic: bytes a perfect kernel moves: ``traffic(inputs, backward)``.
         flops: floating-point operations: ``flops(inputs, backward)``.
         bench_dims: sizes for the benchmark.
+        cpu_bench_dims: the same on the CPU; empty: those of ``bench_dims`` that are not too large.
         bench_variant: the variant that the benchmark uses.
         peers: name -> callable taking the inputs by keyword; a peer that cannot be imported raises ImportError.
         bad_calls: what must be refused.
@@ -81,6 +82,7 @@ class OpSpec:
     traffic: Callable[[Inputs, bool], int]
     flops: Callable[[Inputs, bool], int]
     bench_dims: tuple[Dims, ...]
+    cpu_bench_dims: tuple[Dims, ...] = ()
     bench_variant: Mapping[str, Any] = field(default_factory=dict)
     peers: Mapping[str, Callable[..., Outputs]] = field(default_factory=dict)
     bad_calls: tuple[BadCall, ...] = ()

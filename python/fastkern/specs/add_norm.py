@@ -15,6 +15,7 @@ from fastkern.ops import _philox
 from fastkern.specs._refusals import branch_bad_calls, norm_bad_calls, out_dtype_bad_calls, stream_bad_calls
 from fastkern.specs._spec import Inputs, OpSpec
 from fastkern.specs.norm import (
+    CPU_BENCH_DIMS,
     EPS,
     affine,
     affine_shape,
@@ -269,6 +270,7 @@ def _spec(name: str, kind: str, parallel: bool, variants: tuple[dict[str, Any], 
         traffic=partial(add_traffic, 1 + parallel),
         flops=lambda inputs, backward: (2 * work if backward else work) * inputs["x"].numel(),
         bench_dims=_BENCH_DIMS,
+        cpu_bench_dims=CPU_BENCH_DIMS,
         bench_variant=variants[0],
         bad_calls=(
             *norm_bad_calls(name),

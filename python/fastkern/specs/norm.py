@@ -195,6 +195,7 @@ _BENCH_DIMS = (
     *rows(4096, 32768),
     *rows(512, 262144),
 )
+CPU_BENCH_DIMS = (*rows(1024, 1024), *rows(4096, 1024), *rows(2048, 4096))
 
 RMS_NORM = OpSpec(
     name="rms_norm",
@@ -219,6 +220,7 @@ RMS_NORM = OpSpec(
     traffic=norm_traffic,
     flops=lambda inputs, backward: (9 if backward else 4) * inputs["x"].numel(),
     bench_dims=_BENCH_DIMS,
+    cpu_bench_dims=CPU_BENCH_DIMS,
     bench_variant={"weight": "same"},
     peers={"liger": _liger_rms_norm, "quack": _quack_rms_norm},
     bad_calls=(*norm_bad_calls("rms_norm"), *out_dtype_bad_calls("rms_norm")),
@@ -248,6 +250,7 @@ LAYER_NORM = OpSpec(
     traffic=norm_traffic,
     flops=lambda inputs, backward: (12 if backward else 7) * inputs["x"].numel(),
     bench_dims=_BENCH_DIMS,
+    cpu_bench_dims=CPU_BENCH_DIMS,
     bench_variant={"weight": "same", "bias": "same"},
     signed_zeros=False,  # a difference from the mean has its own
     vanishing=single_column,
