@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -179,23 +180,33 @@ class _OpRun:
     def _time_row(self, case: Case, direction: str, rows: list[Record], functions: dict[str, Function]) -> None:
         prepare = case.forward if direction == FORWARD else case.backward
         calls = {name: partial(prepare, function) for name, function in functions.items()}
+        turns: dict[str, list[Measurement]] = {name: [] for name in functions}
+        for _ in range(self.clock.turns):
+            for record in rows:
+                if measured := self._attempt(record, self.clock.time, calls[record.provider]):
+                    turns[record.provider].append(measured)
         for record in rows:
-            self._attempt(record, self.clock.time, calls[record.provider])
+            if measurements := turns[record.provider]:
+                record.timed(statistics.median(m.us for m in measurements), measurements[0].method, self.ceiling)
         times = [r.us for r in rows if r.us is not None]
         if times and self.clock.short(self.ceiling.us(rows[0].bytes), min(times)):
             for record in (r for r in rows if r.us is not None):
                 self._attempt(record, self.clock.time_graph, calls[record.provider])
 
-    def _attempt(self, record: Record, measure: Callable[[Prepare], Measurement], prepare: Prepare) -> None:
+    def _attempt(
+        self, record: Record, measure: Callable[[Prepare], Measurement], prepare: Prepare
+    ) -> Measurement | None:
         try:
             measured = measure(prepare)
             record.timed(measured.us, measured.method, self.ceiling)
+            return measured
         except Exception as error:  # a provider that raises is an empty cell, not the end of the run
             record.error = record.error or reason(error)
             kept = " (event timing kept)" if record.us is not None else ""
             self.reporter.detail(
                 f"  {record.provider}, {record.op} {record.direction} {record.size}{kept}: {reason(error)}"
             )
+            return False
 
     def _memory(self, case: Case, dtype: torch.dtype, functions: dict[str, Function]) -> None:
         for name, function in functions.items():
