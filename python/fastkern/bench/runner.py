@@ -206,7 +206,7 @@ class _OpRun:
             self.reporter.detail(
                 f"  {record.provider}, {record.op} {record.direction} {record.size}{kept}: {reason(error)}"
             )
-            return False
+            return None
 
     def _memory(self, case: Case, dtype: torch.dtype, functions: dict[str, Function]) -> None:
         for name, function in functions.items():
