@@ -10,6 +10,7 @@
 #include <bit>
 #include <vector>
 
+#include "exponential.h"
 #include "fastkern/group_norm.h"
 #include "fastkern/scalar.h"
 #include "parallel.h"
@@ -21,25 +22,6 @@ inline constexpr std::int64_t kPiece = 8192;  // elements, about the first-level
 inline constexpr std::int64_t kRowPiece = 4 * kPiece;  // more: each also takes sums over groups
 
 using Floats = std::vector<float>;
-
-/// exp in f32 to an ulp or two, without a call: 2^n * exp(v - n ln 2), n = round(v / ln 2).
-FASTKERN_INLINE float exp_of(float v) {
-  v = v > 88.0f ? 88.0f : v;
-  v = v < -87.0f ? -87.0f : v;
-  constexpr float kOnes = 0x1.8p23f;  // the last bit of a sum with it is worth 1
-  const float shifted = v * 1.44269504f + kOnes, n = shifted - kOnes;
-  const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const std::uint32_t power = (std::bit_cast<std::uint32_t>(shifted) + 127u) << 23;
-  return (p * r * r + r + 1.0f) * std::bit_cast<float>(power);
-}
-
-FASTKERN_INLINE float sigmoid(float z) { return 1.0f / (1.0f + exp_of(-z)); }
 
 template <bool kSilu>
 FASTKERN_INLINE float activate(float z) {

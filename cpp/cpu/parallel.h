@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "fastkern/core.h"
+#include "fastkern/scalar.h"
 
 namespace fastkern::cpu {
 
@@ -32,16 +33,25 @@ inline std::int64_t row_grain(std::int64_t row_length) {
 }
 
 // The body (and all it calls in its hot loop) must be always_inline: it is then compiled once per
-// target.
+// target. It may take the number of floats in a vector as a template argument.
+template <int kFloats, class F>
+FASTKERN_INLINE void run_body(const F& f) {
+  if constexpr (requires { f.template operator()<kFloats>(); }) {
+    f.template operator()<kFloats>();
+  } else {
+    f();
+  }
+}
+
 #if defined(__x86_64__)
 template <class F>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))) void run_avx512(
     const F& f) {
-  f();
+  run_body<16>(f);
 }
 template <class F>
 __attribute__((target("avx2,fma,f16c"))) void run_avx2(const F& f) {
-  f();
+  run_body<8>(f);
 }
 #endif
 
@@ -55,7 +65,7 @@ void with_best_isa(const F& f) {
   if (has_avx512) return run_avx512(f);
   if (has_avx2) return run_avx2(f);
 #endif
-  f();
+  run_body<4>(f);
 }
 
 }  // namespace fastkern::cpu
