@@ -4,9 +4,19 @@
 namespace fastkern::cpu::attention_detail {
 namespace {
 
+/// Before any size is read.
+const AttentionFwd& with_dimensions(const AttentionFwd& a) {
+  FK_CHECK(a.q.ndim == 3 || a.q.ndim == 4, a.op, ": q must have 3 or 4 dimensions, got ", a.q.ndim);
+  const auto like_q = [&](const TensorRef& t, const char* name) {
+    FK_CHECK(t.ndim == a.q.ndim, a.op, ": ", name, " must have ", a.q.ndim,
+             " dimensions like q, got ", t.ndim);
+  };
+  like_q(a.k, "k");
+  like_q(a.v, "v");
+  return a;
+}
+
 void check_heads(const AttentionFwd& a, const TensorRef& t, const char* name, std::int64_t heads) {
-  FK_CHECK(t.ndim == a.q.ndim, a.op, ": ", name, " must have ", a.q.ndim,
-           " dimensions like q, got ", t.ndim);
   FK_CHECK(t.sizes[t.ndim - 2] == heads, a.op, ": ", name, " must have ", heads, " heads, got ",
            t.sizes[t.ndim - 2]);
 }
@@ -45,7 +55,7 @@ void add_bias(const Problem& p, const Sequence& at, std::int64_t h, std::int64_t
 }  // namespace
 
 Problem::Problem(const AttentionFwd& a)
-    : args(a),
+    : args(with_dimensions(a)),
       q(a.q),
       k(a.k),
       v(a.v),
@@ -60,7 +70,6 @@ Problem::Problem(const AttentionFwd& a)
       dv(a.v.sizes[a.v.ndim - 1]),
       scale(static_cast<float>(a.scale)),
       softcap(static_cast<float>(a.softcap)) {
-  FK_CHECK(a.q.ndim == 3 || a.q.ndim == 4, a.op, ": q must have 3 or 4 dimensions, got ", a.q.ndim);
   FK_CHECK(packed == (a.lengths.start_q != nullptr) && packed == (a.lengths.start_k != nullptr),
            a.op, ": start_q and start_k must be given if and only if q is packed");
   check_heads(a, a.k, "k", kv_heads);
@@ -108,9 +117,11 @@ std::vector<QueryBlock> Problem::query_blocks() const {
 
 Sight Problem::sight(const Sequence& s) const {
   const AttentionMask& mask = args.mask;
+  // Whatever is further away is not there: so no sum with a window overflows.
+  const std::int64_t furthest = s.keys + s.queries;
   return {.shift = mask.top_left ? 0 : s.keys - s.queries,
-          .left = mask.left,
-          .right = mask.right,
+          .left = std::min(mask.left, furthest),
+          .right = std::min(mask.right, furthest),
           .prefix = mask.prefix ? cut(mask.prefix[s.entry], 0, s.keys) : 0,
           .keys = s.keys};
 }

@@ -34,7 +34,8 @@ constexpr std::int64_t padded(std::int64_t n) {
   return (n + kMatmulColumns - 1) / kMatmulColumns * kMatmulColumns;
 }
 
-/// q, k, v or one like them, packed or not: element (b, row, head, c).
+/// q, k, v or one like them, packed or not: element (b, row, head, c). Only what load_rows() reads
+/// may have columns that are not dense.
 struct Operand {
   explicit Operand(const TensorRef& t)
       : data(static_cast<char*>(t.data)),
@@ -43,6 +44,7 @@ struct Operand {
         row(t.given() ? t.strides[t.ndim - 3] : 0),
         head(t.given() ? t.strides[t.ndim - 2] : 0),
         width(t.given() ? t.sizes[t.ndim - 1] : 0),
+        column(t.given() ? t.strides[t.ndim - 1] : 1),
         present(t.given()) {}
 
   template <class T>
@@ -52,7 +54,7 @@ struct Operand {
 
   char* data;
   DType dtype;
-  std::int64_t batch, row, head, width;
+  std::int64_t batch, row, head, width, column;
   bool present;
 };
 
@@ -62,7 +64,15 @@ inline void load_rows(const Operand& t, std::int64_t b, std::int64_t first, std:
   const std::int64_t width = t.width, stride = padded(width);
   dispatch(t.dtype, [&]<class T>() {
     const T* const from = t.at<const T>(b, first, head);
-    const std::int64_t row = t.row;
+    const std::int64_t row = t.row, column = t.column;
+    if (column != 1) {  // a gradient of a transposition, or of a sum: one number for all
+      for (std::int64_t r = 0; r < count; ++r) {
+        float* const to = out + r * stride;
+        for (std::int64_t c = 0; c < width; ++c) to[c] = to_float(from[r * row + c * column]);
+        std::fill(to + width, to + stride, 0.0f);
+      }
+      return;
+    }
     with_best_isa([=]() __attribute__((always_inline)) {
       for (std::int64_t r = 0; r < count; ++r) {
         const T* const in = from + r * row;

@@ -186,12 +186,14 @@ void clear(const TensorRef& t) {
 
 void gradients_of_operands(const Backward& b) {
   const Problem& p = b.p;
-  constexpr std::int64_t kUnits = 16;  // at least, if there is that much to do
+  constexpr std::int64_t kUnits = 16;           // at least, if there is that much to do
+  constexpr std::int64_t kMostParts = 1 << 26;  // floats, if they are to be kept: 256 MiB
   const std::int64_t group = p.heads / p.kv_heads, pairs = p.batch * p.kv_heads;
   const std::int64_t wide = padded(p.d), wide_v = padded(p.dv);
+  const std::int64_t row = wide + wide_v, size = std::max<std::int64_t>(p.total_k * row, 1);
   const std::int64_t cuts =
-      std::clamp<std::int64_t>((kUnits + pairs - 1) / pairs, 1, group * blocks_of(p.total_q));
-  const std::int64_t row = wide + wide_v;
+      std::clamp<std::int64_t>(std::min((kUnits + pairs - 1) / pairs, kMostParts / (pairs * size)),
+                               1, group * blocks_of(p.total_q));
   // Of a cut pair all parts are kept; they are added up by the last loop.
   Floats parts(cuts > 1 ? pairs * cuts * p.total_k * row : 0);
   parallel_for(pairs * cuts, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -324,12 +326,13 @@ void gradient_of_sinks(const Backward& b, const TensorRef& to) {
 
 void attention_bwd(const AttentionBwd& args) {
   const Backward b(args);
+  const bool nothing = b.p.heads == 0 || b.p.batch == 0 || b.p.total_q == 0;
   for (const TensorRef* t : {&args.dq, &args.dk, &args.dv}) {
-    if (b.p.ragged()) clear(*t);
+    if (b.p.ragged() || nothing) clear(*t);
   }
   clear(args.dbias);
   clear(args.dsinks);
-  if (b.p.heads == 0 || b.p.batch == 0) return;
+  if (nothing) return;
   if (b.dq.present || b.dk.present || b.dv.present) gradients_of_operands(b);
   if (args.dbias.given()) gradient_of_bias(b, args.fwd.bias, args.dbias);
   if (args.dsinks.given()) gradient_of_sinks(b, args.dsinks);

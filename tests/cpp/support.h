@@ -96,7 +96,7 @@ class Tensor {
   /// Elements are counted in row-major order whatever the strides.
   double get(std::int64_t i) const {
     double value = 0.0;
-    dispatch(dtype(), [&]<class T>() {
+    dispatch_stored(dtype(), [&]<class T>() {
       T element;
       std::memcpy(&element, &bytes_[byte_of(i)], sizeof(T));
       value = to_float(element);
@@ -104,7 +104,7 @@ class Tensor {
     return value;
   }
   void set(std::int64_t i, double value) {
-    dispatch(dtype(), [&]<class T>() {
+    dispatch_stored(dtype(), [&]<class T>() {
       const T element = from_float<T>(static_cast<float>(value));
       std::memcpy(&bytes_[byte_of(i)], &element, sizeof(T));
     });
