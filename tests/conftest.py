@@ -30,7 +30,16 @@ def device(request: pytest.FixtureRequest) -> str:
     """Every test that takes it runs on the CPU and, where there is one, on a CUDA device."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    _skip_without_kernels(request, request.param)
     return request.param
+
+
+def _skip_without_kernels(request: pytest.FixtureRequest, device: str) -> None:
+    """A row of the operator table says on which devices its operator runs."""
+    callspec = getattr(request.node, "callspec", None)
+    spec = callspec.params.get("spec") if callspec else None
+    if spec is not None and device not in spec.devices:
+        pytest.skip(f"{spec.name} has no {device} kernels")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -40,10 +49,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def cuda() -> None:
+def cuda(request: pytest.FixtureRequest) -> None:
     """For tests of what only CUDA has; mark them with ``pytest.mark.cuda``."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    _skip_without_kernels(request, "cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -45,16 +45,16 @@ struct Workspace {
   Floats qt, dot, q, dout, k, v, s, ds, capped, factors, dq, lse, delta;
 };
 
-/// The queries of a block, their dout and what is one number for each of them.
+/// The queries of a block, their dout and what is one number for each of them. A query that saw
+/// nothing becomes 0, with its dout: whatever there is, NaN too, changes no gradient.
 void load_queries(const Backward& b, const Sequence& at, std::int64_t h, std::int64_t i0,
                   std::int64_t i1, Workspace& work) {
   const Problem& p = b.p;
   const std::int64_t rows = i1 - i0, d = padded(p.d), dv = padded(p.dv), first = at.first_q + i0;
-  load_rows(p.q, at.batch, first, rows, h, work.q.data());
-  transpose(rows, p.d, work.q.data(), d, p.scale, work.qt.data());
-  load_rows(b.dout, at.batch, first, rows, h, work.dout.data());
-  transpose(rows, p.dv, work.dout.data(), dv, 1.0f, work.dot.data());
-  load_rows(p.out, at.batch, first, rows, h, work.v.data());  // for this only
+  float *const q = work.q.data(), *const dout = work.dout.data(), *const out = work.v.data();
+  load_rows(p.q, at.batch, first, rows, h, q);
+  load_rows(b.dout, at.batch, first, rows, h, dout);
+  load_rows(p.out, at.batch, first, rows, h, out);  // for this only
   const float* const lse = static_cast<const float*>(p.args.lse.data);
   const float* const dlse = static_cast<const float*>(b.dlse.data);
   float *const to_lse = work.lse.data(), *const to_delta = work.delta.data();
@@ -62,8 +62,13 @@ void load_queries(const Backward& b, const Sequence& at, std::int64_t h, std::in
     to_lse[i] = kInfinity, to_delta[i] = 0.0f;  // probabilities of 0
     if (i >= rows) continue;
     const std::int64_t place = p.lse_at(at, h, i0 + i);
-    if (lse[place] != -kInfinity) to_lse[i] = lse[place];
-    const float *const o = work.v.data() + i * dv, *const g = work.dout.data() + i * dv;
+    float *const g = dout + i * dv, *const o = out + i * dv;
+    if (lse[place] == -kInfinity) {
+      std::fill_n(q + i * d, d, 0.0f);
+      std::fill_n(g, dv, 0.0f);
+      continue;
+    }
+    to_lse[i] = lse[place];
     with_best_isa([=]() __attribute__((always_inline)) {
       to_delta[i] = lane_sums<1>(dv, [=](std::int64_t c) __attribute__((always_inline)) {
         return std::array{o[c] * g[c]};
@@ -71,6 +76,8 @@ void load_queries(const Backward& b, const Sequence& at, std::int64_t h, std::in
     });
     if (b.dlse.given()) to_delta[i] -= dlse[place];
   }
+  transpose(rows, p.d, q, d, p.scale, work.qt.data());
+  transpose(rows, p.dv, dout, dv, 1.0f, work.dot.data());
 }
 
 /// work.s: probabilities as they multiply v; work.ds: gradients of the scores or, `of_products`,

@@ -62,6 +62,14 @@ T take(StableIValue value) {
   }
 }
 
+/// How a parameter of a kernel is read from the stack; specialised for structs that stand for
+/// several arguments.
+template <class T>
+struct Parameter {
+  static constexpr std::size_t kArguments = 1;
+  static T next(const StableIValue*& at) { return take<T>(*at++); }
+};
+
 inline void give(StableIValue* stack, Tensor&& result) {
   *stack = torch::stable::detail::from(result.release());
 }
@@ -77,16 +85,12 @@ struct Box;
 template <class Result, class... Args, Result (*kFunction)(Args...)>
 struct Box<kFunction> {
   static void call(StableIValue* stack, std::uint64_t arguments, std::uint64_t) {
-    FK_CHECK(arguments == sizeof...(Args), "fastkern: the schema has ", arguments,
-             " arguments, its kernel ", sizeof...(Args));
-    run(stack, std::index_sequence_for<Args...>{});
-  }
-
- private:
-  template <std::size_t... kIndex>
-  static void run(StableIValue* stack, std::index_sequence<kIndex...>) {
-    const std::tuple<std::decay_t<Args>...> arguments{take<std::decay_t<Args>>(stack[kIndex])...};
-    give(stack, std::apply(kFunction, arguments));
+    constexpr std::size_t kArguments = (Parameter<std::decay_t<Args>>::kArguments + ... + 0);
+    FK_CHECK(arguments == kArguments, "fastkern: the schema has ", arguments,
+             " arguments, its kernel ", kArguments);
+    const StableIValue* at = stack;  // braces: from left to right
+    const std::tuple<std::decay_t<Args>...> values{Parameter<std::decay_t<Args>>::next(at)...};
+    give(stack, std::apply(kFunction, values));
   }
 };
 

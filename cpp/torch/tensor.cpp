@@ -25,30 +25,6 @@ std::string device_text(Device device) {
 // know.
 std::int32_t number_of(ScalarType type) { return static_cast<std::int32_t>(type); }
 
-std::string type_text(std::int32_t type) {
-  static constexpr std::pair<ScalarType, const char*> kNames[] = {
-      {ScalarType::Float, "float32"},
-      {ScalarType::Half, "float16"},
-      {ScalarType::BFloat16, "bfloat16"},
-      {ScalarType::Double, "float64"},
-      {ScalarType::Byte, "uint8"},
-      {ScalarType::Char, "int8"},
-      {ScalarType::Short, "int16"},
-      {ScalarType::Int, "int32"},
-      {ScalarType::Long, "int64"},
-      {ScalarType::Bool, "bool"},
-      {ScalarType::ComplexHalf, "complex32"},
-      {ScalarType::ComplexFloat, "complex64"},
-      {ScalarType::ComplexDouble, "complex128"},
-      {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
-      {ScalarType::Float8_e5m2, "float8_e5m2"},
-  };
-  for (const auto& [known, name] : kNames) {
-    if (number_of(known) == type) return std::string("torch.") + name;
-  }
-  return "torch scalar type number " + std::to_string(type);
-}
-
 std::int32_t scalar_type(DType dtype) {
   switch (dtype) {
     case DType::f32:
@@ -63,12 +39,6 @@ std::int32_t scalar_type(DType dtype) {
       return number_of(ScalarType::Char);
   }
   fail("fastkern: no torch dtype for ", name_of(dtype));
-}
-
-std::int32_t type_of(const Tensor& t) {
-  std::int32_t type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
-  return type;
 }
 
 /// torch lets None through where the schema asks for a tensor.
@@ -92,20 +62,6 @@ void set_dense_strides(TensorRef& ref) {
     ref.strides[d] = stride;
     stride *= std::max<std::int64_t>(ref.sizes[d], 1);
   }
-}
-
-Tensor allocate(const std::int64_t* sizes, int ndim, std::int32_t type, Device device) {
-  TensorRef shape;
-  shape.ndim = ndim;
-  std::copy(sizes, sizes + ndim, shape.sizes.begin());
-  set_dense_strides(shape);
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError status = aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), type,
-                                                         device.type, device.index, &handle);
-  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ",
-           shape.shape(), " and ", type_text(type), " on ", device_text(device),
-           " (out of memory?)");
-  return Tensor(handle);
 }
 
 Tensor dense_copy(const Tensor& t, TensorRef& ref) {
@@ -134,6 +90,36 @@ CurrentStream find_current_stream() {
 
 }  // namespace
 
+std::string type_text(std::int32_t type) {
+  static constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Float, "float32"},
+      {ScalarType::Half, "float16"},
+      {ScalarType::BFloat16, "bfloat16"},
+      {ScalarType::Double, "float64"},
+      {ScalarType::Byte, "uint8"},
+      {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},
+      {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"},
+      {ScalarType::Bool, "bool"},
+      {ScalarType::ComplexHalf, "complex32"},
+      {ScalarType::ComplexFloat, "complex64"},
+      {ScalarType::ComplexDouble, "complex128"},
+      {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
+      {ScalarType::Float8_e5m2, "float8_e5m2"},
+  };
+  for (const auto& [known, name] : kNames) {
+    if (number_of(known) == type) return std::string("torch.") + name;
+  }
+  return "torch scalar type number " + std::to_string(type);
+}
+
+std::int32_t type_of(const Tensor& t) {
+  std::int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  return type;
+}
+
 std::string dtype_text(DType dtype) { return type_text(scalar_type(dtype)); }
 
 std::string shape_text(const std::int64_t* sizes, int ndim) {
@@ -158,10 +144,9 @@ Device device_of(const Tensor& t) {
   return device;
 }
 
-TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
+TensorRef view_of(const Tensor& t, const char* op, const char* argument) {
   TensorRef ref;
   check_defined(t, op, argument);
-  ref.dtype = float_of(type_of(t), op, argument);
   std::int64_t dims = 0, *sizes = nullptr, *strides = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dims));
   FK_CHECK(dims <= kMaxDims, op, ": ", argument, " must have at most ", kMaxDims,
@@ -172,6 +157,12 @@ TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
   ref.data = data_of(t);
   std::copy(sizes, sizes + ref.ndim, ref.sizes.begin());
   std::copy(strides, strides + ref.ndim, ref.strides.begin());
+  return ref;
+}
+
+TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
+  TensorRef ref = view_of(t, op, argument);
+  ref.dtype = float_of(type_of(t), op, argument);
   return ref;
 }
 
@@ -204,15 +195,29 @@ OptionalTensor make_dense(MaybeTensor t, TensorRef& ref) {
   return dense_copy(*t, ref);
 }
 
+Tensor new_dense(const std::int64_t* sizes, int ndim, std::int32_t type, Device device) {
+  TensorRef shape;
+  shape.ndim = ndim;
+  std::copy(sizes, sizes + ndim, shape.sizes.begin());
+  set_dense_strides(shape);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError status = aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), type,
+                                                         device.type, device.index, &handle);
+  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ",
+           shape.shape(), " and ", type_text(type), " on ", device_text(device),
+           " (out of memory?)");
+  return Tensor(handle);
+}
+
 Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device) {
-  return allocate(sizes, ndim, scalar_type(dtype), device);
+  return new_dense(sizes, ndim, scalar_type(dtype), device);
 }
 
 void set_zero(const Tensor& t) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
 
 Tensor new_zero(Device device) {
   const std::int64_t size = 1;
-  Tensor zero = allocate(&size, 1, number_of(ScalarType::Long), device);
+  Tensor zero = new_dense(&size, 1, number_of(ScalarType::Long), device);
   set_zero(zero);
   return zero;
 }
@@ -224,7 +229,7 @@ Tensor no_output(DType dtype, Device device) {
 
 Tensor new_bytes(std::size_t bytes, Device device) {
   const std::int64_t size = static_cast<std::int64_t>(bytes);
-  return allocate(&size, 1, number_of(ScalarType::Byte), device);
+  return new_dense(&size, 1, number_of(ScalarType::Byte), device);
 }
 
 TensorRef dense_ref(const Tensor& t, const TensorRef& like, DType dtype) {

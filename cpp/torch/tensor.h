@@ -37,6 +37,12 @@ class MaybeTensor {
   const Tensor* tensor_ = nullptr;
 };
 
+/// torch's own number of the dtype of `t`, and the name of the dtype with a number.
+std::int32_t type_of(const Tensor& t);
+std::string type_text(std::int32_t type);
+
+/// A view of `t`, whatever its dtype, which the caller sets; fail() unless its rank is supported.
+TensorRef view_of(const Tensor& t, const char* op, const char* argument);
 /// A view of `t`; fail() unless its dtype is one of fastkern's and its rank is supported.
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
 
@@ -55,6 +61,7 @@ OptionalTensor make_dense(MaybeTensor t, TensorRef& ref);
 
 /// Uninitialised, row-major, from torch's allocator.
 Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device);
+Tensor new_dense(const std::int64_t* sizes, int ndim, std::int32_t type, Device device);
 inline Tensor new_like(const TensorRef& like, Device device) {
   return new_dense(like.sizes.data(), like.ndim, like.dtype, device);
 }

@@ -24,6 +24,12 @@ from fastkern.ops.add_norm import (  # noqa: E402
     add_rms_norm_parallel,
 )
 from fastkern.ops.add_norm_inplace import add_layer_norm_, add_rms_norm_  # noqa: E402
+from fastkern.ops.attention import (  # noqa: E402
+    attn_dropout_mask,
+    flash_attn,
+    flash_attn_varlen,
+    merge_attention,
+)
 from fastkern.ops.group_norm import group_norm  # noqa: E402
 from fastkern.ops.norm import layer_norm, rms_norm  # noqa: E402
 from fastkern.ops.norm_quant import (  # noqa: E402
@@ -45,11 +51,15 @@ __all__ = [
     "add_rms_norm_dynamic_quant",
     "add_rms_norm_parallel",
     "add_rms_norm_static_quant",
+    "attn_dropout_mask",
+    "flash_attn",
+    "flash_attn_varlen",
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
     "group_norm",
     "layer_norm",
+    "merge_attention",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",

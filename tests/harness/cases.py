@@ -95,6 +95,12 @@ def subsets(names: Sequence[str]) -> Iterable[tuple[str, ...]]:
             yield from combinations(names, size)
 
 
+def batched_names(spec: OpSpec, inputs: Inputs) -> list[str]:
+    """Those whose entries belong to the entries of the batch; operands that all entries share are none of them."""
+    given = [name for name in spec.batched if isinstance(inputs.get(name), Tensor)]
+    return [name for name in given if inputs[name].shape[:1] == inputs[given[0]].shape[:1]]
+
+
 def strided_names(spec: OpSpec, inputs: Inputs) -> list[str]:
     return [name for name in spec.strided if isinstance(inputs.get(name), Tensor)]
 

@@ -5,6 +5,7 @@
 //   #include <fastkern/torch.h>
 //   at::Tensor y = fastkern::rms_norm(x, weight);   // differentiable if x or weight requires grad
 //   auto [y, h] = fastkern::add_rms_norm(x, residual, weight);
+//   auto [out, lse] = fastkern::flash_attn(q, k, v, {.causal = true});
 //
 // This header is compiled by its user against the user's LibTorch and holds no kernels. The
 // operators come from libfastkern_torch.so, which registers them when it is loaded, by one of
@@ -18,62 +19,20 @@
 // Python. In a process without Python a call of one through the dispatcher is NOT differentiable:
 // backward() warns once and leaves the gradients of its inputs undefined. The functions here bring
 // their own formula and work everywhere. They can be differentiated once; a second derivative
-// raises an error.
+// raises an error, but for merge_attention.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/randint.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <cstdint>
-#include <limits>
-#include <memory>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
+
+#include "fastkern/torch/attention.h"
+#include "fastkern/torch/common.h"
 
 namespace fastkern {
 namespace detail {
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
-  TORCH_CHECK(
-      found.has_value(), name,
-      " is not registered: libfastkern_torch.so is not loaded (link fastkern::torch or dlopen it)");
-  return found->typed<Signature>();
-}
-
-/// First derivatives made with create_graph=True: usable, but an error once they are differentiated
-/// themselves.
-inline torch::autograd::variable_list differentiable_once(torch::autograd::variable_list grads,
-                                                          const char* op) {
-  if (!at::GradMode::is_enabled()) return grads;
-  for (at::Tensor& grad : grads) {
-    if (grad.defined()) grad = grad.detach().requires_grad_();
-  }
-  const auto error = std::make_shared<torch::autograd::DelayedError>(
-      std::string(op) +
-          ": the C++ function can be differentiated once only, a second derivative was asked for",
-      static_cast<std::int64_t>(grads.size()));
-  return error->apply(std::move(grads));
-}
-
-using MaybeTensor = std::optional<at::Tensor>;
-using MaybeType = std::optional<at::ScalarType>;
-
-/// None for what is not given, be it absent or undefined.
-inline MaybeTensor given(const MaybeTensor& t) { return t && t->defined() ? t : std::nullopt; }
-inline at::Tensor or_undefined(const MaybeTensor& t) { return t.value_or(at::Tensor()); }
-inline MaybeTensor maybe(const at::Tensor& t) {
-  return t.defined() ? MaybeTensor(t) : std::nullopt;
-}
 
 /// What a norm is called with beside its tensors.
 struct NormNumbers {
@@ -228,11 +187,6 @@ struct NormFunction : torch::autograd::Function<NormFunction<kLayer, kAdd>> {
   }
 };
 
-template <class... Tensors>
-bool want_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && ((tensors && tensors->requires_grad()) || ...);
-}
-
 template <bool kLayer>
 at::Tensor norm(const at::Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                 const NormNumbers& n) {
@@ -248,13 +202,7 @@ std::tuple<at::Tensor, at::Tensor> add_norm(const at::Tensor& x, const MaybeTens
                                             MaybeTensor seed, MaybeTensor offset,
                                             const MaybeTensor& rowscale, const NormNumbers& n) {
   TORCH_CHECK(!want_gradient(rowscale), "fastkern: rowscale must not require grad");
-  if (n.dropout_p > 0.0 && !seed) {
-    const std::vector<at::Tensor> drawn =
-        at::randint(std::numeric_limits<std::int64_t>::max(), {2}, x.options().dtype(at::kLong))
-            .unbind();
-    seed = drawn[0];
-    if (!offset) offset = drawn[1];
-  }
+  if (n.dropout_p > 0.0 && !seed) draw(x, seed, offset);
   if (!want_gradient(MaybeTensor(x), residual, weight, bias)) {
     return NormOps<kLayer>::add_norm(x, residual, weight, bias, seed, offset, rowscale, n);
   }
@@ -264,9 +212,6 @@ std::tuple<at::Tensor, at::Tensor> add_norm(const at::Tensor& x, const MaybeTens
 }
 
 }  // namespace detail
-
-using MaybeTensor = detail::MaybeTensor;
-using MaybeType = detail::MaybeType;
 
 // What is not given may be std::nullopt or an undefined tensor. Anything that the operator does not
 // take throws a std::runtime_error that names the argument.

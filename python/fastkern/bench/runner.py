@@ -51,7 +51,7 @@ def run(specs: Sequence[OpSpec], options: Options, reporter: Reporter) -> Result
         reporter.line(f"Running selected {index}/{len(specs)}: {spec.name}")
         # Backward is timed with retain_graph, which a compiled function that reuses its saved tensors refuses.
         with functorch_config.patch(donated_buffer=False):
-            _OpRun(spec, options, clock, results, reporter).run()
+            _OpRun(spec.benchmarked, options, clock, results, reporter).run()
     return results
 
 

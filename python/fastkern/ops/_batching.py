@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One batching rule for every operator on rows.
 
-Where nothing but row operands is batched, the batch is one more leading dimension. Else one call for each entry, and
-the results stacked.
+Where nothing but row operands is batched, the batch is one more leading dimension, or part of the first. Else one call
+for each entry, and the results stacked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def register(
     check: Callable[..., Any] | None = None,
     merges: Callable[[dict[str, Any]], bool] = lambda arguments: True,
     mutates: str | None = None,
+    folds: bool = False,
 ) -> None:
     """Give ``fastkern::<name>`` its rule.
 
@@ -33,15 +34,26 @@ def register(
             so its rank and shape are not those that the operator gets.
         merges: whether the call with these arguments treats every row alike, wherever it lies.
         mutates: the argument that is written in place.
+        folds: the operator has a batch dimension of its own, the first one of each of ``rows``: vmap's batch becomes
+            part of it instead of one more dimension.
     """
     op = getattr(torch.ops.fastkern, name).default
     schema = _schema.arguments(name)
+    names = [a.name for a in schema]
 
     def entries(info: Any, value: Any, dim: int | None) -> list[Any]:
         if dim is None:
             return [value] * max(info.batch_size, 1)
         # Of an empty batch, one to get the shape of a result from: a sum of nothing is zeros, and in the graph.
         return list(value.unbind(dim)) or [value.sum(dim, dtype=value.dtype)]
+
+    def folded(batch: int, values: list[Any]) -> tuple[Tensor, ...]:
+        own = values[names.index(rows[0])].shape[1]
+        for i, name in enumerate(names):
+            if name in rows and values[i] is not None:
+                values[i] = values[i].flatten(0, 1)
+        # One dimension: what stands for a result nobody asked for.
+        return tuple(r.unflatten(0, (batch, own)) if r.dim() > 1 else r.expand(batch, 0) for r in op(*values))
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
         values = [*given, *(a.default_value for a in schema[len(given) :])]
@@ -58,7 +70,7 @@ def register(
                     values[i] = value.movedim(dim, 0)
                 elif a.name in rows and isinstance(value, Tensor):
                     values[i] = value.expand(info.batch_size, *value.shape)
-            result = op(*values)
+            result = folded(info.batch_size, values) if folds else op(*values)
         else:
             per_entry = [entries(info, value, dim) for value, dim in zip(values, dims, strict=True)]
             results = [op(*entry) for entry in zip(*per_entry, strict=True)]

@@ -49,7 +49,7 @@ def register(
     """Give ``fastkern::<name>`` its gradient and return the function that computes with it.
 
     Args:
-        name: of the operator; ``<name>_fwd`` and ``<name>_bwd`` exist beside it.
+        name: of the operator; ``<name>_fwd`` exists beside it and, as a rule, ``<name>_bwd``.
         save: ``setup_context(ctx, inputs, output)``.
         grad: ``backward(ctx, *grad_outs)``. With grad mode on (``create_graph=True``) its result is differentiable.
         composite: the operator in differentiable torch operations.
@@ -57,8 +57,9 @@ def register(
     op = getattr(torch.ops.fastkern, name).default
     fwd = getattr(torch.ops.fastkern, f"{name}_fwd").default
     torch.library.register_autograd(f"fastkern::{name}", grad, setup_context=save)
-    _fallthrough.impl(f"{name}_fwd", torch.library.fallthrough_kernel, "Autograd")
-    _fallthrough.impl(f"{name}_bwd", torch.library.fallthrough_kernel, "Autograd")
+    for helper in (f"{name}_fwd", f"{name}_bwd"):
+        if hasattr(torch.ops.fastkern, helper):  # a gradient may be made of torch's operators
+            _fallthrough.impl(helper, torch.library.fallthrough_kernel, "Autograd")
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = fwd(*inputs)

@@ -35,13 +35,15 @@ def assert_accurate(
     ulps: float = 2.0,
     what: str = "output",
     slack: Tensor | None = None,
+    share: float = 0.0,
 ) -> None:
     """Raise AssertionError unless ``got`` is as close to ``truth`` as the rule asks.
 
     The rule, for the largest error and for the root-mean-square error alike:
     ``error(got) <= factor * error(baseline) + ulps * eps(dtype) * size(truth)``. NaN and infinities must stand where
     they stand in ``truth``, as float64 or rounded to the dtype, or, as torch's formula may be another, in ``baseline``.
-    ``slack`` is what each element may be off by before that counts as an error, of either.
+    ``slack`` is what each element may be off by before that counts as an error, of either; ``share``, of the size of
+    ``truth``, is allowed besides.
     """
     assert got.dtype == baseline.dtype, f"{what}: dtype {got.dtype}, expected {baseline.dtype}"
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
@@ -63,7 +65,7 @@ def assert_accurate(
     eps = torch.finfo(got.dtype).eps
     tiny = torch.finfo(got.dtype).smallest_normal * eps
     for name, size in (("largest", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
-        error, allowed = size(our_error), factor * size(their_error) + ulps * eps * size(exact) + tiny
+        error, allowed = size(our_error), factor * size(their_error) + (ulps * eps + share) * size(exact) + tiny
         assert error <= allowed, (
             f"{what}: {name} error {error:.3e} > {allowed:.3e} = {factor} x torch's {size(their_error):.3e} "
             f"+ {ulps} ulp of {size(exact):.3e}"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,13 @@ Inputs = dict[str, Any]  # argument name -> tensor, number or None; in the op's 
 Outputs = Tensor | tuple[Tensor, ...]
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+VALUES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "times 100": lambda t: 100 * t,
+    "times 1e-3": lambda t: 1e-3 * t,
+    "mean 100": lambda t: 100 + t / 100,
+    "mean 10000": lambda t: 10_000 + t,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class OpSpec:
         differentiable: arguments that may require grad.
         strided: arguments that may have any strides.
         batched: arguments whose leading dimension (the first one in ``dims``) is a batch that no output row may see
-            the rest of.
+            the rest of; those of them that have another leading dimension in a call are shared by its batch. None:
+            there is no such dimension.
         traffic: bytes a perfect kernel moves: ``traffic(inputs, backward)``.
         flops: floating-point operations: ``flops(inputs, backward)``.
         bench_dims: sizes for the benchmark.
@@ -66,6 +74,17 @@ class OpSpec:
             them with: ``vanishing(inputs)``.
         dense: a dense copy of a strided argument, which must give the same bits.
         yardstick: whose error sets the tolerance, where the baseline is less accurate than need be.
+        values: what is done to ``changeable`` inputs to see whether large ones, small ones and those far from a zero
+            mean lose digits: name -> change.
+        second_order: whether gradients have gradients; if not, asking for one must raise an error that says so.
+        allowance: what a gradient, and in float32 an output, may be off by besides, as a share of its largest value,
+            where intermediate values are larger or rounded more often than torch's: ``allowance(inputs, stressed)``,
+            ``stressed`` if the inputs were made to lose digits.
+        contained: whether NaN and infinities stand where torch's do; if not, they may stay where torch's spread, and
+            spread in gradients, within their batch entry.
+        unspecial: names of special values for which sums in another order than torch's overflow elsewhere.
+        devices: the types of device that there are kernels for.
+        benchmark: fields of the row that are others in the benchmark, such as functions that return less.
     """
 
     name: str
@@ -101,6 +120,13 @@ class OpSpec:
     vanishing: Callable[[Inputs], bool] = lambda inputs: False
     dense: Callable[[Tensor], Tensor] = partial(torch.clone, memory_format=torch.contiguous_format)  # noqa: RUF009
     yardstick: Callable[..., Outputs] | None = None
+    values: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=lambda: VALUES)
+    second_order: bool = True
+    allowance: Callable[[Inputs, bool], float] = lambda inputs, stressed: 0.0
+    contained: bool = True
+    unspecial: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    benchmark: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def op(self) -> Any:
@@ -111,6 +137,11 @@ class OpSpec:
     def measure(self) -> Callable[..., Outputs]:
         """Whose error sets the tolerance."""
         return self.yardstick or self.baseline
+
+    @property
+    def benchmarked(self) -> OpSpec:
+        """The row as the benchmark sees it."""
+        return replace(self, **self.benchmark)
 
     @property
     def changeable(self) -> tuple[str, ...]:

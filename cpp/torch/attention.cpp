@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention for torch: schemas, allocation, launch; checks: attention_call.cpp. Fakes and autograd:
+// python/fastkern/ops/_attention.py.
+#include "fastkern/attention.h"
+
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "attention_call.h"
+
+namespace fastkern::torch_layer {
+namespace {
+
+using OutLse = std::tuple<Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dbias, dsinks
+
+/// A new tensor and, in `ref`, its view.
+Tensor new_result(const TensorRef& like, Device device, TensorRef& ref) {
+  Tensor t = new_like(like, device);
+  ref = dense_ref(t, like);
+  return t;
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+OutLse forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+               MaybeTensor start_q, MaybeTensor start_k, const AttentionOptions& options) {
+  AttentionCall call(op, q, k, v, start_q, start_k, options);
+  AttentionFwd args = call.readable();
+  Tensor out = new_result(call.out_shape(), call.device(), args.out);
+  Tensor lse = new_result(call.lse_shape(), call.device(), args.lse);
+  cpu::attention(args);
+  return {std::move(out), std::move(lse)};
+}
+
+OutLse flash_attn(const Tensor& q, const Tensor& k, const Tensor& v,
+                  const AttentionOptions& options) {
+  return forward("fastkern::flash_attn", q, k, v, {}, {}, options);
+}
+
+OutLse flash_attn_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                         const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                         const AttentionOptions& options) {
+  return forward("fastkern::flash_attn_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, options);
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+/// The last arguments of the backward operators.
+struct Needs {
+  bool dq, dk, dv, dbias, dsinks;
+  static constexpr const char* kSchema =
+      "bool need_dq=True, bool need_dk=True, bool need_dv=True, bool need_dbias=False, bool "
+      "need_dsinks=False";
+};
+
+Gradients backward(const char* op, const Tensor& dout, MaybeTensor dlse, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                   MaybeTensor start_q, MaybeTensor start_k, const AttentionOptions& options,
+                   const Needs& needs) {
+  AttentionCall call(op, q, k, v, start_q, start_k, options);
+  AttentionBwd args;
+  args.dout = call.same(dout, call.out_shape(), "dout");
+  if (dlse) args.dlse = call.same(*dlse, call.lse_shape(), "dlse");
+  TensorRef out_ref = call.same(out, call.out_shape(), "out");
+  TensorRef lse_ref = call.same(lse, call.lse_shape(), "lse");
+  call.check_needed(needs.dbias, needs.dsinks);
+
+  args.fwd = call.readable();
+  call.make_dense_last(dout, args.dout);
+  call.make_dense(dlse, args.dlse);
+  call.make_dense(out, out_ref);
+  call.make_dense(lse, lse_ref);
+  args.fwd.out = out_ref;
+  args.fwd.lse = lse_ref;
+  const bool no_rows = call.out_shape().numel() == 0;  // then nothing is launched
+  const auto gradient = [&](bool needed, const TensorRef& like, TensorRef& ref) {
+    if (!needed) {
+      const bool own = like.given() && is_float(like.dtype);
+      return no_output(own ? like.dtype : args.fwd.q.dtype, call.device());
+    }
+    Tensor t = new_result(like, call.device(), ref);
+    if (no_rows) set_zero(t);
+    return t;
+  };
+  Tensor dq = gradient(needs.dq, args.fwd.q, args.dq);
+  Tensor dk = gradient(needs.dk, args.fwd.k, args.dk);
+  Tensor dv = gradient(needs.dv, args.fwd.v, args.dv);
+  Tensor dbias = gradient(needs.dbias, args.fwd.bias, args.dbias);
+  Tensor dsinks = gradient(needs.dsinks, args.fwd.sinks, args.dsinks);
+  const bool any = needs.dq || needs.dk || needs.dv || needs.dbias || needs.dsinks;
+  if (any && !no_rows) cpu::attention_bwd(args);
+  return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias), std::move(dsinks)};
+}
+
+Gradients flash_attn_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                         const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                         const AttentionOptions& options, const Needs& needs) {
+  return backward("fastkern::flash_attn_bwd", dout, dlse, q, k, v, out, lse, {}, {}, options,
+                  needs);
+}
+
+Gradients flash_attn_varlen_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                const Tensor& k, const Tensor& v, const Tensor& out,
+                                const Tensor& lse, const Tensor& cu_seqlens_q,
+                                const Tensor& cu_seqlens_k, const AttentionOptions& options,
+                                const Needs& needs) {
+  return backward("fastkern::flash_attn_varlen_bwd", dout, dlse, q, k, v, out, lse, cu_seqlens_q,
+                  cu_seqlens_k, options, needs);
+}
+
+// ---- parts put together, the dropout mask -------------------------------------------------------
+
+OutLse merge_attention(const Tensor& outs, const Tensor& lses) {
+  MergeFwd args;
+  args.outs = ref_of(outs, args.op, "outs");
+  args.lses = ref_of(lses, args.op, "lses");
+  const auto& at = args.outs.sizes;
+  const std::int64_t parts = at[0], batch = at[1], length = at[2], heads = at[3], dim = at[4];
+  FK_CHECK(args.outs.ndim == 5 && parts >= 1, args.op,
+           ": outs must have shape (K, B, S, H, Dv) with K at least 1, got ", args.outs.shape());
+  FK_CHECK(args.lses.dtype == DType::f32, args.op, ": lses must be torch.float32, got ",
+           dtype_text(args.lses.dtype));
+  const std::int64_t sizes[] = {parts, batch, heads, length};
+  check_shape(args.lses, sizes, 4, args.op, "lses");
+  const Device device = device_of(outs);
+  check_device(lses, device, args.op, "lses", "outs");
+  check_cpu(device, args.op, "outs");
+  OptionalTensor copy;
+  if (dim == 1) args.outs.strides[4] = 1;
+  if (args.outs.strides[4] != 1) copy = make_dense(outs, args.outs);
+  Tensor out =
+      new_result(dense(nullptr, args.outs.dtype, batch, length, heads, dim), device, args.out);
+  Tensor lse = new_result(dense(nullptr, DType::f32, batch, heads, length), device, args.lse);
+  cpu::merge_attention(args);
+  return {std::move(out), std::move(lse)};
+}
+
+Tensor attn_dropout_mask(std::int64_t B, std::int64_t H, std::int64_t S, std::int64_t T,
+                         double dropout_p, const Tensor& seed, const OptionalTensor& offset) {
+  constexpr const char* kOp = "fastkern::attn_dropout_mask";
+  const std::int64_t sizes[] = {B, H, S, T};
+  for (int d = 0; d < 4; ++d) {
+    FK_CHECK(sizes[d] >= 0, kOp, ": ", "BHST"[d], " must be >= 0, got ", sizes[d]);
+  }
+  view_of(seed, kOp, "seed");  // fails if it is None
+  const Device device = device_of(seed);
+  AttentionDropout dropout = checked_dropout(kOp, dropout_p, seed, offset, device, "seed");
+  check_cpu(device, kOp, "seed");
+  OptionalTensor zero;
+  if (!offset) {
+    zero = new_zero(device);
+    dropout.offset = static_cast<const std::int64_t*>(data_of(*zero));
+  }
+  Tensor mask =
+      new_dense(sizes, 4, static_cast<std::int32_t>(torch::headeronly::ScalarType::Bool), device);
+  cpu::attention_dropout_mask(dense(data_of(mask), DType::i8, B, H, S, T), dropout, kOp);
+  return mask;
+}
+
+}  // namespace
+
+template <>
+struct boxing::Parameter<Needs> {
+  static constexpr std::size_t kArguments = 5;
+  static Needs next(const StableIValue*& at) {
+    const auto flag = [&] { return Parameter<bool>::next(at); };
+    return {flag(), flag(), flag(), flag(), flag()};
+  }
+};
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
+  const auto define = [&](const std::string& name, const std::string& schema) {
+    m.def((name + schema).c_str());
+  };
+  const std::string options = AttentionOptions::kSchema, needs = Needs::kSchema;
+  const std::string out_lse = ") -> (Tensor out, Tensor lse)";
+  const std::string starts = ", Tensor cu_seqlens_q, Tensor cu_seqlens_k, ";
+  for (const std::string end : {"", "_fwd"}) {
+    define("flash_attn" + end, "(Tensor q, Tensor k, Tensor v, " + options + out_lse);
+    define("flash_attn_varlen" + end, "(Tensor q, Tensor k, Tensor v" + starts + options + out_lse);
+    define("merge_attention" + end, "(Tensor outs, Tensor lses" + out_lse);
+  }
+  const std::string saved =
+      "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse";
+  const std::string gradients =
+      needs + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)";
+  define("flash_attn_bwd", saved + ", " + options + ", " + gradients);
+  define("flash_attn_varlen_bwd", saved + starts + options + ", " + gradients);
+  define("attn_dropout_mask",
+         "(int B, int H, int S, int T, float dropout_p, Tensor seed, Tensor? offset=None) -> "
+         "Tensor");
+}
+
+FASTKERN_REGISTER(m) {
+  m.impl("flash_attn", box<&flash_attn>);
+  m.impl("flash_attn_fwd", box<&flash_attn>);
+  m.impl("flash_attn_bwd", box<&flash_attn_bwd>);
+  m.impl("flash_attn_varlen", box<&flash_attn_varlen>);
+  m.impl("flash_attn_varlen_fwd", box<&flash_attn_varlen>);
+  m.impl("flash_attn_varlen_bwd", box<&flash_attn_varlen_bwd>);
+  m.impl("merge_attention", box<&merge_attention>);
+  m.impl("merge_attention_fwd", box<&merge_attention>);
+  m.impl("attn_dropout_mask", box<&attn_dropout_mask>);
+}
+
+}  // namespace fastkern::torch_layer
