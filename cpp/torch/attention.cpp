@@ -112,29 +112,69 @@ Gradients flash_attn_varlen_bwd(const Tensor& dout, const OptionalTensor& dlse, 
 
 // ---- parts put together, the dropout mask -------------------------------------------------------
 
+/// Checked views of outs and lses, rows of outs dense, perhaps in `copy`.
+struct Parts {
+  Parts(const char* op, const Tensor& outs_in, const Tensor& lses_in)
+      : outs(ref_of(outs_in, op, "outs")), lses(ref_of(lses_in, op, "lses")) {
+    const auto& at = outs.sizes;
+    FK_CHECK(outs.ndim == 5 && at[0] >= 1, op,
+             ": outs must have shape (K, B, S, H, Dv) with K at least 1, got ", outs.shape());
+    FK_CHECK(lses.dtype == DType::f32, op, ": lses must be torch.float32, got ",
+             dtype_text(lses.dtype));
+    const std::int64_t sizes[] = {at[0], at[1], at[3], at[2]};
+    check_shape(lses, sizes, 4, op, "lses");
+    device = device_of(outs_in);
+    check_device(lses_in, device, op, "lses", "outs");
+    check_cpu(device, op, "outs");
+    out = dense(nullptr, outs.dtype, at[1], at[2], at[3], at[4]);
+    lse = dense(nullptr, DType::f32, at[1], at[3], at[2]);
+    copy = with_dense_rows(outs_in, outs);
+  }
+
+  static OptionalTensor with_dense_rows(const Tensor& t, TensorRef& ref) {
+    std::int64_t& last = ref.strides[ref.ndim - 1];
+    if (ref.sizes[ref.ndim - 1] == 1) last = 1;
+    return last == 1 ? OptionalTensor() : make_dense(t, ref);
+  }
+
+  TensorRef outs, lses, out, lse;  // out, lse: shapes of what they make
+  Device device;
+  OptionalTensor copy;
+};
+
 OutLse merge_attention(const Tensor& outs, const Tensor& lses) {
   MergeFwd args;
-  args.outs = ref_of(outs, args.op, "outs");
-  args.lses = ref_of(lses, args.op, "lses");
-  const auto& at = args.outs.sizes;
-  const std::int64_t parts = at[0], batch = at[1], length = at[2], heads = at[3], dim = at[4];
-  FK_CHECK(args.outs.ndim == 5 && parts >= 1, args.op,
-           ": outs must have shape (K, B, S, H, Dv) with K at least 1, got ", args.outs.shape());
-  FK_CHECK(args.lses.dtype == DType::f32, args.op, ": lses must be torch.float32, got ",
-           dtype_text(args.lses.dtype));
-  const std::int64_t sizes[] = {parts, batch, heads, length};
-  check_shape(args.lses, sizes, 4, args.op, "lses");
-  const Device device = device_of(outs);
-  check_device(lses, device, args.op, "lses", "outs");
-  check_cpu(device, args.op, "outs");
-  OptionalTensor copy;
-  if (dim == 1) args.outs.strides[4] = 1;
-  if (args.outs.strides[4] != 1) copy = make_dense(outs, args.outs);
-  Tensor out =
-      new_result(dense(nullptr, args.outs.dtype, batch, length, heads, dim), device, args.out);
-  Tensor lse = new_result(dense(nullptr, DType::f32, batch, heads, length), device, args.lse);
+  const Parts parts(args.op, outs, lses);
+  args.outs = parts.outs, args.lses = parts.lses;
+  Tensor out = new_result(parts.out, parts.device, args.out);
+  Tensor lse = new_result(parts.lse, parts.device, args.lse);
   cpu::merge_attention(args);
   return {std::move(out), std::move(lse)};
+}
+
+OutLse merge_attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& outs,
+                           const Tensor& lses, bool need_douts, bool need_dlses) {
+  MergeBwd args;
+  const Parts parts(args.op, outs, lses);
+  args.outs = parts.outs, args.lses = parts.lses;
+  const auto like = [&](const Tensor& t, const TensorRef& shape, const char* name) {
+    const TensorRef ref = ref_of(t, args.op, name);
+    FK_CHECK(ref.dtype == shape.dtype, args.op, ": ", name, " must be ", dtype_text(shape.dtype),
+             ", got ", dtype_text(ref.dtype));
+    check_shape(ref, shape.sizes.data(), shape.ndim, args.op, name);
+    check_device(t, parts.device, args.op, name, "outs");
+    return ref;
+  };
+  args.dout = like(dout, parts.out, "dout");
+  if (dlse) args.dlse = like(*dlse, parts.lse, "dlse");
+  const OptionalTensor copy = Parts::with_dense_rows(dout, args.dout);
+  const auto gradient = [&](bool needed, const TensorRef& shape, TensorRef& ref) {
+    return needed ? new_result(shape, parts.device, ref) : no_output(shape.dtype, parts.device);
+  };
+  Tensor douts = gradient(need_douts, parts.outs, args.douts);
+  Tensor dlses = gradient(need_dlses, parts.lses, args.dlses);
+  if (need_douts || need_dlses) cpu::merge_attention_bwd(args);
+  return {std::move(douts), std::move(dlses)};
 }
 
 Tensor attn_dropout_mask(std::int64_t B, std::int64_t H, std::int64_t S, std::int64_t T,
@@ -188,6 +228,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
       needs + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)";
   define("flash_attn_bwd", saved + ", " + options + ", " + gradients);
   define("flash_attn_varlen_bwd", saved + starts + options + ", " + gradients);
+  define("merge_attention_bwd",
+         "(Tensor dout, Tensor? dlse, Tensor outs, Tensor lses, bool need_douts=True, bool "
+         "need_dlses=True) -> (Tensor douts, Tensor dlses)");
   define("attn_dropout_mask",
          "(int B, int H, int S, int T, float dropout_p, Tensor seed, Tensor? offset=None) -> "
          "Tensor");
@@ -202,6 +245,7 @@ FASTKERN_REGISTER(m) {
   m.impl("flash_attn_varlen_bwd", box<&flash_attn_varlen_bwd>);
   m.impl("merge_attention", box<&merge_attention>);
   m.impl("merge_attention_fwd", box<&merge_attention>);
+  m.impl("merge_attention_bwd", box<&merge_attention_bwd>);
   m.impl("attn_dropout_mask", box<&attn_dropout_mask>);
 }
 

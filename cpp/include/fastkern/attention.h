@@ -83,10 +83,21 @@ struct MergeFwd {
   TensorRef lse;   // (B, H, S) f32, dense
 };
 
+/// Its gradients; what is not given is not computed. Where no part saw a key they are 0.
+struct MergeBwd {
+  const char* op = "fastkern::merge_attention_bwd";
+  TensorRef dout;        // as out, the last dimension dense
+  TensorRef dlse;        // as lse, f32, any strides; or none
+  TensorRef outs, lses;  // as they were
+  TensorRef douts;       // as outs, dense
+  TensorRef dlses;       // as lses, dense
+};
+
 namespace cpu {
 FASTKERN_API void attention(const AttentionFwd& args);
 FASTKERN_API void attention_bwd(const AttentionBwd& args);
 FASTKERN_API void merge_attention(const MergeFwd& args);
+FASTKERN_API void merge_attention_bwd(const MergeBwd& args);
 /// mask (B, H, S, T) i8, dense: 1 where dropout keeps.
 FASTKERN_API void attention_dropout_mask(const TensorRef& mask, const AttentionDropout& dropout,
                                          const char* op);

@@ -13,8 +13,10 @@ from fastkern.ops import _attention_check, _batching, _check, _gradient, _schema
 # ---- merge_attention -------------------------------------------------------------------------------------------------
 
 
-def _check_merge(outs: Tensor, lses: Tensor) -> None:
-    op = "merge_attention"
+_merge_attention_bwd = torch.ops.fastkern.merge_attention_bwd.default
+
+
+def _check_merge(outs: Tensor, lses: Tensor, op: str = "merge_attention") -> None:
     _check.float_tensor(op, "outs", outs)
     _check.float_tensor(op, "lses", lses)
     if outs.dim() != 5 or outs.shape[0] < 1:
@@ -65,10 +67,45 @@ def _merge_save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, T
     ctx.save_for_backward(*inputs)
 
 
+def _merge_bwd_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    outs: Tensor,
+    lses: Tensor,
+    need_douts: bool = True,
+    need_dlses: bool = True,
+) -> tuple[Tensor, Tensor]:
+    op = "merge_attention_bwd"
+    _check_merge(outs, lses, op)
+    for name, t, dtype, shape in (
+        ("dout", dout, outs.dtype, outs.shape[1:]),
+        ("dlse", dlse, torch.float32, lses.shape[1:]),
+    ):
+        if t is None:
+            continue
+        _check.float_tensor(op, name, t)
+        if t.dtype != dtype:
+            raise RuntimeError(f"fastkern::{op}: {name} must be {dtype}, got {t.dtype}")
+        _check.shape(op, name, t, shape)
+        _check.device(op, name, t, outs, "outs")
+    return outs.new_empty(outs.shape if need_douts else 0), lses.new_empty(lses.shape if need_dlses else 0)
+
+
 def _merge_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """In torch's operators, so it can be differentiated again."""
     outs, lses = ctx.saved_tensors
-    need_outs, need_lses = ctx.needs_input_grad[:2]
+    needs = ctx.needs_input_grad[:2]
+    if dout is None and dlse is None:
+        return None, None
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+        return _merge_grad_differentiable(outs, lses, dout, dlse, *needs)
+    dout = outs.new_zeros(outs.shape[1:]) if dout is None else dout
+    douts, dlses = _merge_attention_bwd(dout, dlse, outs, lses, *needs)
+    return douts if needs[0] else None, dlses if needs[1] else None
+
+
+def _merge_grad_differentiable(
+    outs: Tensor, lses: Tensor, dout: Tensor | None, dlse: Tensor | None, need_outs: bool, need_lses: bool
+) -> tuple[Tensor | None, Tensor | None]:
     weights, lse = _weights(lses.contiguous())
     douts = dlses = None
     if dout is not None:
@@ -88,6 +125,8 @@ def _merge_grad(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Ten
 for _name in ("merge_attention", "merge_attention_fwd"):
     _schema.register_fake(_name, _merge_fake)
     _batching.register(_name)
+_schema.register_fake("merge_attention_bwd", _merge_bwd_fake)
+_batching.register("merge_attention_bwd")
 merge_with_gradient = _gradient.register(
     "merge_attention", save=_merge_save, grad=_merge_grad, composite=_merge_composite
 )

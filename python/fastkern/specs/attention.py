@@ -403,6 +403,7 @@ MERGE_ATTENTION = OpSpec(
     variants=({}, {"empty": True}),
     differentiable=("outs", "lses"),
     strided=("outs", "lses"),
+    unspecial=("max finite",),  # dout . outs overflows in one order of the sum, not in the other
     batched=(),
     traffic=_merge_traffic,
     flops=lambda inputs, backward: (6 if backward else 2) * inputs["outs"].numel(),
