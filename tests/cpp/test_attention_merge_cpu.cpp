@@ -111,6 +111,63 @@ void expect_merge(const MergeProblem& m) {
   EXPECT_TRUE(out.gaps_intact() && lse.gaps_intact());
 }
 
+void expect_merge_gradients(const MergeProblem& m, bool with_dlse) {
+  const std::int64_t parts = m.sizes[0], batch = m.sizes[1], queries = m.sizes[2],
+                     heads = m.sizes[3], width = m.sizes[4];
+  const DType dtype = m.outs.dtype();
+  Tensor outs = m.outs, lses = m.lses, douts(dtype, m.sizes), dlses(DType::f32, sizes_of(m.lses));
+  Tensor dout = Tensor(dtype, Sizes{batch, queries, heads, width}).fill(3);
+  Tensor dlse = Tensor(DType::f32, Sizes{batch, heads, queries}).fill(4);
+  cpu::merge_attention_bwd({.dout = dout.ref(),
+                            .dlse = with_dlse ? dlse.ref() : TensorRef{},
+                            .outs = outs.ref(),
+                            .lses = lses.ref(),
+                            .douts = douts.ref(),
+                            .dlses = dlses.ref()});
+  test::Bounded expected_douts(douts), expected_dlses(dlses);
+  const std::int64_t rows = batch * queries * heads;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t h = r % heads, i = r / heads % queries, b = r / heads / queries;
+    const std::int64_t at = (b * heads + h) * queries + i, stride = batch * heads * queries;
+    double top = -INFINITY, sum = 0.0, mean = 0.0, size = 0.0;
+    for (std::int64_t k = 0; k < parts; ++k) top = std::max(top, m.lses.get(k * stride + at));
+    if (top == -INFINITY) continue;  // no gradients
+    std::vector<double> weight(parts), product(parts);
+    for (std::int64_t k = 0; k < parts; ++k) {
+      sum += weight[k] = std::exp(m.lses.get(k * stride + at) - top);
+    }
+    for (std::int64_t k = 0; k < parts; ++k) {
+      weight[k] /= sum;
+      for (std::int64_t c = 0; c < width; ++c) {
+        const double g = dout.get(r * width + c), o = m.outs.get((k * rows + r) * width + c);
+        const double noise = 1.0 + std::abs(m.lses.get(k * stride + at));
+        if (weight[k] > 0.0) product[k] += g * o;
+        size += weight[k] > 0.0 ? std::abs(g * o) * noise : 0.0;
+        expected_douts.value[(k * rows + r) * width + c] = weight[k] * g;
+        expected_douts.noise[(k * rows + r) * width + c] =
+            weight[k] > 0.0 ? std::abs(weight[k] * g) * noise : 0.0;
+      }
+      mean += weight[k] * product[k];
+    }
+    const double of_lse = with_dlse ? dlse.get(at) : 0.0;
+    for (std::int64_t k = 0; k < parts; ++k) {
+      expected_dlses.value[k * stride + at] = weight[k] * (product[k] - mean + of_lse);
+      expected_dlses.noise[k * stride + at] = weight[k] * (size + std::abs(of_lse)) + 1e-6;
+    }
+  }
+  EXPECT_TRUE(close(douts, expected_douts)) << "douts";
+  EXPECT_TRUE(close(dlses, expected_dlses, {.noise = 3e-6})) << "dlses";
+  EXPECT_TRUE(douts.gaps_intact() && dlses.gaps_intact());
+}
+
+TEST_P(MergeCpu, Gradients) {
+  const Sizes shapes[] = {{1, 2, 3, 4, 5}, {2, 1, 33, 2, 64}, {5, 2, 9, 3, 17}, {3, 2, 7, 1, 1}};
+  for (const Sizes& sizes : shapes) {
+    expect_merge_gradients(make_merge(sizes, GetParam()), true);
+    expect_merge_gradients(make_merge(sizes, GetParam()), false);
+  }
+}
+
 TEST_P(MergeCpu, Matches) {
   for (const Sizes& sizes : {Sizes{1, 2, 5, 3, 40},
                              {2, 1, 1, 1, 1},
