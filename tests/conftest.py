@@ -36,8 +36,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def _skip_without_kernels(request: pytest.FixtureRequest, device: str) -> None:
     """A row of the operator table says on which devices its operator runs."""
-    callspec = getattr(request.node, "callspec", None)
-    spec = callspec.params.get("spec") if callspec else None
+    callspec, marker = getattr(request.node, "callspec", None), request.node.get_closest_marker("operator")
+    spec = marker.args[0] if marker else callspec.params.get("spec") if callspec else None
     if spec is not None and device not in spec.devices:
         pytest.skip(f"{spec.name} has no {device} kernels")
 

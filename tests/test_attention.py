@@ -10,24 +10,15 @@ import fastkern
 import pytest
 import torch
 from fastkern.specs import attention as rows
-from harness.attention import TOLERANCE, assert_close, assert_no_nan, assert_same_bits, check, made, ours, packed
+from harness.attention import TOLERANCE, assert_close, assert_no_nan, assert_same_bits, check, int32, made, ours, packed
 from harness.layouts import OFFSETS, offset_by
 from torch import Tensor
+
+pytestmark = pytest.mark.operator(rows.FLASH_ATTN)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 dtypes = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
 POISON = (float("nan"), float("inf"), -float("inf"))
-
-
-@pytest.fixture
-def device(device: str) -> str:
-    if device not in rows.FLASH_ATTN.devices:
-        pytest.skip(f"attention has no {device} kernels")
-    return device
-
-
-def _int32(device: str, *values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def _entry(inputs: dict[str, Tensor], b: int, S: int, T: int) -> dict[str, Tensor]:
@@ -42,7 +33,7 @@ def _entry(inputs: dict[str, Tensor], b: int, S: int, T: int) -> dict[str, Tenso
 def test_unused_rows_are_not_read(poison: float, dtype: torch.dtype, device: str) -> None:
     """NaN and infinities beyond seqused_q and seqused_k, in dout too, change no bit of anything."""
     clean: dict[str, Any] = made(device, dtype, 3, 70, 131, 4, 24, group=2)
-    clean |= {"causal": True, "seqused_q": _int32(device, 70, 33, 0), "seqused_k": _int32(device, 65, 0, 131)}
+    clean |= {"causal": True, "seqused_q": int32(device, 70, 33, 0), "seqused_k": int32(device, 65, 0, 131)}
     dirty = {k: v.clone() if isinstance(v, Tensor) else v for k, v in clean.items()}
     dout, dlse = torch.randn(3, 70, 4, 24, device=device).to(dtype), torch.randn(3, 4, 70, device=device)
     bad_dout, bad_dlse = dout.clone(), dlse.clone()
@@ -91,8 +82,8 @@ def test_rows_between_sequences_are_not_read(device: str) -> None:
     """cu_seqlens with seqused: gaps of NaN between the sequences."""
     inputs = made(device, F32, 1, 50, 90, 2, 16)
     flat = {k: v[0].clone() for k, v in inputs.items()}
-    starts = {"cu_seqlens_q": _int32(device, 0, 20, 50), "cu_seqlens_k": _int32(device, 0, 40, 90)}
-    used = {"seqused_q": _int32(device, 11, 30), "seqused_k": _int32(device, 33, 7)}
+    starts = {"cu_seqlens_q": int32(device, 0, 20, 50), "cu_seqlens_k": int32(device, 0, 40, 90)}
+    used = {"seqused_q": int32(device, 11, 30), "seqused_k": int32(device, 33, 7)}
     clean = {**flat, **starts, **used, "causal": True}
     check(clean, "gaps")
     expected = {k: v for k, v in ours(clean).items() if k in ("out", "lse")}

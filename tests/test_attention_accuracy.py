@@ -12,6 +12,8 @@ from fastkern.specs import _attention_formula as formula
 from fastkern.specs import attention as rows
 from harness.attention import assert_as_fa3, assert_close, made, ours, results_of, truth
 
+pytestmark = pytest.mark.operator(rows.FLASH_ATTN)
+
 LENGTHS = (
     (1, 1), (64, 128), (128, 192), (256, 256), (239, 1), (799, 3), (113, 203), (113, 128), (128, 217), (113, 211),
     (108, 256), (256, 512), (384, 256), (640, 128), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023),
@@ -27,13 +29,6 @@ MASKS: dict[str, Any] = {
 }
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 SOFTCAPS = (0.0, 50.0)
-
-
-@pytest.fixture
-def device(device: str) -> str:
-    if device not in rows.FLASH_ATTN.devices:
-        pytest.skip(f"attention has no {device} kernels")
-    return device
 
 
 def _case(lengths: int, dim: int, use: int) -> tuple[Any, ...]:

@@ -10,22 +10,13 @@ import fastkern
 import pytest
 import torch
 from fastkern.specs import attention as rows
-from harness.attention import assert_close, assert_no_nan, assert_same_bits, check, made, ours, packed, truth
+from harness.attention import assert_close, assert_no_nan, assert_same_bits, check, int32, made, ours, packed, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-
-@pytest.fixture
-def device(device: str) -> str:
-    if device not in rows.FLASH_ATTN.devices:
-        pytest.skip(f"attention has no {device} kernels")
-    return device
-
-
-def _int32(device: str, *values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+pytestmark = pytest.mark.operator(rows.FLASH_ATTN)
 
 
 HUGE, TINY = 2**31 - 1, -(2**31)
@@ -50,7 +41,7 @@ EDGES = (
 @pytest.mark.parametrize("edges_q", EDGES, ids=str)
 def test_wrong_edges_are_cut(edges_q: tuple[int, ...], edges_k: tuple[int, ...], device: str) -> None:
     flat = {name: t[0] for name, t in made(device, torch.float32, 1, 40, 40, 2, 8).items()}
-    edges = {"cu_seqlens_q": _int32(device, *edges_q), "cu_seqlens_k": _int32(device, *edges_k)}
+    edges = {"cu_seqlens_q": int32(device, *edges_q), "cu_seqlens_k": int32(device, *edges_k)}
     check(flat | edges, f"{edges_q} {edges_k}")
     check({**flat, **edges, "causal": True, "window_left": 3}, f"{edges_q} {edges_k}")
 
@@ -60,14 +51,14 @@ def test_sequences_that_overlap(edges: tuple[int, ...], device: str) -> None:
     """Which of them a row gets is not said; no NaN, and nothing beside the tensors is touched."""
     flat = {name: t[0] for name, t in made(device, torch.float32, 1, 40, 40, 2, 8).items()}
     for q, k in ((edges, edges), (edges, (0, 10, 20, 40)), ((0, 10, 20, 40), edges)):
-        got = ours(flat | {"cu_seqlens_q": _int32(device, *q), "cu_seqlens_k": _int32(device, *k)})
+        got = ours(flat | {"cu_seqlens_q": int32(device, *q), "cu_seqlens_k": int32(device, *k)})
         assert_no_nan(got, f"{q} {k}")
 
 
 @pytest.mark.parametrize("value", [HUGE, 41, 40, 39, 0, -1, TINY])
 def test_wrong_lengths_are_cut(value: int, device: str) -> None:
     inputs: dict[str, Any] = made(device, torch.float32, 2, 40, 70, 2, 8)
-    used = _int32(device, value, 20)
+    used = int32(device, value, 20)
     for names in (("seqused_q",), ("seqused_k",), ("seqused_q", "seqused_k")):
         for options in ({}, {"causal": True}):
             check({**inputs, **dict.fromkeys(names, used), **options}, f"{names} {value}")
@@ -78,9 +69,9 @@ def test_wrong_lengths_are_cut(value: int, device: str) -> None:
 @pytest.mark.parametrize("value", [HUGE, 71, 70, 1, 0, -1, TINY])
 def test_wrong_prefixes_are_cut(value: int, device: str) -> None:
     inputs: dict[str, Any] = made(device, torch.float32, 2, 40, 70, 2, 8)
-    prefix = _int32(device, value, 20)
+    prefix = int32(device, value, 20)
     check({**inputs, "prefix": prefix, "causal": True}, f"{value}")
-    check({**inputs, "prefix": prefix, "causal": True, "seqused_k": _int32(device, 33, 70)}, f"{value}, with lengths")
+    check({**inputs, "prefix": prefix, "causal": True, "seqused_k": int32(device, 33, 70)}, f"{value}, with lengths")
 
 
 # ---- NaN and infinities ----------------------------------------------------------------------------------------------

@@ -18,18 +18,13 @@ from fastkern.specs import attention as rows
 from harness.attention import assert_close, made, results_of
 from torch import Tensor
 
+pytestmark = pytest.mark.operator(rows.FLASH_ATTN)
+
 S, T = 37, 70
 WINDOW = 9  # of xFormers: how many keys a query sees, itself included
 LEFT, RIGHT = 5, 3
 
 Sees = Callable[[Tensor, Tensor, int, int], Tensor]  # (i, j, queries, keys) of one sequence -> bool
-
-
-@pytest.fixture
-def device(device: str) -> str:
-    if device not in rows.FLASH_ATTN.devices:
-        pytest.skip(f"attention has no {device} kernels")
-    return device
 
 
 def everything(i: Tensor, j: Tensor, queries: int, keys: int) -> Tensor:

@@ -15,14 +15,9 @@ from fastkern.specs import attention as rows
 from harness.attention import assert_close, assert_no_nan, assert_same_bits, check, made, ours, packed, truth
 from torch import Tensor
 
+pytestmark = pytest.mark.operator(rows.FLASH_ATTN)
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-@pytest.fixture
-def device(device: str) -> str:
-    if device not in rows.FLASH_ATTN.devices:
-        pytest.skip(f"attention has no {device} kernels")
-    return device
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -158,6 +153,33 @@ def test_dropout_draws_a_seed(device: str) -> None:
 
 
 # ---- parts of the keys -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["run", "traced"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dout": lambda t: t.half()}, r"merge_attention_bwd: dout must be torch\.float32, got torch\.float16"),
+        ({"dout": lambda t: t[:, 1:]}, r"merge_attention_bwd: dout must have shape \(2, 5, 4, 8\), got \(2, 4, 4, 8\)"),
+        ({"dlse": lambda t: t.bfloat16()}, r"merge_attention_bwd: dlse must be torch\.float32, got torch\.bfloat16"),
+        ({"dlse": lambda t: t.mT}, r"merge_attention_bwd: dlse must have shape \(2, 4, 5\), got \(2, 5, 4\)"),
+        ({"outs": lambda t: t[0]}, r"merge_attention_bwd: outs must have shape \(K, B, S, H, Dv\)"),
+        ({"lses": lambda t: t.mT}, r"merge_attention_bwd: lses must have shape \(3, 2, 4, 5\), got \(3, 2, 5, 4\)"),
+    ],
+    ids=["dout_type", "dout_shape", "dlse_type", "dlse_shape", "outs_rank", "lses_shape"],
+)
+def test_merge_gradient_refuses(change: dict[str, Any], message: str, meta: bool) -> None:
+    arguments = {
+        "dout": torch.randn(2, 5, 4, 8),
+        "dlse": torch.randn(2, 4, 5),
+        "outs": torch.randn(3, 2, 5, 4, 8),
+        "lses": torch.randn(3, 2, 4, 5),
+    }
+    arguments |= {name: wrong(arguments[name]) for name, wrong in change.items()}
+    if meta:
+        arguments = {name: t.to("meta") for name, t in arguments.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastkern.merge_attention_bwd(**arguments)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])

@@ -91,10 +91,8 @@ void query_block(const Problem& p, const Sequence& at, const Sight& sight, std::
   std::fill_n(sum, columns, sink == -kInfinity ? 0.0f : 1.0f);
   std::fill_n(o, rows * dv, 0.0f);
 
-  const std::int64_t end = sight.end(i1), g = p.kv_head(h);
-  for (std::int64_t j0 = sight.begin(i0) / kBlock * kBlock; j0 < end; j0 += kBlock) {
-    const std::int64_t j1 = std::min(sight.keys, j0 + kBlock);
-    if (sight.none(i0, i1, j0, j1) || !p.listed(h, i0, j0)) continue;
+  const std::int64_t g = p.kv_head(h);
+  each_key_block(p, sight, h, i0, i1, [&](std::int64_t j0, std::int64_t j1) {
     load_rows(p.k, at.batch, at.first_k + j0, j1 - j0, g, work.rows.data());
     block_scores(p, at, sight, h, i0, i1, j0, j1, qt, work.rows.data(), s, nullptr);
     if (soften(j1 - j0, columns, s, max, sum, alpha)) multiply_rows(rows, dv, alpha, o);
@@ -104,7 +102,7 @@ void query_block(const Problem& p, const Sequence& at, const Sight& sight, std::
     }
     load_rows(p.v, at.batch, at.first_k + j0, j1 - j0, g, work.rows.data());
     matmul<true>(rows, dv, j1 - j0, s, 1, kBlock, work.rows.data(), dv, o, dv);
-  }
+  });
 
   float* const lse = static_cast<float*>(p.args.lse.data);
   for (std::int64_t i = 0; i < rows; ++i) {
@@ -120,8 +118,7 @@ void attention(const AttentionFwd& args) {
   const Problem p(args);
   if (p.heads == 0 || p.total_q == 0) return;
   if (p.ragged()) {
-    std::memset(args.out.data, 0,
-                static_cast<std::size_t>(args.out.numel() * size_of(args.q.dtype)));
+    clear(args.out);
     std::fill_n(static_cast<float*>(args.lse.data), args.lse.numel(), -kInfinity);
   }
   const std::vector<QueryBlock> blocks = p.query_blocks();

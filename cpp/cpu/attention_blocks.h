@@ -198,4 +198,19 @@ void block_scores(const Problem& p, const Sequence& at, const Sight& sight, std:
 void block_dropout(const Problem& p, const Sequence& at, std::int64_t h, std::int64_t i0,
                    std::int64_t i1, std::int64_t j0, std::int64_t j1, float* factors);
 
+/// f(j0, j1) for each block of keys that queries i0 to i1 may see.
+template <class F>
+void each_key_block(const Problem& p, const Sight& sight, std::int64_t h, std::int64_t i0,
+                    std::int64_t i1, const F& f) {
+  const std::int64_t end = sight.end(i1);
+  for (std::int64_t j0 = sight.begin(i0) / kBlock * kBlock; j0 < end; j0 += kBlock) {
+    const std::int64_t j1 = std::min(sight.keys, j0 + kBlock);
+    if (!sight.none(i0, i1, j0, j1) && p.listed(h, i0, j0)) f(j0, j1);
+  }
+}
+
+inline void clear(const TensorRef& t) {
+  if (t.given()) std::memset(t.data, 0, static_cast<std::size_t>(t.numel() * size_of(t.dtype)));
+}
+
 }  // namespace fastkern::cpu::attention_detail

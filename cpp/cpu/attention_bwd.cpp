@@ -96,32 +96,25 @@ void block_gradients(const Backward& b, const Sequence& at, const Sight& sight, 
   matmul<false>(rows, columns, p.dv, work.v.data(), padded(p.dv), 1, work.dot.data(), kBlock, ds,
                 kBlock);
   const float *const lse = work.lse.data(), *const delta = work.delta.data();
+  const float* const f = work.factors.data();
+  const auto gradients = [=]<bool kDropout>() {
+    with_best_isa([=]() __attribute__((always_inline)) {
+      for (std::int64_t j = 0; j < rows; ++j) {
+#pragma GCC ivdep
+        for (std::int64_t i = 0; i < columns; ++i) {
+          const std::int64_t e = j * kBlock + i;
+          const float probability = exp_to_zero(s[e] - lse[i]), factor = kDropout ? f[e] : 1.0f;
+          ds[e] = probability * (ds[e] * factor - delta[i]);
+          s[e] = probability * factor;
+        }
+      }
+    });
+  };
   if (p.threshold > 0) {
-    const float* const f = work.factors.data();
     block_dropout(p, at, h, i0, i1, j0, j1, work.factors.data());
-    with_best_isa([=]() __attribute__((always_inline)) {
-      for (std::int64_t j = 0; j < rows; ++j) {
-#pragma GCC ivdep
-        for (std::int64_t i = 0; i < columns; ++i) {
-          const std::int64_t e = j * kBlock + i;
-          const float probability = exp_to_zero(s[e] - lse[i]);
-          ds[e] = probability * (ds[e] * f[e] - delta[i]);
-          s[e] = probability * f[e];
-        }
-      }
-    });
+    gradients.template operator()<true>();
   } else {
-    with_best_isa([=]() __attribute__((always_inline)) {
-      for (std::int64_t j = 0; j < rows; ++j) {
-#pragma GCC ivdep
-        for (std::int64_t i = 0; i < columns; ++i) {
-          const std::int64_t e = j * kBlock + i;
-          const float probability = exp_to_zero(s[e] - lse[i]);
-          ds[e] = probability * (ds[e] - delta[i]);
-          s[e] = probability;
-        }
-      }
-    });
+    gradients.template operator()<false>();
   }
   if (!capped) return;
   const float* const of = work.capped.data();
@@ -135,17 +128,6 @@ void block_gradients(const Backward& b, const Sequence& at, const Sight& sight, 
       }
     }
   });
-}
-
-/// f(j0, j1) for each block of keys that queries i0 to i1 may see.
-template <class F>
-void each_key_block(const Problem& p, const Sight& sight, std::int64_t h, std::int64_t i0,
-                    std::int64_t i1, const F& f) {
-  const std::int64_t end = sight.end(i1);
-  for (std::int64_t j0 = sight.begin(i0) / kBlock * kBlock; j0 < end; j0 += kBlock) {
-    const std::int64_t j1 = std::min(sight.keys, j0 + kBlock);
-    if (!sight.none(i0, i1, j0, j1) && p.listed(h, i0, j0)) f(j0, j1);
-  }
 }
 
 /// dq of queries i0 to i1, and what they add to dk and dv, which have padded rows.
@@ -185,10 +167,6 @@ void store_all(const Operand& to, const Sequence& at, std::int64_t g, const floa
     store_rows(to, at.batch, at.first_k + j0, std::min(kBlock, at.keys - j0), g, from + j0 * wide,
                wide, scales);
   }
-}
-
-void clear(const TensorRef& t) {
-  if (t.given()) std::memset(t.data, 0, static_cast<std::size_t>(t.numel() * size_of(t.dtype)));
 }
 
 void gradients_of_operands(const Backward& b) {

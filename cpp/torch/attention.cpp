@@ -74,23 +74,19 @@ Gradients backward(const char* op, const Tensor& dout, MaybeTensor dlse, const T
   call.make_dense(lse, lse_ref);
   args.fwd.out = out_ref;
   args.fwd.lse = lse_ref;
-  const bool no_rows = call.out_shape().numel() == 0;  // then nothing is launched
   const auto gradient = [&](bool needed, const TensorRef& like, TensorRef& ref) {
     if (!needed) {
       const bool own = like.given() && is_float(like.dtype);
       return no_output(own ? like.dtype : args.fwd.q.dtype, call.device());
     }
-    Tensor t = new_result(like, call.device(), ref);
-    if (no_rows) set_zero(t);
-    return t;
+    return new_result(like, call.device(), ref);
   };
   Tensor dq = gradient(needs.dq, args.fwd.q, args.dq);
   Tensor dk = gradient(needs.dk, args.fwd.k, args.dk);
   Tensor dv = gradient(needs.dv, args.fwd.v, args.dv);
   Tensor dbias = gradient(needs.dbias, args.fwd.bias, args.dbias);
   Tensor dsinks = gradient(needs.dsinks, args.fwd.sinks, args.dsinks);
-  const bool any = needs.dq || needs.dk || needs.dv || needs.dbias || needs.dsinks;
-  if (any && !no_rows) cpu::attention_bwd(args);
+  if (needs.dq || needs.dk || needs.dv || needs.dbias || needs.dsinks) cpu::attention_bwd(args);
   return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias), std::move(dsinks)};
 }
 
@@ -128,13 +124,7 @@ struct Parts {
     check_cpu(device, op, "outs");
     out = dense(nullptr, outs.dtype, at[1], at[2], at[3], at[4]);
     lse = dense(nullptr, DType::f32, at[1], at[3], at[2]);
-    copy = with_dense_rows(outs_in, outs);
-  }
-
-  static OptionalTensor with_dense_rows(const Tensor& t, TensorRef& ref) {
-    std::int64_t& last = ref.strides[ref.ndim - 1];
-    if (ref.sizes[ref.ndim - 1] == 1) last = 1;
-    return last == 1 ? OptionalTensor() : make_dense(t, ref);
+    copy = make_dense_last(outs_in, outs);
   }
 
   TensorRef outs, lses, out, lse;  // out, lse: shapes of what they make
@@ -157,17 +147,9 @@ OutLse merge_attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const
   MergeBwd args;
   const Parts parts(args.op, outs, lses);
   args.outs = parts.outs, args.lses = parts.lses;
-  const auto like = [&](const Tensor& t, const TensorRef& shape, const char* name) {
-    const TensorRef ref = ref_of(t, args.op, name);
-    FK_CHECK(ref.dtype == shape.dtype, args.op, ": ", name, " must be ", dtype_text(shape.dtype),
-             ", got ", dtype_text(ref.dtype));
-    check_shape(ref, shape.sizes.data(), shape.ndim, args.op, name);
-    check_device(t, parts.device, args.op, name, "outs");
-    return ref;
-  };
-  args.dout = like(dout, parts.out, "dout");
-  if (dlse) args.dlse = like(*dlse, parts.lse, "dlse");
-  const OptionalTensor copy = Parts::with_dense_rows(dout, args.dout);
+  args.dout = checked_like(dout, parts.out, parts.device, args.op, "dout", "outs");
+  if (dlse) args.dlse = checked_like(*dlse, parts.lse, parts.device, args.op, "dlse", "outs");
+  const OptionalTensor copy = make_dense_last(dout, args.dout);
   const auto gradient = [&](bool needed, const TensorRef& shape, TensorRef& ref) {
     return needed ? new_result(shape, parts.device, ref) : no_output(shape.dtype, parts.device);
   };

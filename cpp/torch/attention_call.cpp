@@ -103,6 +103,22 @@ void check_cpu(Device device, const char* op, const char* argument) {
            " is on cuda:", device.index);
 }
 
+TensorRef checked_like(const Tensor& t, const TensorRef& shape, Device device, const char* op,
+                       const char* argument, const char* like) {
+  const TensorRef ref = ref_of(t, op, argument);
+  FK_CHECK(ref.dtype == shape.dtype, op, ": ", argument, " must be ", dtype_text(shape.dtype),
+           ", got ", dtype_text(ref.dtype));
+  check_shape(ref, shape.sizes.data(), shape.ndim, op, argument);
+  check_device(t, device, op, argument, like);
+  return ref;
+}
+
+OptionalTensor make_dense_last(const Tensor& t, TensorRef& ref) {
+  const int last = ref.ndim - 1;
+  if (ref.sizes[last] == 1) ref.strides[last] = 1;
+  return ref.strides[last] == 1 ? OptionalTensor() : make_dense(t, ref);
+}
+
 AttentionDropout checked_dropout(const char* op, double p, MaybeTensor seed, MaybeTensor offset,
                                  Device device, const char* like) {
   FK_CHECK(p >= 0.0 && p < 1.0, op, ": dropout_p must be at least 0 and below 1, got ", p);
@@ -252,12 +268,7 @@ void AttentionCall::check_ints(MaybeTensor t, std::int64_t count, const char* ar
 }
 
 TensorRef AttentionCall::same(const Tensor& t, const TensorRef& like, const char* argument) const {
-  const TensorRef ref = ref_of(t, op_, argument);
-  FK_CHECK(ref.dtype == like.dtype, op_, ": ", argument, " must be ", dtype_text(like.dtype),
-           ", got ", dtype_text(ref.dtype));
-  check_shape(ref, like.sizes.data(), like.ndim, op_, argument);
-  check_device(t, device_, op_, argument, "q");
-  return ref;
+  return checked_like(t, like, device_, op_, argument, "q");
 }
 
 void AttentionCall::check_needed(bool need_dbias, bool need_dsinks) const {
@@ -269,12 +280,6 @@ void AttentionCall::check_needed(bool need_dbias, bool need_dsinks) const {
 }
 
 // ---- operands -----------------------------------------------------------------------------------
-
-void AttentionCall::make_dense_last(const Tensor& t, TensorRef& ref) {
-  const int last = ref.ndim - 1;
-  if (ref.sizes[last] == 1) ref.strides[last] = 1;
-  if (ref.strides[last] != 1) make_dense(t, ref);
-}
 
 const std::int32_t* AttentionCall::ints(MaybeTensor t, const char* argument) {
   if (!t) return nullptr;
@@ -294,10 +299,8 @@ AttentionFwd AttentionCall::readable() {
   make_dense(o.sinks, a.sinks);
   a.scale = o.scale.value_or(1.0 / std::sqrt(static_cast<double>(a.q.sizes[a.q.ndim - 1])));
   a.softcap = o.softcap;
-  // No tensor is so long that these could be seen, and kernels may add to them.
-  constexpr std::int64_t kFar = std::int64_t{1} << 40;
-  a.mask.left = std::min(o.window_left, kFar);
-  a.mask.right = o.causal ? 0 : std::min(o.window_right, kFar);
+  a.mask.left = o.window_left;
+  a.mask.right = o.causal ? 0 : o.window_right;
   a.mask.top_left = o.top_left;
   a.mask.prefix = ints(o.prefix, "prefix");
   a.mask.block_size = o.block_mask ? o.block_size : 0;

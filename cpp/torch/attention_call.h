@@ -45,6 +45,14 @@ struct boxing::Parameter<AttentionOptions> {
   static AttentionOptions next(const StableIValue*& at);
 };
 
+/// A view of `t`; fail() unless it has the dtype and sizes of `shape` and is on `device`, the one
+/// of the argument `like`.
+TensorRef checked_like(const Tensor& t, const TensorRef& shape, Device device, const char* op,
+                       const char* argument, const char* like);
+
+/// make_dense() where the last dimension is not dense.
+OptionalTensor make_dense_last(const Tensor& t, TensorRef& ref);
+
 /// A call that is being put together: q sets the device and the dtype of everything else.
 class AttentionCall {
  public:
@@ -65,7 +73,9 @@ class AttentionCall {
   /// After all checks: the operands as kernels read them.
   AttentionFwd readable();
   /// The same for others: `ref`, a view of `t`, with a dense last dimension, or dense altogether.
-  void make_dense_last(const Tensor& t, TensorRef& ref);
+  void make_dense_last(const Tensor& t, TensorRef& ref) {
+    keep(torch_layer::make_dense_last(t, ref));
+  }
   void make_dense(MaybeTensor t, TensorRef& ref) { keep(torch_layer::make_dense(t, ref)); }
 
  private:

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // cpu::attention and cpu::attention_bwd against plain double loops, and what results must not
 // depend on. Memory, sizes of 0 and errors: test_attention_edge_cpu.cpp.
-#include <thread>
 
 #include "attention_cases.h"
 #include "attention_reference.h"
+#include "threads.h"
 
 namespace fastkern {
 namespace {
+
+using test::pieces;
+using test::split;
 
 using test::AttentionCase;
 using test::AttentionOutputs;
@@ -103,20 +106,6 @@ TEST_P(AttentionCpu, LargeScores) {
     expect_matches(p);
   }
   expect_matches(make_attention({.name = "steep", .scale = 6.0, .softcap = 30.0}, GetParam()));
-}
-
-int pieces = 1;
-
-/// `pieces` unequal parts, on threads of their own.
-void split(std::int64_t count, std::int64_t, ParallelBody body, void* context) {
-  const int parts = static_cast<int>(std::min<std::int64_t>(pieces, count));
-  const auto cut = [&](std::int64_t i) {
-    return i == parts ? count : count * i * i / (parts * parts);
-  };
-  std::vector<std::thread> threads;
-  for (int i = 0; i < parts; ++i)
-    threads.emplace_back([&, i] { body(context, cut(i), cut(i + 1)); });
-  for (std::thread& thread : threads) thread.join();
 }
 
 TEST_P(AttentionCpu, ThreadsDoNotChangeTheResult) {

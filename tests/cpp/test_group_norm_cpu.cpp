@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // cpu::group_norm and cpu::group_norm_bwd against plain double loops, in both layouts.
 #include <limits>
-#include <thread>
 #include <tuple>
 
 #include "group_norm_support.h"
+#include "threads.h"
 
 namespace fastkern {
 namespace {
+
+using test::calls;
+using test::pieces;
+using test::split;
 
 using test::contains;
 using test::dense_layout;
@@ -110,22 +114,6 @@ TEST_P(GroupNormCpu, EachOutputAloneHasTheSameBits) {
     const Tensor* const expected[] = {&all.y, &all.stats, &all.dx, &all.dweight, &all.dbias};
     EXPECT_TRUE(found[output]->same_bits(*expected[output])) << "output " << output;
   }
-}
-
-int pieces = 1;
-int calls = 0;
-
-/// `pieces` unequal parts, on threads of their own.
-void split(std::int64_t count, std::int64_t, ParallelBody body, void* context) {
-  ++calls;
-  const int parts = static_cast<int>(std::min<std::int64_t>(pieces, count));
-  const auto cut = [&](std::int64_t i) {
-    return i == parts ? count : count * i * i / (parts * parts);
-  };
-  std::vector<std::thread> threads;
-  for (int i = 0; i < parts; ++i)
-    threads.emplace_back([&, i] { body(context, cut(i), cut(i + 1)); });
-  for (std::thread& thread : threads) thread.join();
 }
 
 TEST_P(GroupNormCpu, ThreadsDoNotChangeTheResult) {

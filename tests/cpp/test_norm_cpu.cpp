@@ -3,9 +3,9 @@
 // output, against plain double loops and against each other.
 #include <limits>
 #include <optional>
-#include <thread>
 
 #include "norm_cpu_support.h"
+#include "threads.h"
 
 namespace fastkern {
 namespace {
@@ -148,22 +148,6 @@ TEST_P(NormCpu, NoRowsOrNoColumns) {
       }
     }
   }
-}
-
-int pieces = 1;
-int calls = 0;
-
-/// `pieces` unequal parts, on threads of their own.
-void split(std::int64_t count, std::int64_t, ParallelBody body, void* context) {
-  ++calls;
-  const int parts = static_cast<int>(std::min<std::int64_t>(pieces, count));
-  const auto cut = [&](std::int64_t i) {
-    return i == parts ? count : count * i * i / (parts * parts);
-  };
-  std::vector<std::thread> threads;
-  for (int i = 0; i < parts; ++i)
-    threads.emplace_back([&, i] { body(context, cut(i), cut(i + 1)); });
-  for (std::thread& thread : threads) thread.join();
 }
 
 TEST_P(NormCpu, ThreadsDoNotChangeTheResult) {

@@ -27,6 +27,10 @@ def made(device: str, dtype: torch.dtype, *sizes: int, group: int = 1, V: int | 
     return {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
 
 
+def int32(device: str, *values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
 def results_of(function: Any, inputs: Mapping[str, Any], use_lse: bool = True, seed: int = 1) -> Results:
     """out, lse and the gradients of all inputs that have one, for a random dout and, with ``use_lse``, dlse."""
     names = [name for name in DIFFERENTIABLE if is_float(inputs.get(name))]

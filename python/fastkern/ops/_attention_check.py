@@ -183,13 +183,13 @@ def call(op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts, options: Opti
     return shapes
 
 
-def same(op: str, name: str, t: Tensor, shape: Sequence[Any], dtype: torch.dtype, q: Tensor) -> None:
-    """What backward gets beside: of this shape and dtype, on the device of q."""
+def same(op: str, name: str, t: Tensor, shape: Sequence[Any], dtype: torch.dtype, q: Tensor, like: str = "q") -> None:
+    """What backward gets beside: of this shape and dtype, on the device of q, which the operator calls ``like``."""
     _check.float_tensor(op, name, t)
     if t.dtype != dtype:
         raise _fail(op, name, f"be {dtype}", t.dtype)
     _check.shape(op, name, t, shape)
-    _check.device(op, name, t, q, "q")
+    _check.device(op, name, t, q, like)
 
 
 def needed(op: str, options: Options, need_dbias: bool, need_dsinks: bool) -> None:

@@ -77,17 +77,9 @@ def _merge_bwd_fake(
 ) -> tuple[Tensor, Tensor]:
     op = "merge_attention_bwd"
     _check_merge(outs, lses, op)
-    for name, t, dtype, shape in (
-        ("dout", dout, outs.dtype, outs.shape[1:]),
-        ("dlse", dlse, torch.float32, lses.shape[1:]),
-    ):
-        if t is None:
-            continue
-        _check.float_tensor(op, name, t)
-        if t.dtype != dtype:
-            raise RuntimeError(f"fastkern::{op}: {name} must be {dtype}, got {t.dtype}")
-        _check.shape(op, name, t, shape)
-        _check.device(op, name, t, outs, "outs")
+    _attention_check.same(op, "dout", dout, outs.shape[1:], outs.dtype, outs, "outs")
+    if dlse is not None:
+        _attention_check.same(op, "dlse", dlse, lses.shape[1:], torch.float32, outs, "outs")
     return outs.new_empty(outs.shape if need_douts else 0), lses.new_empty(lses.shape if need_dlses else 0)
 
 

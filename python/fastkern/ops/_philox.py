@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dropout mask of cpp/include/fastkern/philox.h in torch operations, bit for bit, on any device.
+"""Seeds, and the dropout mask of cpp/include/fastkern/philox.h in torch operations, bit for bit, on any device.
 
 Philox 4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastkern.ops import _check
 
 _LOW = 0xFFFFFFFF
 
@@ -27,6 +30,15 @@ def words(seed: Tensor, offset: Tensor, index: Tensor) -> tuple[Tensor, Tensor, 
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return c0, c1, c2, c3
+
+
+def draw(op: str, offset: Tensor | None, **like: Any) -> tuple[Tensor, Tensor]:
+    """A seed and, if there is none, an offset, from torch's generator of the device of the one operand in ``like``."""
+    (operand,) = like.values()
+    if not isinstance(operand, Tensor):
+        raise _check.not_a_tensor(op, **like)
+    seed, drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=operand.device).unbind()
+    return seed, drawn if offset is None else offset
 
 
 def keep_mask(shape: Sequence[int], p: float, seed: Tensor, offset: Tensor | None) -> Tensor:

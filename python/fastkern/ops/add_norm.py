@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastkern.ops import _add_norm, _check, _gradient
+from fastkern.ops import _add_norm, _gradient, _philox
 
 _add_rms_norm_fwd = torch.ops.fastkern.add_rms_norm_fwd.default
 _add_layer_norm_fwd = torch.ops.fastkern.add_layer_norm_fwd.default
@@ -17,14 +15,6 @@ _add_layer_norm_parallel_fwd = torch.ops.fastkern.add_layer_norm_parallel_fwd.de
 
 _TENSORS = ("x", "residual", "weight", "bias", "rowscale", "seed", "offset")
 _PARALLEL_TENSORS = ("x", "residual", "weight", "bias", "weight2", "bias2", "rowscale", "seed", "offset")
-
-
-def _draw(op: str, x: Any, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A seed and, if there is none, an offset, from torch's generator of the device of x."""
-    if not isinstance(x, Tensor):
-        raise _check.not_a_tensor(op, x=x)
-    seed, drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=x.device).unbind()
-    return seed, drawn if offset is None else offset
 
 
 def add_rms_norm(
@@ -88,7 +78,7 @@ def add_rms_norm(
     """
     op = "add_rms_norm"
     if dropout_p and seed is None:
-        seed, offset = _draw(op, x, offset)
+        seed, offset = _philox.draw(op, offset, x=x)
     if _gradient.wanted(op, _TENSORS, x, residual, weight, bias, rowscale, seed, offset):
         return _with_gradient(
             x, residual, weight, eps, bias, weight_offset, dropout_p, seed, offset, rowscale, residual_dtype, out_dtype
@@ -139,7 +129,7 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     if dropout_p and seed is None:
-        seed, offset = _draw(op, x, offset)
+        seed, offset = _philox.draw(op, offset, x=x)
     if _gradient.wanted(op, _TENSORS, x, residual, weight, bias, rowscale, seed, offset):
         return _layer_with_gradient(
             x, residual, weight, bias, eps, weight_offset, dropout_p, seed, offset, rowscale, residual_dtype, out_dtype
@@ -198,7 +188,7 @@ def add_rms_norm_parallel(
     """
     op = "add_rms_norm_parallel"
     if dropout_p and seed is None:
-        seed, offset = _draw(op, x, offset)
+        seed, offset = _philox.draw(op, offset, x=x)
     if _gradient.wanted(op, _PARALLEL_TENSORS, x, residual, weight, bias, weight2, bias2, rowscale, seed, offset):
         return _parallel_with_gradient(
             x, residual, weight, weight2, eps, bias, bias2, weight_offset, dropout_p, seed, offset, rowscale,
@@ -253,7 +243,7 @@ def add_layer_norm_parallel(
     """
     op = "add_layer_norm_parallel"
     if dropout_p and seed is None:
-        seed, offset = _draw(op, x, offset)
+        seed, offset = _philox.draw(op, offset, x=x)
     if _gradient.wanted(op, _PARALLEL_TENSORS, x, residual, weight, bias, weight2, bias2, rowscale, seed, offset):
         return _parallel_layer_with_gradient(
             x, residual, weight, bias, weight2, bias2, eps, weight_offset, dropout_p, seed, offset, rowscale,

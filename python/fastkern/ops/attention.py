@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.ops import _attention, _attention_merge, _check, _gradient
+from fastkern.ops import _attention, _attention_merge, _check, _gradient, _philox
 
 _flash_attn_fwd = torch.ops.fastkern.flash_attn_fwd.default
 _flash_attn_varlen_fwd = torch.ops.fastkern.flash_attn_varlen_fwd.default
@@ -20,14 +20,6 @@ _TENSORS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 _PACKED_TENSORS = ("q", "k", "v", "alibi_slopes", "sinks")
 
 Window = tuple["int | None", "int | None"]
-
-
-def _draw(op: str, q: Any, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A seed and, if there is none, an offset, from torch's generator of the device of q."""
-    if not isinstance(q, Tensor):
-        raise _check.not_a_tensor(op, q=q)
-    seed, drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device).unbind()
-    return seed, drawn if offset is None else offset
 
 
 def _sides(op: str, window: Any) -> tuple[int, int]:
@@ -144,7 +136,7 @@ def flash_attn(
     """
     op = "flash_attn"
     if dropout_p and seed is None:
-        seed, offset = _draw(op, q, offset)
+        seed, offset = _philox.draw(op, offset, q=q)
     left, right = _sides(op, window)
     options = (
         causal, left, right, scale, bias, alibi_slopes, softcap, sinks, dropout_p, seed, offset,
@@ -225,7 +217,7 @@ def flash_attn_varlen(
         if length is not None and not isinstance(length, (int, torch.SymInt)):
             raise TypeError(f"fastkern::{op}: {name} must be an int or None, got {type(length).__name__}")
     if dropout_p and seed is None:
-        seed, offset = _draw(op, q, offset)
+        seed, offset = _philox.draw(op, offset, q=q)
     left, right = _sides(op, window)
     options = (
         causal, left, right, scale, None, alibi_slopes, softcap, sinks, dropout_p, seed, offset,
@@ -279,8 +271,8 @@ def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
         TypeError: an operand is no tensor.
 
     Notes:
-        Differentiable in both, any number of times; deterministic. Forward mode and gradients are made of torch's
-        operators.
+        Differentiable in both, any number of times; deterministic. Forward mode and second derivatives are made of
+        torch's operators.
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     if _gradient.wanted("merge_attention", ("outs", "lses"), outs, lses):

@@ -282,9 +282,24 @@ _VARIANTS: tuple[Inputs, ...] = (
     {"blocks": "H", "window": (-1, 2), "sinks": torch.float32, "used": True},
 )
 
+# What dense and packed attention have in common.
+_COMMON: dict[str, Any] = {
+    "family": "attention",
+    "traffic": _traffic,
+    "flops": _flops,
+    "empty_dims": ("B", "S", "T"),
+    "data": ("q", "k", "v"),
+    "signed_zeros": False,  # a sum over keys has its own
+    "values": _VALUES,
+    "second_order": False,
+    "allowance": _allowance,
+    "contained": False,  # 0 times NaN: of a row and what is hidden from it
+    "unspecial": ("max finite",),
+    "devices": ("cpu",),
+}
+
 FLASH_ATTN = OpSpec(
     name="flash_attn",
-    family="attention",
     function=flash_attn,
     reference=formula.attention,
     baseline=formula.attention_torch,
@@ -294,8 +309,6 @@ FLASH_ATTN = OpSpec(
     differentiable=_DIFFERENTIABLE,
     strided=("q", "k", "v", "bias", "alibi_slopes", "sinks"),
     batched=("q", "k", "v", "bias", "alibi_slopes", "prefix", "seqused_q", "seqused_k"),
-    traffic=_traffic,
-    flops=_flops,
     bench_dims=_sizes(
         (1, 64, 64, 4, 64),
         (32, 512, 512, 32, 64),
@@ -317,21 +330,12 @@ FLASH_ATTN = OpSpec(
         "baseline": formula.torch_attention,
     },
     bad_calls=attention_bad_calls("flash_attn"),
-    empty_dims=("B", "S", "T"),
-    data=("q", "k", "v"),
     placed=lambda inputs: bool(inputs.get("dropout_p")),
-    signed_zeros=False,  # a sum over keys has its own
-    values=_VALUES,
-    second_order=False,
-    allowance=_allowance,
-    contained=False,  # 0 times NaN: of a row and what is hidden from it
-    unspecial=("max finite",),
-    devices=("cpu",),
+    **_COMMON,
 )
 
 FLASH_ATTN_VARLEN = OpSpec(
     name="flash_attn_varlen",
-    family="attention",
     function=flash_attn_varlen,
     reference=formula.varlen,
     baseline=formula.varlen_torch,
@@ -358,8 +362,6 @@ FLASH_ATTN_VARLEN = OpSpec(
     differentiable=("q", "k", "v", "sinks"),
     strided=("q", "k", "v", "alibi_slopes", "sinks"),
     batched=(),
-    traffic=_traffic,
-    flops=_flops,
     bench_dims=_sizes((2, 64, 64, 4, 64), (8, 2048, 2048, 16, 128), (32, 512, 512, 16, 128), (64, 256, 256, 32, 64)),
     cpu_bench_dims=_sizes((4, 512, 512, 8, 64), (2, 2048, 2048, 8, 128)),
     bench_variant={"causal": True, "equal": True},
@@ -369,15 +371,7 @@ FLASH_ATTN_VARLEN = OpSpec(
         "baseline": formula.torch_varlen,
     },
     bad_calls=varlen_bad_calls("flash_attn_varlen"),
-    empty_dims=("B", "S", "T"),
-    data=("q", "k", "v"),
-    signed_zeros=False,
-    values=_VALUES,
-    second_order=False,
-    allowance=_allowance,
-    contained=False,  # 0 times NaN: of a row and what is hidden from it
-    unspecial=("max finite",),
-    devices=("cpu",),
+    **_COMMON,
 )
 
 MERGE_ATTENTION = OpSpec(
