@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The row norms on CUDA: which kernel a call takes, and the end of the sums over the rows.
 // What is computed: norm.h. The kernels: norm_fwd.cuh (rows that fit in the registers of a block),
-// norm_ring.cuh (rows that fit on a cluster), norm_bwd.cuh, norm_long.cu (any row).
+// norm_shared.cuh (in its shared memory), norm_ring.cuh (on a cluster), norm_bwd.cuh, norm_long.cu
+// (any row).
 //
 //   sync     the sums over the rows end in a launch of their own, which is already waiting on the
 //            multiprocessors while the one before it ends (Launch::overlap)

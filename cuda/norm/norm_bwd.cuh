@@ -378,10 +378,10 @@ __global__ void __launch_bounds__(kBlock) norm_bwd_kernel(const Backward<T> p) {
 #pragma unroll 2
       for (int other = 1; other < teams; ++other)
         total = tile::add(total, *reinterpret_cast<const float4*>(sSums + other * columns + at));
-      const int column = begin_column + (at & (columns - 1));
+      const int nth = kPacks == 3 ? at / columns : at >> (31 - __clz(columns));
+      const int column = begin_column + at - nth * columns;
       const std::int64_t to_row =
-          static_cast<std::int64_t>(blockIdx.x / team.blocks) * (rows_per_block / teams) +
-          (at >> (31 - __clz(columns)));
+          static_cast<std::int64_t>(blockIdx.x / team.blocks) * (rows_per_block / teams) + nth;
       if (p.finished) {
         tile::store_as(p.finish.to[which], p.finish.dtype[which], column, n, total);
       } else if (to_row < p.partial_rows) {

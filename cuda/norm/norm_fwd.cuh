@@ -38,7 +38,8 @@ struct Forward {
   bool static_scale;
   std::int64_t rows, n;
   std::int64_t heads;
-  float inverse_n, eps, weight_offset;
+  float inverse_n, eps;
+  float weight_offset;  // -0 for 0, which changes no bit
   int threads, blocks;  // of a team; `blocks` of norm_ring_kernel alone
 };
 
@@ -136,41 +137,65 @@ inline constexpr float kNothing = -0.0f;
 
 /// y = normal · (weight + offset) + bias for all packs of a thread. `normal(i, v)` gives the
 /// normalised values of pack i, `put(i, v)` takes the result. The vectors are read all at once
-/// where they have the types that most calls have.
-template <class T, int kPacks, bool kBias, bool kPlain, class ColumnOf, class Normal, class Put>
+/// where they have the types that most calls have. kPlain: of rms without a bias, of layer without
+/// an offset. kInside: all packs lie within the row.
+template <class T, int kPacks, bool kBias, bool kPlain, bool kInside, class ColumnOf, class Normal,
+          class Put>
 __device__ __forceinline__ void affine(const ColumnView& weight, const ColumnView& bias,
                                        float offset, std::int64_t head, const ColumnOf& column_of,
                                        int n, const Normal& normal, const Put& put) {
   constexpr int kV = kVector<T>;
-  const auto quick = [&]<class W>(W) {
-    tile::ColumnPack<T, W> w[kPacks], b[kBias ? kPacks : 1];
+  // kMore, of plain calls: with the bias, or the offset, that their kind of norm may have.
+  const auto quick = [&]<class W, bool kMore>(W, std::bool_constant<kMore>) {
+    constexpr bool kRead = kBias && (kMore || !kPlain), kAdd = !kPlain || (!kBias && kMore);
+    tile::ColumnPack<T, W> w[kPacks], b[kRead ? kPacks : 1];
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) w[i].load(weight, head, column_of(i), n);
-    if constexpr (kBias) {
+    for (int i = 0; i < kPacks; ++i) w[i].template load<kInside>(weight, head, column_of(i), n);
+    if constexpr (kRead) {
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) b[i].load(bias, head, column_of(i), bias.data ? n : 0);
+      for (int i = 0; i < kPacks; ++i) {
+        b[i].template load<kInside && kPlain>(bias, head, column_of(i),
+                                              kPlain || bias.data ? n : 0);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       float v[kV], scale[kV], shift[kV];
       normal(i, v);
       w[i].unpack(scale);
-      if constexpr (kBias) b[i].unpack(shift);
+      if constexpr (kRead) b[i].unpack(shift);
 #pragma unroll
       for (int j = 0; j < kV; ++j) {
-        v[j] = fmaf(v[j], scale[j] + offset, kBias && bias.data ? shift[j] : kNothing);
+        if constexpr (kAdd) scale[j] += offset;
+        v[j] = fmaf(v[j], scale[j], kRead && (kPlain || bias.data) ? shift[j] : kNothing);
       }
       put(i, v);
     }
   };
-  if (kPlain ||
-      (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype)))) {
-    if (weight.dtype == DType::f32) return quick(float{});
-    if constexpr (kV == 8) {
-      if (kPlain || weight.dtype == dtype_of(T{})) return quick(T{});
+  const auto typed = [&](auto more) {
+    if (weight.dtype == DType::f32) {
+      quick(float{}, more);
+      return true;
     }
+    if constexpr (kV == 8) {
+      if (kPlain || weight.dtype == dtype_of(T{})) {
+        quick(T{}, more);
+        return true;
+      }
+    }
+    return false;
+  };
+  if constexpr (kPlain) {
+    if (kBias ? bias.data != nullptr : offset != 0.0f) {
+      typed(std::true_type{});
+    } else {
+      typed(std::false_type{});
+    }
+    return;
   }
-  if constexpr (kPlain) return;
+  if (weight.whole && (!bias.data || (kBias && bias.whole && bias.dtype == weight.dtype))) {
+    if (typed(std::true_type{})) return;
+  }
   const float add = weight.data ? offset : 0.0f;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -193,12 +218,29 @@ __device__ __forceinline__ float rowscale_of(const ColumnView& rowscale, std::in
 inline constexpr float kLargestF8 = 448.0f, kLargestI8 = 127.0f;
 
 /// Rounds to nearest even, saturates; NaN is NaN in f8e4m3 and 0 in i8.
-__device__ __forceinline__ std::uint8_t quantised(float v, DType dtype) {
+template <int kCount>
+__device__ __forceinline__ void quantise(const float (&v)[kCount], float inverse, DType dtype,
+                                         std::uint32_t (&words)[kCount / 4]) {
   if (dtype == DType::i8) {
-    const int i = __float2int_rn(v);  // saturates, NaN gives 0
-    return static_cast<std::uint8_t>(max(-127, min(127, i)));
+#pragma unroll
+    for (int w = 0; w < kCount / 4; ++w) {
+      words[w] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = __float2int_rn(v[4 * w + j] * inverse);  // saturates, NaN gives 0
+        words[w] |= (static_cast<std::uint32_t>(max(-127, min(127, i))) & 255u) << 8 * j;
+      }
+    }
+    return;
   }
-  return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+#pragma unroll
+  for (int w = 0; w < kCount / 4; ++w) {
+    const auto pair = [&](int at) -> std::uint32_t {
+      return __nv_cvt_float2_to_fp8x2({v[at] * inverse, v[at + 1] * inverse}, __NV_SATFINITE,
+                                      __NV_E4M3);
+    };
+    words[w] = pair(4 * w) | pair(4 * w + 2) << 16;
+  }
 }
 
 /// The factor before rounding, from the largest magnitude of a row; `owner` writes the row's scale.
@@ -216,16 +258,9 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
                                                 Column n, const float (&v)[kVector<T>],
                                                 float inverse) {
   constexpr int kV = kVector<T>;
-  std::uint8_t q[kV];
-#pragma unroll
-  for (int j = 0; j < kV; ++j) q[j] = quantised(v[j] * inverse, y.dtype);
+  std::uint32_t words[kV / 4];
+  quantise<kV>(v, inverse, y.dtype, words);
   if (y.whole && column + kV <= n) {
-    std::uint32_t words[kV / 4];
-#pragma unroll
-    for (int j = 0; j < kV; j += 4) {
-      words[j / 4] =
-          q[j] | q[j + 1] << 8 | q[j + 2] << 16 | static_cast<std::uint32_t>(q[j + 3]) << 24;
-    }
     if constexpr (kV == 8) {
       ptx::st_global_8(row + column, {words[0], words[1]});
     } else {
@@ -235,7 +270,7 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
   }
 #pragma unroll
   for (int j = 0; j < kV; ++j) {
-    if (column + j < n) row[column + j] = static_cast<char>(q[j]);
+    if (column + j < n) row[column + j] = static_cast<char>(words[j / 4] >> 8 * (j % 4));
   }
 }
 
@@ -243,10 +278,12 @@ __device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, 
 constexpr int fwd_bytes(int block) { return 2 * tile::Exchange<tile::Sum, 2>::bytes(block, 1); }
 
 /// kPlain: the rows of x, y, residual and h are whole, at one stride; there is a weight, of the
-/// type of the rows or f32, in packs, and a bias, if any, is like it and of layer norm; there is
-/// one output.
+/// type of the rows or f32, in packs; rms has no bias, layer one like the weight or none, and no
+/// offset; there is one output.
+/// kFewRows, of plain layer norm with a bias and vectors of the rows' type: they are read before
+/// the sums, so that one way to memory is hidden behind the other. More registers; the same bits.
 template <class T, int kPacks, NormKind kNorm, Residual kResidual, bool kQuant, int kBlockMax,
-          bool kPlain>
+          bool kPlain, bool kFewRows = false>
 __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p) {
   constexpr int kV = kVector<T>, kSums = kForwardSums<T, kNorm>;
   constexpr bool kLayer = kNorm == NormKind::layer, kAdd = kResidual != Residual::none;
@@ -289,6 +326,15 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
       head[0] = add_residual<kResidual>(p, head[0], residual_head[0], row, 0, rowscale);
   }
   const RowView<T>& source = kAdd ? p.h : p.x;  // whose type the packs now have
+  tile::ColumnPack<T, tile::Own<T>> early_weight[kFewRows ? kPacks : 1] = {};
+  tile::ColumnPack<T, tile::Own<T>> early_bias[kFewRows ? kPacks : 1] = {};
+  if constexpr (kFewRows) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      early_weight[i].load(p.weight, start, column_of(i), n);
+      early_bias[i].load(p.bias, start, column_of(i), n);
+    }
+  }
 
   float centre = 0.0f;  // what the squares are taken around
   if constexpr (kLayer) {
@@ -350,8 +396,21 @@ __global__ void __launch_bounds__(kBlockMax) norm_fwd_kernel(const Forward<T> p)
     for (int j = 0; j < kV; ++j) v[j] = normalised<T, kNorm>(v[j], moments);
   };
   const auto each = [&](const ColumnView& weight, const ColumnView& bias, const auto& put) {
-    affine<T, kPacks, kLayer, kPlain>(weight, bias, p.weight_offset, start, column_of, n, normal,
-                                      put);
+    if constexpr (kFewRows) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        float v[kV], scale[kV], shift[kV];
+        normal(i, v);
+        early_weight[i].unpack(scale);
+        early_bias[i].unpack(shift);
+#pragma unroll
+        for (int j = 0; j < kV; ++j) v[j] = fmaf(v[j], scale[j], shift[j]);
+        put(i, v);
+      }
+      return;
+    }
+    affine<T, kPacks, kLayer, kPlain, false>(weight, bias, p.weight_offset, start, column_of, n,
+                                             normal, put);
   };
 
   if constexpr (kQuant) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "norm/norm_bwd.cuh"
+#include "norm/norm_shared.cuh"
 
 namespace fastkern::cuda::norm_detail {
 
@@ -30,7 +31,8 @@ Forward<T> forward_params(const NormFwd& a) {
   p.scale = a.scale.given() ? static_cast<float*>(a.scale.data) : nullptr;
   p.static_scale = a.static_scale;
   p.inverse_n = 1.0f / static_cast<float>(p.n);
-  p.eps = static_cast<float>(a.eps), p.weight_offset = static_cast<float>(a.weight_offset);
+  p.eps = static_cast<float>(a.eps);
+  p.weight_offset = a.weight_offset == 0.0 ? -0.0f : static_cast<float>(a.weight_offset);
   return p;
 }
 
@@ -54,9 +56,8 @@ Backward<T> backward_params(const NormBwd& a) {
 }
 
 /// Whether there is a plain kernel for a call: what norm_ring_kernel and norm_fwd_kernel say.
-template <class T, Residual kResidual, bool kQuant>
-inline constexpr bool kHasPlain =
-    !kQuant && kResidual != Residual::dropout && !std::is_same_v<T, tile::Mixed>;
+template <class T, Residual kResidual>
+inline constexpr bool kHasPlain = kResidual != Residual::dropout && !std::is_same_v<T, tile::Mixed>;
 
 template <class T>
 bool has_plain_rows(const Forward<T>& p) {
@@ -68,8 +69,13 @@ template <NormKind kNorm, class T>
 bool has_plain_vectors(const Forward<T>& p) {
   const DType type = p.weight.dtype;
   return p.weight.data && p.weight.whole && (type == DType::f32 || type == dtype_of(T{})) &&
-         (!p.bias.data || (kNorm == NormKind::layer && p.bias.whole && p.bias.dtype == type));
+         (kNorm == NormKind::rms ? !p.bias.data
+                                 : p.weight_offset == 0.0f &&
+                                       (!p.bias.data || (p.bias.whole && p.bias.dtype == type)));
 }
+
+/// Up to so many rows registers are no matter: few blocks have a multiprocessor each.
+inline constexpr std::int64_t kFew = 128;
 
 /// f.operator()<T>() with the element type of a kernel.
 template <class F>
@@ -84,6 +90,21 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
     Forward<T> p = forward_params<T>(args);
     p.threads = plan.threads_per_row, p.blocks = plan.blocks_per_row;
     const int packs = plan.elements_per_thread / kVector<T>;
+    const bool plain_vectors = has_plain_vectors<kNorm>(p);
+    if (plan.blocks_per_sm == 0 && plan.shared_bytes > 0) {
+      auto kernel = norm_shared_kernel<T, kNorm, kResidual, kQuant, false>;
+      if constexpr (kHasPlain<T, kResidual>) {
+        if (has_plain_rows(p) && plain_vectors)
+          kernel = norm_shared_kernel<T, kNorm, kResidual, kQuant, true>;
+      }
+      return launch(kernel,
+                    {.op = args.op,
+                     .grid = p.rows,
+                     .block = plan.threads_per_block,
+                     .shared = shared_bytes(plan.threads_per_block, packs),
+                     .overlap = true},
+                    stream, p);
+    }
     if (plan.blocks_per_sm == 0) {
       const Launch shape{.op = args.op,
                          .grid = ceil_div(p.rows, plan.rows_per_block),
@@ -91,8 +112,15 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
                          .shared = static_cast<std::size_t>(fwd_bytes(plan.threads_per_block)),
                          .overlap = true};
       const auto run = [&]<int kPacks>() {
-        if constexpr (kHasPlain<T, kResidual, kQuant>) {
-          if (has_plain_rows(p) && has_plain_vectors<kNorm>(p)) {
+        if constexpr (kHasPlain<T, kResidual>) {
+          if (has_plain_rows(p) && plain_vectors) {
+            if constexpr (kNorm == NormKind::layer && kPacks == 4) {
+              if (p.rows <= kFew && p.bias.data && p.weight.dtype == dtype_of(T{})) {
+                launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256, true, true>, shape,
+                       stream, p);
+                return;
+              }
+            }
             launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256, true>, shape, stream,
                    p);
             return;
@@ -101,8 +129,7 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
         launch(norm_fwd_kernel<T, kPacks, kNorm, kResidual, kQuant, 256, false>, shape, stream, p);
       };
       // The packs that norm_plan gives.
-      if constexpr (kNorm == NormKind::rms) return dispatch_ceil<2, 4, 8>(packs, run);
-      return dispatch_ceil<4, 8>(packs, run);
+      return dispatch_ceil<2, 3, 4>(packs, run);
     }
     const auto ring = [&]<int kBlock>() {
       const std::size_t shared =
@@ -111,7 +138,7 @@ void launch_fwd(const NormFwd& args, const Plan& plan, DType type, bool mixed, S
           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device, args.op);
       if (shared > static_cast<std::size_t>(limit)) return launch_fwd_long(args, stream);
       auto kernel = norm_ring_kernel<T, kNorm, kResidual, kQuant, kBlock, false>;
-      if constexpr (kHasPlain<T, kResidual, kQuant>) {
+      if constexpr (kHasPlain<T, kResidual> && !kQuant) {
         if (has_plain_rows(p) && p.heads == 1)
           kernel = norm_ring_kernel<T, kNorm, kResidual, kQuant, kBlock, true>;
       }
@@ -145,8 +172,8 @@ std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) 
     p.partial = split.sums > 0 ? static_cast<float*>(args.workspace) : nullptr;
     p.merge = split.heads == 1;
     const auto run = [&]<int kPacks, int kBlock, Weights kWeights, Weights kGeneral = kWeights>() {
-      constexpr bool kPlain = kHasPlain<T, kResidual, false> && kSums != Sums::two_outputs &&
-                              kWeights != Weights::cache;
+      constexpr bool kPlain =
+          kHasPlain<T, kResidual> && kSums != Sums::two_outputs && kWeights != Weights::cache;
       const bool plain = kPlain && split.heads == 1 && p.rows >> 30 == 0 && p.dx.data &&
                          p.x.plain() && p.dy.plain() && p.dx.plain() &&
                          (!p.dh.data || p.dh.plain());
@@ -183,6 +210,7 @@ std::int64_t launch_bwd(const NormBwd& args, const Split& split, Stream stream) 
         if (packs == 4 && split.own_weight)
           return run.template operator()<4, 512, Weights::registers, Weights::cache>();
         if (packs == 4) return run.template operator()<4, 512, Weights::cache>();
+        if (packs == 3) return run.template operator()<3, 512, Weights::shared>();
       }
       return run.template operator()<2, 512, Weights::shared>();
     }

@@ -435,6 +435,11 @@ struct ColumnView {
   DType dtype;
   bool whole;  // 16 bytes at a time
 
+  /// Its columns from element `start` on.
+  __device__ __forceinline__ ColumnView from(std::int64_t start) const {
+    return {data ? data + start * (dtype == DType::f32 ? 4 : 2) : nullptr, dtype, whole};
+  }
+
   /// kCount columns from `column` on of the vector that starts at element `start`, as f32;
   /// `missing` where none is given, 0 beyond the end.
   template <int kCount>
@@ -487,13 +492,16 @@ struct ColumnPack {
   static_assert(kParts >= 1);
   Pack<W> part[kParts];
 
+  /// kInside: the pack lies within the vector.
+  template <bool kInside = false>
   __device__ __forceinline__ void load(const ColumnView& view, std::int64_t start, int column,
                                        int n) {
     const W* const from = reinterpret_cast<const W*>(view.data) + start;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const int at = column + i * kVector<W>;
-      part[i].bits = ptx::ld_global_nc_if(from + at, at < n);
+      part[i].bits =
+          kInside ? ptx::ld_global_nc(from + at) : ptx::ld_global_nc_if(from + at, at < n);
     }
   }
   __device__ __forceinline__ void unpack(float (&out)[kVector<T>]) const {

@@ -165,14 +165,16 @@ TEST_P(NormCuda, DropoutOfEverythingLeavesTheResidual) {
 
 /// Alignment and strides of every operand change how memory is reached, never a bit of the result.
 TEST_P(NormCudaTypes, AnyStridesAndAlignmentsGiveTheSameBits) {
-  std::vector<Case> cases{{.kind = kind(), .bias = true}};
+  std::vector<Case> cases{
+      {.kind = kind(), .bias = true}, {.kind = kind(), .weight_offset = 1.0}, {.kind = kind()}};
   const std::vector<Case> more = streams(kind());
   cases.insert(cases.end(), {more[1], more[4], more[8]});
   for (const Types& types : types()) {
-    for (const std::int64_t n : {8, 24, 61, 256, 1000, 4096, 9000, 20'000, 140'000}) {
+    for (const std::int64_t n :
+         {8, 24, 61, 192, 256, 768, 1000, 4096, 9000, 12'289, 20'000, 32'768, 140'000}) {
       const std::vector<Layout> layouts = row_layouts(6, n);
       for (Case c : cases) {
-        if (n > 10'000 && (c.two || (n > 100'000 && c.stream))) continue;
+        if (n > 10'000 && (c.two || (n > 30'000 && c.stream))) continue;
         c.m = 6, c.n = n, c.types = types;
         ForwardCall expected = expect_forward(c);
         for (std::size_t shift = 0; shift < (n > 10'000 ? 3 : layouts.size()); ++shift) {
@@ -205,7 +207,7 @@ TEST_P(NormCuda, ExpandedRowsAreRead) {
 /// A row's result is the same alone as among others.
 TEST_P(NormCuda, RowsDoNotSeeTheirBatch) {
   for (const Types& types : some_types()) {
-    for (const std::int64_t n : {24, 100, 1000, 4096, 9000, 40'000, 140'000}) {
+    for (const std::int64_t n : {24, 100, 768, 1000, 4096, 6144, 9000, 40'000, 140'000}) {
       const std::int64_t m = n <= 9000 ? 300 : 5;
       Case c{.kind = kind(), .m = m, .n = n, .types = types, .bias = true};
       c.stream = c.residual = n % 3 != 0;

@@ -103,19 +103,35 @@ constexpr std::int64_t row_vectors(std::int64_t n, DType dtype) {
 constexpr Plan norm_plan(NormKind kind, std::int64_t n, DType dtype, bool clusters = true) {
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = row_vectors(n, dtype);
-  const bool layer = kind == NormKind::layer, ring = layer && clusters && size_of(dtype) == 2;
-  if (vectors <= (ring ? 4 : 8) * 256) {
-    const int packs = vectors > 4 * 256 ? 8 : layer || vectors > 512 ? 4 : 2;
-    const int needed = static_cast<int>((vectors + packs - 1) / packs);
+  const bool layer = kind == NormKind::layer;
+  if (vectors <= 4 * 256) {
+    int packs = layer || vectors > 512 ? 4 : 2;
     // A power of two up to 64 threads, of which several rows share a block; else whole warps.
-    const int row =
-        needed <= 64 ? std::max(2, row_threads(vectors, packs)) : (needed + 31) / 32 * 32;
+    const auto team = [vectors](int each) { return std::max(2, row_threads(vectors, each)); };
+    const bool several = row_threads(vectors, packs) <= 64;
+    if (layer && vectors > 128 && vectors <= 192) {
+      packs = 2;
+    } else if (several && 3 * team(3) < packs * team(packs)) {
+      packs = 3;  // fewer places stay empty
+    }
+    const int needed = static_cast<int>((vectors + packs - 1) / packs);
+    const int row = needed <= 64 ? team(packs) : (needed + 31) / 32 * 32;
     const int block = row <= 64 ? 128 : row;
     return {.kernel = "norm_fwd_kernel",
             .threads_per_block = block,
             .rows_per_block = block / row,
             .threads_per_row = row,
             .elements_per_thread = packs * vector};
+  }
+  if (vectors <= 6144) {
+    const int block = vectors <= 1536 ? 384 : 512;
+    const int packs = static_cast<int>((vectors + 2 * block - 1) / (2 * block)) * 2;
+    return {.kernel = "norm_shared_kernel",
+            .threads_per_block = block,
+            .rows_per_block = 1,
+            .threads_per_row = block,
+            .elements_per_thread = packs * vector,
+            .shared_bytes = 16LL * packs * block};
   }
   for (const int block : {256, 512}) {
     const int blocks = row_threads(vectors, 4 * block);
@@ -142,16 +158,19 @@ constexpr Plan norm_bwd_plan(NormKind kind, std::int64_t n, DType dtype, bool cl
     int packs, block, most_blocks, blocks_per_sm;
     bool weights_in_shared, any_weight;
   };
-  constexpr Shape shapes[] = {{2, 512, 1, 1, true, true},
-                              {4, 512, 16, 1, false, false},
-                              {2, 512, 16, 1, true, true},
-                              {2, 256, 16, 2, true, true},
-                              {4, 512, 16, 1, false, true}};
+  constexpr Shape shapes[] = {{3, 512, 1, 1, true, true},    {2, 512, 1, 1, true, true},
+                              {4, 512, 16, 1, false, false}, {2, 512, 16, 1, true, true},
+                              {2, 256, 16, 2, true, true},   {4, 512, 16, 1, false, true}};
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = row_vectors(n, dtype);
   const int stages = kind == NormKind::layer && size_of(dtype) == 4 ? 4 : 3;
   for (const Shape& shape : shapes) {
     if (two != (shape.block == 256 && shape.packs == 2) && two) continue;
+    // Three packs where two or four leave more places empty.
+    const auto places = [vectors](int packs) {
+      return packs * std::max(2, row_threads(vectors, packs));
+    };
+    if (shape.packs == 3 && (add || places(2) <= places(3))) continue;
     if (!shape.weights_in_shared && (add || !(own || shape.any_weight))) continue;
     const std::int64_t threads = row_threads(vectors, shape.packs);
     const int blocks = std::max<int>(1, static_cast<int>(threads / shape.block));
