@@ -19,14 +19,15 @@ done
 # The kernels as C++ that g++ takes. Whatever a rule here misses is an error of the compiler.
 stage=$build/stage
 rm -rf "$stage"
-mkdir -p "$stage/norm" "$stage/tile"
+mkdir -p "$stage/norm" "$stage/attention" "$stage/tile"
 cp cuda/dispatch.h "$stage"
 cp cuda/tile/*.cuh "$stage/tile"
 cp cuda/norm/* "$stage/norm"
+cp cuda/attention/* "$stage/attention"
 # asm without instructions, which only hides values from nvcc; shared memory, dynamic and static
 sed -i -E \
   -e 's/^ *asm volatile\("" : .*;$//' \
-  -e 's/extern __shared__ (\w+) (\w+)\[\];/\1* const \2 = reinterpret_cast<\1*>(emulator::dynamic_shared());/' \
+  -e 's/extern __shared__ (__align__\(128\) )?(\w+) (\w+)\[\];/\2* const \3 = reinterpret_cast<\2*>(emulator::dynamic_shared());/' \
   -e 's/__shared__ (\w+) (\w+)(\[.*\]);/auto\& \2 = emulator::static_shared<\1\3>([] {});/' \
   "$stage"/*.h "$stage"/*/*
 # the one asm outside of cuda/ptx

@@ -22,6 +22,15 @@ Tensor new_result(const TensorRef& like, Device device, TensorRef& ref) {
   return t;
 }
 
+/// on_cuda() for operands on a CUDA device, else on_cpu().
+template <class OnCpu, class OnCuda>
+void launch(Device device, const OnCpu& on_cpu, const OnCuda& on_cuda) {
+  if constexpr (kHasCuda) {
+    if (device.is_cuda) return on_cuda(current_stream(device));
+  }
+  on_cpu();
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 OutLse forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -30,7 +39,9 @@ OutLse forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
   AttentionFwd args = call.readable();
   Tensor out = new_result(call.out_shape(), call.device(), args.out);
   Tensor lse = new_result(call.lse_shape(), call.device(), args.lse);
-  cpu::attention(args);
+  launch(
+      call.device(), [&] { cpu::attention(args); },
+      [&](Stream stream) { cuda::attention(args, stream); });
   return {std::move(out), std::move(lse)};
 }
 
@@ -86,7 +97,17 @@ Gradients backward(const char* op, const Tensor& dout, MaybeTensor dlse, const T
   Tensor dv = gradient(needs.dv, args.fwd.v, args.dv);
   Tensor dbias = gradient(needs.dbias, args.fwd.bias, args.dbias);
   Tensor dsinks = gradient(needs.dsinks, args.fwd.sinks, args.dsinks);
-  if (needs.dq || needs.dk || needs.dv || needs.dbias || needs.dsinks) cpu::attention_bwd(args);
+  const bool any = needs.dq || needs.dk || needs.dv || needs.dbias || needs.dsinks;
+  if (any) {
+    launch(
+        call.device(), [&] { cpu::attention_bwd(args); },
+        [&](Stream stream) {
+          args.workspace_size = cuda::attention_bwd_workspace(args);
+          const Tensor workspace = new_bytes(args.workspace_size, call.device());
+          args.workspace = data_of(workspace);
+          cuda::attention_bwd(args, stream);
+        });
+  }
   return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias), std::move(dsinks)};
 }
 
@@ -121,7 +142,6 @@ struct Parts {
     check_shape(lses, sizes, 4, op, "lses");
     device = device_of(outs_in);
     check_device(lses_in, device, op, "lses", "outs");
-    check_cpu(device, op, "outs");
     out = dense(nullptr, outs.dtype, at[1], at[2], at[3], at[4]);
     lse = dense(nullptr, DType::f32, at[1], at[3], at[2]);
     copy = make_dense_last(outs_in, outs);
@@ -138,7 +158,9 @@ OutLse merge_attention(const Tensor& outs, const Tensor& lses) {
   args.outs = parts.outs, args.lses = parts.lses;
   Tensor out = new_result(parts.out, parts.device, args.out);
   Tensor lse = new_result(parts.lse, parts.device, args.lse);
-  cpu::merge_attention(args);
+  launch(
+      parts.device, [&] { cpu::merge_attention(args); },
+      [&](Stream stream) { cuda::merge_attention(args, stream); });
   return {std::move(out), std::move(lse)};
 }
 
@@ -155,7 +177,11 @@ OutLse merge_attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const
   };
   Tensor douts = gradient(need_douts, parts.outs, args.douts);
   Tensor dlses = gradient(need_dlses, parts.lses, args.dlses);
-  if (need_douts || need_dlses) cpu::merge_attention_bwd(args);
+  if (need_douts || need_dlses) {
+    launch(
+        parts.device, [&] { cpu::merge_attention_bwd(args); },
+        [&](Stream stream) { cuda::merge_attention_bwd(args, stream); });
+  }
   return {std::move(douts), std::move(dlses)};
 }
 
@@ -169,7 +195,6 @@ Tensor attn_dropout_mask(std::int64_t B, std::int64_t H, std::int64_t S, std::in
   view_of(seed, kOp, "seed");  // fails if it is None
   const Device device = device_of(seed);
   AttentionDropout dropout = checked_dropout(kOp, dropout_p, seed, offset, device, "seed");
-  check_cpu(device, kOp, "seed");
   OptionalTensor zero;
   if (!offset) {
     zero = new_zero(device);
@@ -177,7 +202,10 @@ Tensor attn_dropout_mask(std::int64_t B, std::int64_t H, std::int64_t S, std::in
   }
   Tensor mask =
       new_dense(sizes, 4, static_cast<std::int32_t>(torch::headeronly::ScalarType::Bool), device);
-  cpu::attention_dropout_mask(dense(data_of(mask), DType::i8, B, H, S, T), dropout, kOp);
+  const TensorRef ref = dense(data_of(mask), DType::i8, B, H, S, T);
+  launch(
+      device, [&] { cpu::attention_dropout_mask(ref, dropout, kOp); },
+      [&](Stream stream) { cuda::attention_dropout_mask(ref, dropout, kOp, stream); });
   return mask;
 }
 

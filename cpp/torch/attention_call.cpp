@@ -98,11 +98,6 @@ AttentionOptions boxing::Parameter<AttentionOptions>::next(const StableIValue*& 
   };
 }
 
-void check_cpu(Device device, const char* op, const char* argument) {
-  FK_CHECK(!device.is_cuda, op, ": there are no CUDA kernels for attention yet, ", argument,
-           " is on cuda:", device.index);
-}
-
 TensorRef checked_like(const Tensor& t, const TensorRef& shape, Device device, const char* op,
                        const char* argument, const char* like) {
   const TensorRef ref = ref_of(t, op, argument);
@@ -289,7 +284,6 @@ const std::int32_t* AttentionCall::ints(MaybeTensor t, const char* argument) {
 }
 
 AttentionFwd AttentionCall::readable() {
-  check_cpu(device_, op_, "q");
   const AttentionOptions& o = options_;
   AttentionFwd& a = args_;
   make_dense_last(q_, a.q);

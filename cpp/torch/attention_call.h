@@ -100,9 +100,6 @@ class AttentionCall {
   std::vector<Tensor> copies_;  // for as long as the launch takes; seldom any
 };
 
-/// fail() on a CUDA device, naming the tensor.
-void check_cpu(Device device, const char* op, const char* argument);
-
 /// p in [0, 1), seed and offset on the device of the argument `like`.
 AttentionDropout checked_dropout(const char* op, double p, MaybeTensor seed, MaybeTensor offset,
                                  Device device, const char* like);

@@ -59,4 +59,40 @@ __device__ __forceinline__ void st_global_8(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
 
+/// 16 bytes through L2 alone: what other multiprocessors write, or read.
+__device__ __forceinline__ float4 ld_global_cg(const float4* p) { return __ldcg(p); }
+__device__ __forceinline__ void st_global_cg(float4* p, float4 v) { __stcg(p, v); }
+
+/// p += v, in L2.
+__device__ __forceinline__ void red_add_global(float4* p, float4 v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+#else
+  atomicAdd(&p->x, v.x);
+  atomicAdd(&p->y, v.y);
+  atomicAdd(&p->z, v.z);
+  atomicAdd(&p->w, v.w);
+#endif
+}
+
+/// *p, which becomes one more.
+__device__ __forceinline__ int draw_number(int* p) { return atomicAdd(p, 1); }
+
+/// *p as it is, or was a little before.
+__device__ __forceinline__ int ld_global_relaxed(const int* p) {
+  int v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+/// What was written before a value that this thread, or one before a barrier, has read.
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+/// Adds one to *p, after what was written before.
+__device__ __forceinline__ void pass_on(int* p) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory");
+}
+
 }  // namespace fastkern::ptx

@@ -28,10 +28,11 @@ struct Tolerance {
   bool tiles = false;
 };
 
-/// The relative error of one rounding.
+/// The relative error of one rounding, and what it may be off by however small the value is.
 inline double rounding_of(DType dtype) {
   return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
 }
+inline double smallest_rounding_of(DType dtype) { return dtype == DType::f16 ? 0x1p-25 : 0.0; }
 
 inline testing::AssertionResult close(const Tensor& actual, const Bounded& expected,
                                       const Tolerance& tolerance = {}) {
@@ -178,7 +179,7 @@ class AttentionReference {
     const std::int64_t row = (e.first_q + i) * c_.heads + h;
     const std::int64_t lse_at =
         c_.packed() ? h * c_.queries + e.first_q + i : (e.b * c_.heads + h) * c_.queries + i;
-    const double unit = rounding_of(p_.dtype);
+    const double unit = rounding_of(p_.dtype), smallest = smallest_rounding_of(p_.dtype);
     const double *const q = &q_[row * d], *const dout = &dout_[row * dv];
     const auto key_row = [&](std::int64_t j) { return (e.first_k + j) * c_.kv_heads + g; };
 
@@ -215,7 +216,7 @@ class AttentionReference {
         const double term = probability[n] * factor[n] * v[x];
         out[x] += term;
         out_noise[x] += std::abs(term) * off[n];
-        all_.out.of_tiles[row * dv + x] += unit * std::abs(term);
+        all_.out.of_tiles[row * dv + x] += unit * std::abs(term) + smallest * std::abs(v[x]);
       }
     }
     for (std::int64_t x = 0; x < dv; ++x) {
@@ -238,7 +239,7 @@ class AttentionReference {
         const std::int64_t at = key * dv + x;
         all_.dv.value[at] += pf * dout[x];
         all_.dv.noise[at] += pf * std::abs(dout[x]) * off[n];
-        all_.dv.of_tiles[at] += unit * pf * std::abs(dout[x]);
+        all_.dv.of_tiles[at] += (unit * pf + smallest) * std::abs(dout[x]);
       }
       const double ds = prob * (dp.value * factor[n] - delta);
       const double ds_noise =
@@ -260,7 +261,8 @@ class AttentionReference {
           of.value[first + x] += ds * slope * with[x];
           of.noise[first + x] += product_noise * std::abs(with[x]);
           of.of_out[first + x] += of_out * std::abs(slope * with[x]);
-          of.of_tiles[first + x] += unit * std::abs(ds * slope * with[x]);
+          of.of_tiles[first + x] +=
+              (unit * std::abs(ds * slope) + smallest * std::abs(p_.scale())) * std::abs(with[x]);
         }
       };
       to(all_.dq, row * d, k);

@@ -82,8 +82,12 @@ int main(int argc, char** argv) {
   on_fault = print_case;
   catch_signals();
 
-  std::vector<Case> cases = norm_cases(options);
-  for (Case& more : group_norm_cases(options)) cases.push_back(std::move(more));
+  const bool attention_alone = options.names.count("attention") > 0;
+  std::vector<Case> cases;
+  if (!attention_alone) cases = norm_cases(options);
+  if (!attention_alone)
+    for (Case& more : group_norm_cases(options)) cases.push_back(std::move(more));
+  for (Case& more : attention_cases(options)) cases.push_back(std::move(more));
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

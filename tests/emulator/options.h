@@ -37,5 +37,6 @@ Options parse_options(int argc, char** argv);
 /// The cases of each family, norm_cases.cpp and group_norm.cpp.
 std::vector<Case> norm_cases(const Options& options);
 std::vector<Case> group_norm_cases(const Options& options);
+std::vector<Case> attention_cases(const Options& options);
 
 }  // namespace emulator

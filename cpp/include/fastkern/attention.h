@@ -71,6 +71,9 @@ struct AttentionBwd {
   TensorRef dq, dk, dv;  // as q, k, v, dense
   TensorRef dbias;       // as bias, of its type, dense: summed over the dimensions that are 1
   TensorRef dsinks;      // (H) of the type of sinks
+
+  void* workspace = nullptr;       // cuda: attention_bwd_workspace() bytes, 256-byte aligned
+  std::size_t workspace_size = 0;  // bytes
 };
 
 /// Parts of one attention over K disjoint sets of keys, put together:
@@ -103,4 +106,13 @@ FASTKERN_API void attention_dropout_mask(const TensorRef& mask, const AttentionD
                                          const char* op);
 }  // namespace cpu
 
+namespace cuda {
+FASTKERN_API void attention(const AttentionFwd& args, Stream stream);
+FASTKERN_API void attention_bwd(const AttentionBwd& args, Stream stream);
+FASTKERN_API std::size_t attention_bwd_workspace(const AttentionBwd& args);
+FASTKERN_API void merge_attention(const MergeFwd& args, Stream stream);
+FASTKERN_API void merge_attention_bwd(const MergeBwd& args, Stream stream);
+FASTKERN_API void attention_dropout_mask(const TensorRef& mask, const AttentionDropout& dropout,
+                                         const char* op, Stream stream);
+}  // namespace cuda
 }  // namespace fastkern

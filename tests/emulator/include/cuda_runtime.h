@@ -24,11 +24,15 @@
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __align__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(...)
+#define __grid_constant__
 // No __shared__: tools/run_emulator.sh rewrites such declarations.
 
 using std::max;
@@ -55,6 +59,20 @@ template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int offset) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ offset);
 }
+
+template <class T>
+inline T __shfl_up_sync(unsigned mask, T value, int offset) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane < offset ? lane : lane - offset);
+}
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    votes |= __shfl_sync(mask, static_cast<unsigned>(value), lane) << lane;
+  }
+  return votes;
+}
+inline int __ffs(int v) { return __builtin_ffs(v); }
 
 // Without -ffast-math and contraction, plain arithmetic rounds each operation to nearest.
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -39,6 +39,8 @@ inline int device_attribute(cudaDeviceAttr attribute, int device, const char* op
       return of.processors;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       return emulator::kThreadsPerProcessor;
+    case cudaDevAttrL2CacheSize:
+      return 1 << 20;
     default:
       fail(op, ": the emulator does not know device attribute ", static_cast<int>(attribute));
   }

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attention/attention_bwd_launch.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+template void launch_bwd_as<__half, false>(Backward&, Stream, const char*);
+template void launch_bwd_as<__half, true>(Backward&, Stream, const char*);
+template void launch_bwd_first<__half>(const Backward&, Stream, const char*);
+template void launch_bwd_bias<__half>(const Backward&, const BiasGradient&, Stream, const char*);
+
+}  // namespace fastkern::cuda::attention_detail

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attention/attention_fwd_launch.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+template void launch_fwd_as<__half, false>(Forward&, Stream, const char*);
+template void launch_fwd_as<__half, true>(Forward&, Stream, const char*);
+
+}  // namespace fastkern::cuda::attention_detail

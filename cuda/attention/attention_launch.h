@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between the files of attention on CUDA.
+#pragma once
+
+#include "attention/attention_bwd_bias.cuh"
+#include "attention/attention_scores.cuh"
+#include "dispatch.h"
+
+namespace fastkern::cuda::attention_detail {
+
+View view_of(const TensorRef& t);
+/// Whether all rows, of so many bytes, lie in whole vectors.
+bool in_vectors(const View& v, std::int64_t row_bytes);
+Forward forward_params(const AttentionFwd& a);
+/// Whether it takes the kernel with extras.
+bool has_extras(const Forward& p);
+/// p.blocks is set here.
+template <class T, bool kExtras>
+void launch_fwd_as(Forward& p, Stream stream, const char* op);
+void launch_fwd_f32(Forward& p, Stream stream, const char* op);
+template <class T, bool kExtras>
+void launch_bwd_as(Backward& p, Stream stream, const char* op);
+void launch_bwd_f32(Backward& p, Stream stream, const char* op);
+template <class T>
+void launch_bwd_first(const Backward& p, Stream stream, const char* op);
+template <class T>
+void launch_bwd_bias(const Backward& p, const BiasGradient& to, Stream stream, const char* op);
+template <>
+void launch_bwd_bias<float>(const Backward&, const BiasGradient&, Stream, const char*);
+
+/// Of all that this build has code for.
+template <bool kExtras>
+inline constexpr SharedMemory kShared = [] {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int kArchs[] = {__CUDA_ARCH_LIST__};
+#else
+  constexpr int kArchs[] = {800, 900};
+#endif
+  SharedMemory all{227, 99};
+  for (const int arch : kArchs) {
+    const SharedMemory one = shared_memory(arch, kExtras);
+    all = {std::min(all.least, one.least), std::max(all.most, one.most)};
+  }
+  return all;
+}();
+
+/// Whether a block with so much dynamic shared memory runs on all devices that this build has code
+/// for, on some, or on the device. Kernels have a little besides. The device is asked for its
+/// capability, from which taken_somewhere() concludes the same.
+template <bool kExtras>
+constexpr bool fits_all(int bytes) {
+  return bytes + 1024 <= kShared<kExtras>.least * 1024;
+}
+template <bool kExtras>
+constexpr bool fits_some(int bytes) {
+  return bytes + 1024 <= kShared<kExtras>.most * 1024;
+}
+template <bool kExtras>
+bool fits(int bytes, Stream stream, const char* op) {
+  const int most = shared_memory(10 * capability(stream.device, op), kExtras).most;
+  return fits_some<kExtras>(bytes) && bytes + 1024 <= most * 1024;
+}
+
+/// Of the tiles of backward: memory between launches does not depend on which is taken.
+inline constexpr int kLeastQueries = 32, kMostQueries = 128;
+
+/// The gradient of 16-bit attention, for the head dimensions there are kernels for.
+template <class F>
+void dispatch_columns(int columns, const char* op, F&& f) {
+  FK_CHECK(columns <= 256, op,
+           ": there is no CUDA kernel for the gradient with head dimensions above 256, got ",
+           columns);
+  dispatch_ceil<32, 64, 96, 128, 192, 256>(columns, f);
+}
+
+}  // namespace fastkern::cuda::attention_detail
