@@ -229,9 +229,9 @@ def test_windows_larger_than_any_length(device: str) -> None:
 
 @pytest.mark.parametrize("D", [1, 2, 3, 5, 7, 17, 31, 33, 63, 65, 100, 127, 129, 192, 255, 257, 512])
 def test_any_head_dim(D: int, device: str) -> None:
-    if D > 256 and device == "cuda":
-        pytest.skip("forward only")
     check(made(device, F32, 1, 33, 70, 2, D), f"D {D}")
+    if D > 256 and device == "cuda":
+        pytest.skip("in 16 bits forward only")
     check(made(device, BF16, 1, 9, 20, 2, D, V=D % 7 + 1), f"D {D}, Dv {D % 7 + 1}")
 
 

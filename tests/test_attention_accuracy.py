@@ -77,7 +77,7 @@ def _check_as_fa3(
     exact = truth(inputs, use_lse=False, dtype=wide)
     torchs = results_of(formula.attention, inputs, use_lse=False)
     what = f"{lengths}, {dims}, {groups}, {mask}, {dtype}, softcap {softcap}"
-    assert_as_fa3(ours(inputs, use_lse=False), exact, torchs, bool(softcap), what)
+    assert_as_fa3(ours(inputs, use_lse=False), exact, torchs, softcap, what)
 
 
 def _name(case: tuple[Any, ...]) -> str:

@@ -82,7 +82,8 @@ class OpSpec:
             ``stressed`` if the inputs were made to lose digits.
         contained: whether NaN and infinities stand where torch's do; if not, they may stay where torch's spread, and
             spread in gradients, within their batch entry.
-        unspecial: names of special values for which sums in another order than torch's overflow elsewhere.
+        unspecial: names of special values that do not do what they do in torch, as sums in another order overflow
+            elsewhere: ``unspecial(inputs)``.
         devices: the types of device that there are kernels for.
         benchmark: fields of the row that are others in the benchmark, such as functions that return less.
     """
@@ -124,7 +125,7 @@ class OpSpec:
     second_order: bool = True
     allowance: Callable[[Inputs, bool], float] = lambda inputs, stressed: 0.0
     contained: bool = True
-    unspecial: tuple[str, ...] = ()
+    unspecial: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     benchmark: Mapping[str, Any] = field(default_factory=dict)
 

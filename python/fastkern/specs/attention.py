@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastkern
 from fastkern.specs import _attention_formula as formula
@@ -123,7 +124,7 @@ def _options(
 
 
 def _value_dim(D: int, change: str) -> int:
-    return {"same": D, "more": D + 6, "less": max(2 * D // 3, 1)}[change]
+    return {"same": D, "more": D + 6 if D <= 250 else D, "less": max(2 * D // 3, 1)}[change]
 
 
 def attention_inputs(
@@ -214,6 +215,25 @@ def _flops(inputs: Inputs, backward: bool) -> int:
     return 2 * _pairs(inputs) * q.shape[-2] * (3 * D + 2 * V if backward else D + V)
 
 
+def _workspace(inputs: Inputs, backward: bool) -> int:
+    """On CUDA. Backward: the softmax and delta of each row, sums of dq in float32, who has added to them.
+
+    Forward, of operands whose last dimension is dense, nothing but an offset of dropout.
+    """
+    q, v = inputs["q"], inputs["v"]
+    few = 1024
+    if not backward:
+        return few
+    batch, heads = (inputs["cu_seqlens_q"].numel() - 1 if q.dim() == 3 else q.shape[0]), q.shape[-2]
+    rows = q.shape[:-1].numel()
+    if q.dtype == torch.float32:
+        return 8 * rows + few
+    columns = next(n for n in (32, 64, 96, 128, 192, 256) if n >= max(q.shape[-1], v.shape[-1]))
+    sums = (rows + 128 * (batch + 1) * heads) * columns * 4
+    turns = (rows // 32 + 2 * (batch + 1) * heads) * 4
+    return 8 * rows + sums + turns + few
+
+
 def _merge_traffic(inputs: Inputs, backward: bool) -> int:
     """Forward: the parts read, one written. Backward: also the whole and its gradient read, those of the parts written.
 
@@ -222,6 +242,21 @@ def _merge_traffic(inputs: Inputs, backward: bool) -> int:
     parts = _size(*inputs.values())
     whole = parts // max(inputs["outs"].shape[0], 1)
     return 2 * parts + 2 * whole if backward else parts + whole
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def _torch_kernels(backend: SDPBackend) -> Any:
+    """Torch's operator, made to take these kernels of its own."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if q.device.type != "cuda":
+            raise ImportError("of torch for CUDA alone")
+        with sdpa_kernel(backend):
+            return formula.torch_attention(q, k, v, **options)
+
+    return attention
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -247,6 +282,12 @@ def _allowance(inputs: Inputs, stressed: bool) -> float:
     if inputs["q"].dtype == torch.float32:
         return 2e-4 if stressed else 1e-5
     return (16 if stressed else 1) * torch.finfo(inputs["q"].dtype).eps
+
+
+def _unspecial(inputs: Inputs) -> tuple[str, ...]:
+    """On CUDA a float32 is split into two numbers, of infinity and NaN or of which a denormal has none."""
+    split = inputs["q"].is_cuda and inputs["q"].dtype == torch.float32
+    return ("max finite", *(("one +inf", "one -inf", "both inf", "denormals") if split else ()))
 
 
 _DIMS = _sizes(
@@ -287,6 +328,7 @@ _COMMON: dict[str, Any] = {
     "family": "attention",
     "traffic": _traffic,
     "flops": _flops,
+    "workspace": _workspace,
     "empty_dims": ("B", "S", "T"),
     "data": ("q", "k", "v"),
     "signed_zeros": False,  # a sum over keys has its own
@@ -294,8 +336,7 @@ _COMMON: dict[str, Any] = {
     "second_order": False,
     "allowance": _allowance,
     "contained": False,  # 0 times NaN: of a row and what is hidden from it
-    "unspecial": ("max finite",),
-    "devices": ("cpu",),
+    "unspecial": _unspecial,
 }
 
 FLASH_ATTN = OpSpec(
@@ -324,6 +365,10 @@ FLASH_ATTN = OpSpec(
     ),
     cpu_bench_dims=_sizes((2, 1024, 1024, 8, 64), (1, 4096, 4096, 8, 128)),
     bench_variant={"causal": True},
+    peers={
+        "torch flash": _torch_kernels(SDPBackend.FLASH_ATTENTION),
+        "torch cudnn": _torch_kernels(SDPBackend.CUDNN_ATTENTION),
+    },
     benchmark={
         "function": lambda *args, **options: flash_attn(*args, **options)[0],
         "reference": lambda *args, **options: formula.attention(*args, **options)[0],
@@ -397,7 +442,7 @@ MERGE_ATTENTION = OpSpec(
     variants=({}, {"empty": True}),
     differentiable=("outs", "lses"),
     strided=("outs", "lses"),
-    unspecial=("max finite",),  # dout . outs overflows in one order of the sum, not in the other
+    unspecial=lambda inputs: ("max finite",),  # dout . outs overflows in one order of the sum, not in the other
     batched=(),
     traffic=_merge_traffic,
     flops=lambda inputs, backward: (6 if backward else 2) * inputs["outs"].numel(),
@@ -409,7 +454,6 @@ MERGE_ATTENTION = OpSpec(
     empty_dims=("B", "S", "H"),
     data=("outs",),
     signed_zeros=False,
-    devices=("cpu",),
 )
 
 SPECS = (FLASH_ATTN, FLASH_ATTN_VARLEN, MERGE_ATTENTION)
