@@ -21,10 +21,6 @@ void check_heads(const AttentionFwd& a, const TensorRef& t, const char* name, st
            t.sizes[t.ndim - 2]);
 }
 
-std::int64_t cut(std::int64_t value, std::int64_t low, std::int64_t high) {
-  return std::clamp(value, low, std::max(low, high));
-}
-
 /// f(bias) for each element of the block, by its own strides.
 template <class T, class F>
 void each_bias(const Problem& p, const Sequence& at, std::int64_t h, std::int64_t i0,
@@ -90,20 +86,6 @@ Problem::Problem(const AttentionFwd& a)
   }
 }
 
-Sequence Problem::sequence(std::int64_t b) const {
-  const AttentionLengths& lengths = args.lengths;
-  Sequence s{.batch = packed ? 0 : b, .queries = total_q, .keys = total_k, .entry = b};
-  if (packed) {
-    s.first_q = cut(lengths.start_q[b], 0, total_q);
-    s.queries = cut(lengths.start_q[b + 1], s.first_q, total_q) - s.first_q;
-    s.first_k = cut(lengths.start_k[b], 0, total_k);
-    s.keys = cut(lengths.start_k[b + 1], s.first_k, total_k) - s.first_k;
-  }
-  if (lengths.used_q) s.queries = cut(lengths.used_q[b], 0, s.queries);
-  if (lengths.used_k) s.keys = cut(lengths.used_k[b], 0, s.keys);
-  return s;
-}
-
 std::vector<QueryBlock> Problem::query_blocks() const {
   std::vector<QueryBlock> blocks;
   for (std::int64_t b = 0; b < batch; ++b) {
@@ -113,17 +95,6 @@ std::vector<QueryBlock> Problem::query_blocks() const {
     }
   }
   return blocks;
-}
-
-Sight Problem::sight(const Sequence& s) const {
-  const AttentionMask& mask = args.mask;
-  // Whatever is further away is not there: so no sum with a window overflows.
-  const std::int64_t furthest = s.keys + s.queries;
-  return {.shift = mask.top_left ? 0 : s.keys - s.queries,
-          .left = std::min(mask.left, furthest),
-          .right = std::min(mask.right, furthest),
-          .prefix = mask.prefix ? cut(mask.prefix[s.entry], 0, s.keys) : 0,
-          .keys = s.keys};
 }
 
 bool Problem::listed(std::int64_t h, std::int64_t i0, std::int64_t j0) const {
@@ -181,9 +152,8 @@ void block_scores(const Problem& p, const Sequence& at, const Sight& sight, std:
   for (std::int64_t j = 0; j < rows; ++j) {
     if (j0 + j < sight.prefix) continue;
     // Query i0 + i sees key j0 + j from `from` to `to`.
-    const std::int64_t at_key = j0 + j - sight.shift - i0;
-    const std::int64_t from = sight.right < 0 ? 0 : at_key - sight.right;
-    const std::int64_t to = sight.left < 0 ? columns : at_key + sight.left + 1;
+    const std::int64_t from = j0 + j - i0 + 1 - sight.window_end;
+    const std::int64_t to = j0 + j - i0 + 1 - sight.window_begin;
     float* const row = s + j * kBlock;
     for (std::int64_t i = 0; i < std::min(from, columns); ++i) row[i] = -kInfinity;
     for (std::int64_t i = std::max<std::int64_t>(to, 0); i < columns; ++i) row[i] = -kInfinity;

@@ -18,6 +18,7 @@
 
 #include "exponential.h"
 #include "fastkern/attention.h"
+#include "fastkern/attention_mask.h"
 #include "fastkern/philox.h"
 #include "fastkern/scalar.h"
 #include "matmul.h"
@@ -122,37 +123,14 @@ inline void transpose(std::int64_t rows, std::int64_t columns, const float* in, 
   }
 }
 
-/// Where batch entry b lies, and how long it is.
-struct Sequence {
-  std::int64_t batch = 0;  // 0 of packed tensors
-  std::int64_t first_q = 0, first_k = 0;
-  std::int64_t queries = 0, keys = 0;
-  std::int64_t entry = 0;
+/// Where a batch entry lies, and how long it is.
+struct Sequence : AttentionSequence<std::int64_t> {
+  std::int64_t batch;  // 0 of packed tensors
+  std::int64_t entry;
 };
 
 /// What query i of a sequence sees, but for masks given as tensors.
-struct Sight {
-  std::int64_t shift = 0, left = -1, right = -1, prefix = 0, keys = 0;
-
-  /// The keys that some query of i0 to i1 may see lie within [begin, end).
-  std::int64_t begin(std::int64_t i0) const {
-    return left < 0 || prefix > 0 ? 0 : std::clamp<std::int64_t>(i0 + shift - left, 0, keys);
-  }
-  std::int64_t end(std::int64_t i1) const {
-    const std::int64_t of_window = right < 0 ? keys : i1 - 1 + shift + right + 1;
-    return std::clamp<std::int64_t>(std::max(of_window, prefix), 0, keys);
-  }
-  /// Whether no query of i0 to i1 sees a key of j0 to j1.
-  bool none(std::int64_t i0, std::int64_t i1, std::int64_t j0, std::int64_t j1) const {
-    if (j0 < prefix) return false;
-    return (left >= 0 && j1 - 1 < i0 + shift - left) || (right >= 0 && j0 > i1 - 1 + shift + right);
-  }
-  /// Whether each sees each.
-  bool all(std::int64_t i0, std::int64_t i1, std::int64_t j0, std::int64_t j1) const {
-    if (j1 <= prefix) return true;
-    return (left < 0 || j0 >= i1 - 1 + shift - left) && (right < 0 || j1 - 1 <= i0 + shift + right);
-  }
-};
+using Sight = AttentionSight<std::int64_t>;
 
 struct QueryBlock {
   std::int64_t entry, first;
@@ -162,8 +140,12 @@ struct QueryBlock {
 struct Problem {
   explicit Problem(const AttentionFwd& a);
 
-  Sequence sequence(std::int64_t b) const;
-  Sight sight(const Sequence& s) const;
+  Sequence sequence(std::int64_t b) const {
+    return {attention_sequence(args.lengths, b, total_q, total_k), packed ? 0 : b, b};
+  }
+  Sight sight(const Sequence& s) const {
+    return attention_sight<std::int64_t>(args.mask, s, s.entry);
+  }
   /// Those of all entries. A thread gets some that follow each other, and under a causal mask the
   /// last ones of a sequence take longest: so first and last by turns.
   std::vector<QueryBlock> query_blocks() const;

@@ -31,6 +31,36 @@ __device__ __forceinline__ void store_float(char* data, DType dtype, std::int64_
   }
 }
 
+/// For a warp: the sums of 16 keys from j0 on and of the queries from i0 on, keys x queries; of one
+/// head of one entry of the gradient, which may have one row for all queries.
+template <int kTiles>
+__device__ __forceinline__ void store_bias_gradient(const Forward& f, const BiasGradient& to, int b,
+                                                    int h, int i0, int j0,
+                                                    const float (&sums)[kTiles][4]) {
+  const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4;
+  const std::int64_t head = (static_cast<std::int64_t>(b) * to.heads + h) * to.queries;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int j = j0 + quad + half * 8;
+    float total = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kTiles; ++c) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float v = sums[c][half * 2 + e];
+        total += v;
+        const int i = i0 + c * 8 + pair * 2 + e;
+        if (to.queries > 1 && i < f.queries && j < f.keys)
+          store_float(to.data, to.dtype, (head + i) * f.keys + j, v);
+      }
+    }
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (to.queries == 1 && pair == 0 && j < f.keys)
+      store_float(to.data, to.dtype, head * f.keys + j, total);
+  }
+}
+
 template <class T, int kD>
 __global__ void __launch_bounds__(128)
     attention_bwd_bias_kernel(const __grid_constant__ Backward p,
@@ -131,27 +161,7 @@ __global__ void __launch_bounds__(128)
     }
   }
 
-  const std::int64_t head = (static_cast<std::int64_t>(own_b) * to.heads + own_h) * to.queries;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int j = n * kTile + warp * 16 + quad + half * 8;
-    float total = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kTiles; ++c) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float v = sums[c][half * 2 + e];
-        total += v;
-        const int i = m0 * kTile + c * 8 + pair * 2 + e;
-        if (to.queries > 1 && i < f.queries && j < f.keys)
-          store_float(to.data, to.dtype, (head + i) * f.keys + j, v);
-      }
-    }
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    if (to.queries == 1 && pair == 0 && j < f.keys)
-      store_float(to.data, to.dtype, head * f.keys + j, total);
-  }
+  store_bias_gradient(f, to, own_b, own_h, m0 * kTile, n * kTile + warp * 16, sums);
 }
 
 }  // namespace fastkern::cuda::attention_detail

@@ -86,6 +86,13 @@ __global__ void __launch_bounds__(kFirstThreads)
   }
 }
 
+/// Keys of entry b, the used ones and those that get zeros.
+__device__ __forceinline__ int stored_keys(const Forward& f, int b) {
+  AttentionLengths all = f.lengths;
+  all.used_k = nullptr;
+  return attention_sequence(all, b, f.queries, f.keys).keys;
+}
+
 /// For a whole warp: the block of keys that a block of threads has. Key blocks of a sequence come
 /// in order.
 template <int kN>
@@ -100,33 +107,10 @@ __device__ __forceinline__ Place key_place_of(const Backward& p) {
   const int before_these = id / (p.together * p.key_blocks) * p.together;
   const int these = min(p.together, heads - before_these);
   id -= before_these * p.key_blocks;
-  const int unit = id / these, head = before_these + id % these;
-  if (!p.f.lengths.start_q) return {head / p.kv_heads, head % p.kv_heads, unit * kN};
-  const int lane = threadIdx.x % 32;
-  int before = 0;
-  for (int b = 0; b < p.f.batch; b += 32) {
-    int count = 0;
-    if (b + lane < p.f.batch) {
-      // All keys of the entry, the used ones and those that get zeros.
-      AttentionLengths all = p.f.lengths;
-      all.used_k = nullptr;
-      count = (attention_sequence(all, b + lane, p.f.queries, p.f.keys).keys + kN - 1) / kN;
-    }
-    int up_to = count;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, up_to, step);
-      if (lane >= step) up_to += other;
-    }
-    const unsigned beyond = __ballot_sync(~0u, unit < before + up_to);
-    if (beyond) {
-      const int found = __ffs(static_cast<int>(beyond)) - 1;
-      const int first = before + __shfl_sync(~0u, up_to, found) - __shfl_sync(~0u, count, found);
-      return {b + found, head, (unit - first) * kN};
-    }
-    before += __shfl_sync(~0u, up_to, 31);
-  }
-  return {-1, 0, 0};
+  const int block = id / these, head = before_these + id % these;
+  const Unit unit = unit_of(p.f.lengths, head * p.key_blocks + block, p.key_blocks, p.kv_heads,
+                            p.f.batch, [&](int b) { return (stored_keys(p.f, b) + kN - 1) / kN; });
+  return {unit.b, unit.h, unit.index * kN};
 }
 
 /// Keys j0 to j1 of key head g; `sight`, b and h (a query head, in turn) as the forward has them.
@@ -144,9 +128,7 @@ __device__ __forceinline__ KeyJob key_job_of(const Backward& p) {
   if (place.b < 0) return k;
   const AttentionSequence<int> at = attention_sequence(p.f.lengths, place.b, p.f.queries, p.f.keys);
   k.g = place.h, k.j0 = place.i0, k.j1 = max(place.i0, min(place.i0 + kN, at.keys));
-  AttentionLengths all = p.f.lengths;
-  all.used_k = nullptr;
-  k.stored = min(kN, attention_sequence(all, place.b, p.f.queries, p.f.keys).keys - place.i0);
+  k.stored = min(kN, stored_keys(p.f, place.b) - place.i0);
   k.first_k = at.first_k, k.queries = at.queries;
   k.job.first_q = at.first_q;
   k.job.sight = attention_sight(p.f.mask, at, place.b);

@@ -50,13 +50,6 @@ __device__ __forceinline__ void f32_pair(const Forward& f, const Job& job, int h
   if (kExtras && f.softcap > 0.0f && !of_bias) dp *= 1.0f - capped * capped;
 }
 
-/// Keys of entry b, the used ones and those that get zeros.
-__device__ __forceinline__ int stored_keys(const Forward& f, int b) {
-  AttentionLengths all = f.lengths;
-  all.used_k = nullptr;
-  return attention_sequence(all, b, f.queries, f.keys).keys;
-}
-
 /// What a block does.
 struct F32Job {
   Job job;
@@ -387,27 +380,7 @@ __global__ void __launch_bounds__(kF32Threads, 1)
     }
   }
 
-  const std::int64_t head = (static_cast<std::int64_t>(own_b) * to.heads + own_h) * to.queries;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int j = j0 + warp_row + quad + half * 8;
-    float total_of_key = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kTiles; ++c) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float v = sums[c][half * 2 + e];
-        total_of_key += v;
-        const int i = own_m * kN + c * 8 + pair * 2 + e;
-        if (to.queries > 1 && i < f.queries && j < f.keys)
-          store_float(to.data, to.dtype, (head + i) * f.keys + j, v);
-      }
-    }
-    total_of_key += __shfl_xor_sync(~0u, total_of_key, 1);
-    total_of_key += __shfl_xor_sync(~0u, total_of_key, 2);
-    if (to.queries == 1 && pair == 0 && j < f.keys)
-      store_float(to.data, to.dtype, head * f.keys + j, total_of_key);
-  }
+  store_bias_gradient(f, to, own_b, own_h, own_m * kN, j0 + warp_row, sums);
 }
 
 }  // namespace fastkern::cuda::attention_detail

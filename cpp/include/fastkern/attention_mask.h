@@ -71,8 +71,8 @@ struct AttentionSight {
 template <class Int>
 constexpr AttentionSight<Int> attention_sight(const AttentionMask& mask,
                                               const AttentionSequence<Int>& s, Int b) {
-  // Positions are below 2^30: a window that begins or ends beyond that is as good as unlimited.
-  constexpr std::int64_t kFar = std::int64_t{1} << 30;
+  // Positions are below this: a window that begins or ends beyond is as good as unlimited.
+  constexpr std::int64_t kFar = std::int64_t{1} << (sizeof(Int) == 4 ? 30 : 40);
   AttentionSight<Int> sight{};
   sight.shift = mask.top_left ? 0 : s.keys - s.queries;
   const bool from = mask.left >= 0 && mask.left < kFar + sight.shift;
