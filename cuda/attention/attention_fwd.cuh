@@ -22,6 +22,12 @@ namespace fastkern::cuda::attention_detail {
 /// Of values, that a block has results of.
 inline constexpr int kFwdColumns = 256;
 
+/// Powers of two by which scores may exceed what they are measured against, before results so far
+/// are measured anew: where none of a warp's queries has a larger score, which is most of the time,
+/// that takes no time (Zadouri et al., FlashAttention-4). Dropout may multiply what is in 16 bits.
+template <bool kExtras>
+inline constexpr float kLater = kExtras ? 0.0f : 8.0f;
+
 /// Rows of kColumns 16-bit elements in shared memory, 16 bytes after 16 bytes, whose order within a
 /// row depends on the row: eight rows of the same column lie in different banks.
 template <int kColumns>
@@ -42,6 +48,25 @@ struct Swizzled {
   }
 };
 
+/// This thread's number, computed anew: kept, what follows from it takes registers that the
+/// products need.
+__device__ __forceinline__ int this_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+/// Its place in a warp of kRows queries and in the tiles of 16 rows and 8 columns that warps
+/// multiply: row `quad` and the one eight below, columns 2 * pair and 2 * pair + 1.
+struct Position {
+  int lane, quad, pair, warp_row;
+};
+template <int kRows>
+__device__ __forceinline__ Position position() {
+  const int thread = this_thread();
+  return {thread % 32, thread % 32 / 4, thread % 4, thread / 32 * kRows};
+}
+
 /// kRows rows of kColumns elements from global memory; rows from `rows` on and columns from `width`
 /// on become 0.
 template <int kRows, int kColumns, int kThreads>
@@ -50,10 +75,7 @@ __device__ __forceinline__ void fetch(char* shared, const char* global, std::int
   using S = Swizzled<kColumns>;
   constexpr int kAcross = S::kChunks % 8 == 0 ? 8 : 4, kDown = kThreads / kAcross;
   static_assert(kDown % 8 == 0 && (kRows % kDown == 0 || kRows < kDown));
-  // Computed each time: kept, what follows from it takes registers that the products need.
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  const int chunk = thread % kAcross, first = thread / kAcross;
+  const int thread = this_thread(), chunk = thread % kAcross, first = thread / kAcross;
   if (vectors) {
     const char* from = global + first * stride + chunk * 16;
     char* to = shared + S::at(first, chunk);
@@ -105,7 +127,6 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   char* const sQ = reinterpret_cast<char*>(memory);
   char* const sK = sQ + kM * kD * 2;
   char* const sV = sK + 2 * kN * kD * 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4;
   // Blocks beside each other have parts of the same results.
   const int parts = kD > kFwdColumns ? (p.dv + kDv - 1) / kDv : 1;
   const int column = kD > kFwdColumns ? static_cast<int>(blockIdx.x) % parts * kDv : 0;
@@ -115,9 +136,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   // In shared memory: in registers it would be kept from what the products need.
   __shared__ Job shared_job[1];
   Job& job = shared_job[0];
-  if (warp == 0) {
+  if (threadIdx.x < 32) {
     const Job found = job_of<kM>(p, static_cast<int>(blockIdx.x) / parts);
-    if (lane == 0) job = found;
+    if (threadIdx.x == 0) job = found;
   }
   __syncthreads();
   if (job.b < 0) return;
@@ -161,22 +182,27 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     }
     // In units of what the products are; a sink is a key of its own, counted by one thread.
     top[t][0] = top[t][1] = sink == -INFINITY ? sink : sink / (kExtras ? kLn2 : p.scale);
-    sum[t][0] = sum[t][1] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+    sum[t][0] = sum[t][1] = sink == -INFINITY || threadIdx.x % 4 > 0 ? 0.0f : 1.0f;
   }
-  const int warp_row = warp * (kTiles * 16);
-  const ptx::SharedAddress aQ = ptx::shared_address(sQ) + S::at(warp_row + (lane & 15), lane >> 4);
-  const ptx::SharedAddress key_address =
-      ptx::shared_address(sK) + S::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
-  const ptx::SharedAddress value_address = ptx::shared_address(sV) + V::at(lane & 15, lane >> 4);
-
   for (int stage = 0; n < end; stage ^= 1) {
     const int j0 = n * kN;
     ptx::cp_async_wait<0>();
     __syncthreads();
     n = next(n + 1);
     if (n < end) fetch_keys(n, stage ^ 1);
-    const ptx::SharedAddress aK = key_address + stage * (kN * kD * 2);
-    const ptx::SharedAddress aV = value_address + stage * (kN * kDv * 2);
+    const auto [lane, quad, pair, warp_row] = position<kTiles * 16>();
+    // A warp whose queries see none of these keys leaves its share of the products out.
+    const bool masked = !job.sight.all(job.i0, job.i1, j0, j0 + kN);
+    if (masked) {
+      const int i = job.i0 + warp_row, last = min(i + kTiles * 16, job.i1);
+      if (i >= last || job.sight.none(i, last, j0, j0 + kN)) continue;
+    }
+    const ptx::SharedAddress aQ =
+        ptx::shared_address(sQ) + S::at(warp_row + (lane & 15), lane >> 4);
+    const ptx::SharedAddress aK = ptx::shared_address(sK) + stage * (kN * kD * 2) +
+                                  S::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    const ptx::SharedAddress aV =
+        ptx::shared_address(sV) + stage * (kN * kDv * 2) + V::at(lane & 15, lane >> 4);
 
     float rS[kTiles][kKeyTiles][4];
 #pragma unroll
@@ -215,7 +241,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
           finish_scores(p, job, min(i, job.i1 - 1), j0 + pair * 2, half, rS[t]);
         }
       }
-    } else if (!job.sight.all(job.i0, job.i1, j0, j0 + kN)) {
+    } else if (masked) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -234,20 +260,51 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
       }
     }
 
+    float most[kTiles][2];
+    bool grows = false;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = top[t][half];
+        float& m = most[t][half];
+        m = -INFINITY;
 #pragma unroll
         for (int c = 0; c < kKeyTiles; ++c) {
-          most = fmaxf(most, fmaxf(rS[t][c][half * 2], rS[t][c][half * 2 + 1]));
+          m = fmaxf(m, fmaxf(rS[t][c][half * 2], rS[t][c][half * 2 + 1]));
         }
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const float base = most == -INFINITY ? 0.0f : most * unit;
-        const float alpha = ptx::exp2_approx(fmaf(top[t][half], unit, -base));
-        top[t][half] = most;
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        if ((m - top[t][half]) * unit <= kLater<kExtras>) {
+          m = top[t][half];  // stays
+        } else {
+          grows = true;
+        }
+      }
+    }
+    if (__any_sync(~0u, grows)) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float base = most[t][half] == -INFINITY ? 0.0f : most[t][half] * unit;
+          const float alpha = top[t][half] == most[t][half]
+                                  ? 1.0f
+                                  : ptx::exp2_approx(fmaf(top[t][half], unit, -base));
+          top[t][half] = most[t][half];
+          sum[t][half] *= alpha;
+#pragma unroll
+          for (int c = 0; c < kColumnTiles; ++c) {
+            rO[t][c][half * 2] *= alpha;
+            rO[t][c][half * 2 + 1] *= alpha;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float base = top[t][half] == -INFINITY ? 0.0f : top[t][half] * unit;
         float more = 0.0f;
 #pragma unroll
         for (int c = 0; c < kKeyTiles; ++c) {
@@ -258,12 +315,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
             more += s;
           }
         }
-        sum[t][half] = fmaf(sum[t][half], alpha, more);
-#pragma unroll
-        for (int c = 0; c < kColumnTiles; ++c) {
-          rO[t][c][half * 2] *= alpha;
-          rO[t][c][half * 2 + 1] *= alpha;
-        }
+        sum[t][half] += more;
       }
     }
 
@@ -305,6 +357,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   }
 
   // Results go where the queries of the same warp were.
+  const auto [lane, quad, pair, warp_row] = position<kTiles * 16>();
   __syncwarp();
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {

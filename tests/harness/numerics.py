@@ -167,8 +167,12 @@ def check_unwanted_gradients(spec: OpSpec, device: str, dtype: torch.dtype, vari
 
 
 def check_unused_outputs(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
-    """An output that nothing was made of counts as one whose gradient is zero."""
-    for dims in pick_dims(spec, 2, limit=1 << 12):  # longer rows take kernels of their own where dh is given
+    """An output that nothing was made of counts as one whose gradient is zero.
+
+    To the last bit on the CPU. A kernel that reads one gradient less may add up in another order: on CUDA each result
+    may differ by a rounding, and by what float32 sums differ by.
+    """
+    for dims in pick_dims(spec, 2, limit=1 << 12):
         inputs = make_inputs(spec, device, dtype, dims, variant)
         names = differentiable(spec, inputs)
         grad_outs = make_grad_outs(spec, inputs)
@@ -182,7 +186,13 @@ def check_unused_outputs(spec: OpSpec, device: str, dtype: torch.dtype, variant:
             got = torch.autograd.grad([o for o, _ in some], wrt, [g for _, g in some], materialize_grads=True)
             for name, ours in zip(names, got, strict=True):
                 what = f"{case_text(spec, dims, dtype, variant)}: grad of {name} from outputs {', '.join(used)}"
-                assert torch.equal(ours, expected[name]), what
+                if device == "cpu":
+                    assert torch.equal(ours, expected[name]), what
+                else:
+                    size = float(expected[name].abs().max()) if ours.numel() else 0.0
+                    torch.testing.assert_close(
+                        ours, expected[name], rtol=torch.finfo(ours.dtype).eps, atol=4e-6 * size, msg=lambda m, w=what: f"{w}: {m}"
+                    )
 
 
 def check_double_backward(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:

@@ -285,9 +285,15 @@ def _allowance(inputs: Inputs, stressed: bool) -> float:
 
 
 def _unspecial(inputs: Inputs) -> tuple[str, ...]:
-    """On CUDA a float32 is split into two numbers, of infinity and NaN or of which a denormal has none."""
-    split = inputs["q"].is_cuda and inputs["q"].dtype == torch.float32
-    return ("max finite", *(("one +inf", "one -inf", "both inf", "denormals") if split else ()))
+    """On CUDA a float32 is split into two numbers, of infinity and NaN or of which a denormal has none.
+
+    And scores of bfloat16 operands are multiplied and lessened in one step, whose rounding "large" ones do not survive.
+    """
+    if not inputs["q"].is_cuda:
+        return ("max finite",)
+    if inputs["q"].dtype == torch.float32:
+        return ("max finite", "one +inf", "one -inf", "both inf", "denormals")
+    return ("max finite", "large") if inputs["q"].dtype == torch.bfloat16 else ("max finite",)
 
 
 _DIMS = _sizes(
