@@ -346,6 +346,7 @@ std::vector<Case> attention_cases(const Options& options) {
   };
   std::vector<Case> cases;
   for (const AttentionCase& c : kCases) {
+    if (!FASTKERN_EMULATE_F16 && c.dtype == DType::f16) continue;
     if (!options.wants(name_of(c.dtype), {"f32", "bf16", "mixed", "mixed2", "mixed3", "f16"}))
       continue;
     cases.push_back({c.text(), [c] { check_attention(c); }});

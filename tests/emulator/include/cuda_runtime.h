@@ -72,6 +72,7 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   }
   return votes;
 }
+inline int __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
 // Without -ffast-math and contraction, plain arithmetic rounds each operation to nearest.
