@@ -14,6 +14,9 @@
 namespace fastkern::cpu {
 namespace {
 
+// Longer rows the processor fetches ahead by itself; asking for all of one would push out another.
+constexpr std::int64_t kAhead = 4096;
+
 struct Forward {
   explicit Forward(const SoftmaxFwd& a)
       : kind(a.kind),
@@ -103,7 +106,7 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
   const std::int64_t n = f.n;
   for (std::int64_t r = begin; r < end; ++r) {
     const bool lse = f.kind == SoftmaxKind::logsumexp;
-    if (!lse) f.y.prefetch<true>(r);
+    if (!lse && n <= kAhead) f.y.prefetch<true>(r);
     const In* in;
     if constexpr (std::is_same_v<In, float>) {
       in = f.masked   ? masked_row(f, r, scratch.row(0))
@@ -113,16 +116,16 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
       in = f.x.row<const In>(r);
     }
     const float max = row_max(in, n), shift = shift_of(max);
-    f.x.prefetch<false>(r + 1);
+    if (n <= kAhead) f.x.prefetch<false>(r + 1);
     if (lse) {
       const float sum = exp_sum<false>(in, n, shift, scratch.row(1));
-      store_lse(f, r, max == kInf ? infinite_lse(in, n) : shift + std::log(sum));
+      store_lse(f, r, max == kInf ? infinite_lse(in, n) : plus_log(shift, sum));
       continue;
     }
     Out* const out = f.y.row<Out>(r);
     if (f.kind == SoftmaxKind::log_softmax) {
       const float sum = exp_sum<false>(in, n, shift, scratch.row(1));
-      const float minus = max == kInf ? std::numeric_limits<float>::quiet_NaN() : std::log(sum);
+      const float minus = max == kInf ? std::numeric_limits<float>::quiet_NaN() : plus_log(0.0f, sum);
       columns(n, [=](std::int64_t c) __attribute__((always_inline)) {
         out[c] = from_float<Out>((to_float(in[c]) - shift) - minus);
       });

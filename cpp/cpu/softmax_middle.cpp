@@ -111,13 +111,12 @@ void softmax_middle(const SoftmaxFwd& a) {
         } else if (lse && infinite) {
           of_column[c] = std::isnan(of_column[c]) ? kNaN : kInf;
         } else {
-          of_column[c] = infinite ? kNaN : std::log(of_column[c]);
+          of_column[c] = infinite ? kNaN : plus_log(lse ? s[c] : 0.0f, of_column[c]);
         }
       }
       if (lse) {
-        store(a.y, shape.row(i), width, [=](std::int64_t c) __attribute__((always_inline)) {
-          return s[c] + of_column[c];
-        });
+        store(a.y, shape.row(i), width,
+              [=](std::int64_t c) __attribute__((always_inline)) { return of_column[c]; });
         continue;
       }
       for (std::int64_t line = 0; line < shape.n; ++line) {

@@ -13,6 +13,10 @@ namespace fastkern::cpu {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+/// exp(v) for v not above 0 but for a rounding; below -87.7, where the power of two has run out of
+/// exponent, 0.
+FASTKERN_INLINE float exp_below(float v) { return exp_within(v < -88.0f ? -88.0f : v); }
+
 /// The largest value, NaN left out; -inf of nothing.
 template <class In>
 FASTKERN_INLINE float row_max(const In* in, std::int64_t n) {
@@ -38,6 +42,11 @@ FASTKERN_INLINE float row_max(const In* in, std::int64_t n) {
 /// inf does not come up in the sum.
 FASTKERN_INLINE float shift_of(float max) { return max == kInf || max == -kInf ? 0.0f : max; }
 
+/// shift + log(sum), rounded once.
+inline float plus_log(float shift, float sum) {
+  return static_cast<float>(shift + std::log(static_cast<double>(sum)));
+}
+
 /// Columns whose exponentials are made and summed up at a time, in the nearest cache.
 constexpr std::int64_t kSumStretch = 4096;
 
@@ -51,7 +60,7 @@ FASTKERN_INLINE float exp_sum(const In* in, std::int64_t n, float shift, float* 
     const In* const from = in + begin;
     float* const to = kKeep ? e + begin : e;
     columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-      to[c] = exp_to_zero(to_float(from[c]) - shift);
+      to[c] = exp_below(to_float(from[c]) - shift);
     });
     const auto [sum] = lane_sums<1>(count, [=](std::int64_t c) __attribute__((always_inline)) {
       return std::array{to[c]};
