@@ -58,7 +58,7 @@ struct SoftmaxCall {
 SoftmaxCall::SoftmaxCall(const SoftmaxCase& c, int shift, std::int64_t gap) {
   const bool of_rows = c.kind == SoftmaxKind::logsumexp;
   const std::int64_t columns = std::max<std::int64_t>(c.behind, 1);
-  const auto tensor = [&, turn = 0](DType dtype) mutable {
+  auto tensor = [&, turn = 0](DType dtype) mutable {
     if (c.behind)
       return Tensor(dtype, {c.rows, c.n, c.behind}, {c.n * c.behind, c.behind, 1}, shift * ++turn);
     const std::int64_t pitch = c.n + gap;
