@@ -62,7 +62,7 @@ const float* narrowed_row(const Forward& f, std::int64_t r, float* scratch) {
 
 /// z of row r under the mask.
 const float* masked_row(const Forward& f, std::int64_t r, float* scratch) {
-  const float* x = load_row(f.x, r, scratch);
+  const float* x = f.narrow ? narrowed_row(f, r, scratch) : load_row(f.x, r, scratch);
   const float scale = f.scale;
   for_columns(f.n,
               [=](std::int64_t c) __attribute__((always_inline)) { scratch[c] = x[c] * scale; });
