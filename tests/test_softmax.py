@@ -115,14 +115,17 @@ def test_dtype(name: str, source: torch.dtype, target: torch.dtype, n: int, devi
     (db,) = torch.autograd.grad(theirs(b, -1), b, dy.double())
     assert da.dtype == source
     widest = max(torch.finfo(source).eps, torch.finfo(target).eps)
-    torch.testing.assert_close(da.double(), db, rtol=8 * widest + 1e-5, atol=(8 * widest + 1e-5) * float(db.abs().max()))
+    torch.testing.assert_close(
+        da.double(), db, rtol=8 * widest + 1e-5, atol=(8 * widest + 1e-5) * float(db.abs().max())
+    )
 
 
 def test_float64_on_the_cpu() -> None:
     x = torch.randn(3, 33, dtype=torch.float64, requires_grad=True)
     for ours, theirs in PAIRS.values():
         got, expected = ours(x, 0), theirs(x, 0)
-        assert got.dtype == torch.float64 and torch.equal(got, expected)
+        assert got.dtype == torch.float64
+        assert torch.equal(got, expected)
         assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)))
         assert torch.equal(ours(x.detach(), 0), expected)
     assert torch.equal(fastkern.softmax(x.float(), -1, torch.float64), torch.softmax(x.float(), -1, torch.float64))
@@ -182,7 +185,8 @@ def test_logsumexp_of_nothing(device: str) -> None:
 def test_rows_sum_to_one(rows: int, n: int, dtype: torch.dtype, device: str) -> None:
     x = (4 * torch.randn(rows, n, device=device)).to(dtype)
     y = fastkern.softmax(x, -1, torch.float32)
-    assert bool(torch.isfinite(y).all()) and bool((y >= 0).all())
+    assert bool(torch.isfinite(y).all())
+    assert bool((y >= 0).all())
     assert float((y.double().sum(-1) - 1).abs().max()) < 1e-4
     assert float((fastkern.log_softmax(x, -1, torch.float32).double().exp().sum(-1) - 1).abs().max()) < 1e-4
 
@@ -194,18 +198,22 @@ def test_shift_invariance(n: int, shift: float, device: str) -> None:
     x = torch.randint(-40, 40, (3, n), device=device) / 8.0
     for ours in (fastkern.softmax, fastkern.log_softmax):
         assert_bitwise(ours(x + shift), ours(x), f"{ours.__name__} + {shift}")
-    torch.testing.assert_close(fastkern.logsumexp(x + shift) - shift, fastkern.logsumexp(x), rtol=1e-5, atol=2e-7 * abs(shift))
+    torch.testing.assert_close(
+        fastkern.logsumexp(x + shift) - shift, fastkern.logsumexp(x), rtol=1e-5, atol=2e-7 * abs(shift)
+    )
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
 @dtypes
-@pytest.mark.parametrize(("batch", "heads", "queries", "n"), [(2, 3, 5, 7), (2, 2, 33, 64), (1, 2, 65, 33), (2, 1, 3, 1000),
-                                                              (1, 1, 4, 9001)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "n"),
+    [(2, 3, 5, 7), (2, 2, 33, 64), (1, 2, 65, 33), (2, 1, 3, 1000), (1, 1, 4, 9001)],
+)
 def test_masks_as_models_have_them(batch: int, heads: int, queries: int, n: int, dtype: torch.dtype,
                                    device: str) -> None:  # fmt: skip
-    """Padding, causal and both, broadcast over heads, queries and batch; bool, inverted Megatron masks, and added ones."""
+    """Padding, causal and both, broadcast over heads, queries and batch; bool, Megatron's inverse, and added ones."""
     x = torch.randn(batch, heads, queries, n, device=device).to(dtype)
     padding = torch.arange(n, device=device) < torch.tensor([[n], [n // 2 + 1]], device=device)[:batch]
     causal = ~_hidden_above(queries, n, device)
@@ -242,18 +250,22 @@ def test_hidden_rows(device: str) -> None:
         x[~keep] = NAN
         x.requires_grad_()
         y = fastkern.masked_softmax(x, keep)
-        assert bool(torch.isfinite(y).all()) and bool((y[~keep] == 0).all())
+        assert bool(torch.isfinite(y).all())
+        assert bool((y[~keep] == 0).all())
         (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
-        assert bool(torch.isfinite(dx).all()) and bool((dx[~keep] == 0).all())
+        assert bool(torch.isfinite(dx).all())
+        assert bool((dx[~keep] == 0).all())
         assert bool((dx[keep] != 0).any())
 
         hidden = _hidden_above(9, 5, device)  # the first four rows see nothing
         z = torch.randn(2, 9, 5, device=device).masked_fill(hidden, NAN).requires_grad_()
         y = fastkern.causal_softmax(z)
-        assert bool((y[:, :4] == 0).all()) and bool(torch.isfinite(y).all())
+        assert bool((y[:, :4] == 0).all())
+        assert bool(torch.isfinite(y).all())
         dy = torch.randn_like(y).masked_fill(hidden, NAN)
         (dz,) = torch.autograd.grad(y, z, dy)
-        assert bool(torch.isfinite(dz).all()) and bool((dz[:, :4] == 0).all())
+        assert bool(torch.isfinite(dz).all())
+        assert bool((dz[:, :4] == 0).all())
 
 
 def test_gradient_of_a_mask_is_refused(device: str) -> None:

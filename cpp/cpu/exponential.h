@@ -9,8 +9,8 @@
 
 namespace fastkern::cpu {
 
-/// exp in f32 to an ulp or two, without a call: 2^n * exp(v - n ln 2), n = round(v / ln 2); for v from
-/// -88, where 2^n has become 0, to 88.
+/// exp in f32 to an ulp or two, without a call: 2^n * exp(v - n ln 2), n = round(v / ln 2); for v
+/// from -88, where 2^n has become 0, to 88.
 FASTKERN_INLINE float exp_within(float v) {
   constexpr float kOnes = 0x1.8p23f;  // the last bit of a sum with it is worth 1
   const float shifted = v * 1.44269504f + kOnes, n = shifted - kOnes;

@@ -30,9 +30,10 @@ struct Forward {
         queries(queries_of(a.x)),
         scale(static_cast<float>(a.scale)),
         mask(a.mask) {
-    FK_CHECK(!mask.given() || as_mask_rows(mask, mask_rows), op,
-             ": mask must have leading dimensions that merge into at most three strides, got shape ",
-             mask.shape());
+    FK_CHECK(
+        !mask.given() || as_mask_rows(mask, mask_rows), op,
+        ": mask must have leading dimensions that merge into at most three strides, got shape ",
+        mask.shape());
     narrow = kind != SoftmaxKind::logsumexp && a.y.dtype != DType::f32 && a.y.dtype != a.x.dtype;
   }
 
@@ -71,7 +72,7 @@ const float* masked_row(const Forward& f, std::int64_t r, float* scratch) {
     if (f.mask.dtype == DType::i8) {
       const i8* const keep = static_cast<const i8*>(f.mask.data) + start;
       for_columns(f.n, [=](std::int64_t c) __attribute__((always_inline)) {
-        scratch[c] = keep[c * step] != 0 ? scratch[c] : -kInf;
+        scratch[c] = keep[c * step] != 0 ? scratch[c] : -kInfinity;
       });
     } else {
       dispatch(f.mask.dtype, [&]<class T>() {
@@ -82,7 +83,7 @@ const float* masked_row(const Forward& f, std::int64_t r, float* scratch) {
       });
     }
   }
-  if (f.causal) std::fill(scratch + causal_columns(r, f.queries, f.n), scratch + f.n, -kInf);
+  if (f.causal) std::fill(scratch + causal_columns(r, f.queries, f.n), scratch + f.n, -kInfinity);
   return scratch;
 }
 
@@ -93,7 +94,7 @@ void store_lse(const Forward& f, std::int64_t r, float value) {
 /// log(sum(exp)) of a row with an infinity in it is infinite, but for a NaN.
 template <class In>
 float infinite_lse(const In* in, std::int64_t n) {
-  float result = kInf;
+  float result = kInfinity;
   for (std::int64_t c = 0; c < n; ++c) {
     if (std::isnan(to_float(in[c]))) result = to_float(in[c]);
   }
@@ -119,13 +120,14 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
     if (n <= kAhead) f.x.prefetch<false>(r + 1);
     if (lse) {
       const float sum = exp_sum<false>(in, n, shift, scratch.row(1));
-      store_lse(f, r, max == kInf ? infinite_lse(in, n) : plus_log(shift, sum));
+      store_lse(f, r, max == kInfinity ? infinite_lse(in, n) : plus_log(shift, sum));
       continue;
     }
     Out* const out = f.y.row<Out>(r);
     if (f.kind == SoftmaxKind::log_softmax) {
       const float sum = exp_sum<false>(in, n, shift, scratch.row(1));
-      const float minus = max == kInf ? std::numeric_limits<float>::quiet_NaN() : plus_log(0.0f, sum);
+      const float minus =
+          max == kInfinity ? std::numeric_limits<float>::quiet_NaN() : plus_log(0.0f, sum);
       columns(n, [=](std::int64_t c) __attribute__((always_inline)) {
         out[c] = from_float<Out>((to_float(in[c]) - shift) - minus);
       });
@@ -138,12 +140,11 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
       e = scratch.row(1);
     }
     const float sum = exp_sum<true>(in, n, shift, e);
-    const float inverse = max == kInf              ? std::numeric_limits<float>::quiet_NaN()
+    const float inverse = max == kInfinity          ? std::numeric_limits<float>::quiet_NaN()
                           : f.masked && sum == 0.0f ? 0.0f
                                                     : 1.0f / sum;
-    columns(n, [=](std::int64_t c) __attribute__((always_inline)) {
-      out[c] = from_float<Out>(e[c] * inverse);
-    });
+    columns(n, [=](std::int64_t c)
+                   __attribute__((always_inline)) { out[c] = from_float<Out>(e[c] * inverse); });
   }
 }
 

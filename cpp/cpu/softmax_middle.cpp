@@ -26,7 +26,9 @@ struct Middle {
   std::int64_t start(std::int64_t i) const { return i / strips * n * c + i % strips * kStrip; }
   std::int64_t row(std::int64_t i) const { return i / strips * c + i % strips * kStrip; }
   std::int64_t width(std::int64_t i) const { return std::min(c - i % strips * kStrip, kStrip); }
-  std::int64_t grain() const { return 1 + 16384 / std::max<std::int64_t>(n * std::min(c, kStrip), 1); }
+  std::int64_t grain() const {
+    return 1 + 16384 / std::max<std::int64_t>(n * std::min(c, kStrip), 1);
+  }
 
   std::int64_t n, c, strips, count;
 };
@@ -37,8 +39,8 @@ const float* load(const TensorRef& t, std::int64_t at, std::int64_t width, Strip
   dispatch(t.dtype, [&]<class T>() {
     const T* const from = static_cast<const T*>(t.data) + at;
     float* const to = strip.data();
-    for_columns(width, [=](std::int64_t c)
-                           __attribute__((always_inline)) { to[c] = to_float(from[c]); });
+    for_columns(width,
+                [=](std::int64_t c) __attribute__((always_inline)) { to[c] = to_float(from[c]); });
   });
   return strip.data();
 }
@@ -88,12 +90,13 @@ void softmax_middle(const SoftmaxFwd& a) {
         });
         return static_cast<const float*>(in.data());
       };
-      max.fill(-kInf);
+      max.fill(-kInfinity);
       float *const m = max.data(), *const s = shift.data();
       for (std::int64_t line = 0; line < shape.n; ++line) {
         const float* const x = line_of(line);
-        for_columns(width, [=](std::int64_t c)
-                               __attribute__((always_inline)) { m[c] = x[c] > m[c] ? x[c] : m[c]; });
+        for_columns(width, [=](std::int64_t c) __attribute__((always_inline)) {
+          m[c] = x[c] > m[c] ? x[c] : m[c];
+        });
       }
       for (std::int64_t c = 0; c < width; ++c) s[c] = shift_of(m[c]);
       sum_lines(shape.n, width, sum, [&](std::int64_t line, float* part) {
@@ -105,11 +108,11 @@ void softmax_middle(const SoftmaxFwd& a) {
       constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
       float* const of_column = sum.data();
       for (std::int64_t c = 0; c < width; ++c) {
-        const bool infinite = m[c] == kInf;
+        const bool infinite = m[c] == kInfinity;
         if (a.kind == SoftmaxKind::softmax) {
           of_column[c] = infinite ? kNaN : 1.0f / of_column[c];
         } else if (lse && infinite) {
-          of_column[c] = std::isnan(of_column[c]) ? kNaN : kInf;
+          of_column[c] = std::isnan(of_column[c]) ? kNaN : kInfinity;
         } else {
           of_column[c] = infinite ? kNaN : plus_log(lse ? s[c] : 0.0f, of_column[c]);
         }

@@ -11,7 +11,7 @@
 
 namespace fastkern::cpu {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// exp(v) for v not above 0 but for a rounding; below -87.7, where the power of two has run out of
 /// exponent, 0.
@@ -21,7 +21,7 @@ FASTKERN_INLINE float exp_below(float v) { return exp_within(v < -88.0f ? -88.0f
 template <class In>
 FASTKERN_INLINE float row_max(const In* in, std::int64_t n) {
   float lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = -kInf;
+  for (int l = 0; l < kLanes; ++l) lanes[l] = -kInfinity;
   std::int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int l = 0; l < kLanes; ++l) {
@@ -33,14 +33,16 @@ FASTKERN_INLINE float row_max(const In* in, std::int64_t n) {
     const float v = to_float(in[i]);
     lanes[l] = v > lanes[l] ? v : lanes[l];
   }
-  float max = -kInf;
+  float max = -kInfinity;
   for (int l = 0; l < kLanes; ++l) max = lanes[l] > max ? lanes[l] : max;
   return max;
 }
 
 /// What exponents are taken around: the largest value or, where that is infinite, 0, so that inf -
 /// inf does not come up in the sum.
-FASTKERN_INLINE float shift_of(float max) { return max == kInf || max == -kInf ? 0.0f : max; }
+FASTKERN_INLINE float shift_of(float max) {
+  return max == kInfinity || max == -kInfinity ? 0.0f : max;
+}
 
 /// shift + log(sum), rounded once.
 inline float plus_log(float shift, float sum) {
@@ -62,9 +64,8 @@ FASTKERN_INLINE float exp_sum(const In* in, std::int64_t n, float shift, float* 
     columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
       to[c] = exp_below(to_float(from[c]) - shift);
     });
-    const auto [sum] = lane_sums<1>(count, [=](std::int64_t c) __attribute__((always_inline)) {
-      return std::array{to[c]};
-    });
+    const auto [sum] = lane_sums<1>(
+        count, [=](std::int64_t c) __attribute__((always_inline)) { return std::array{to[c]}; });
     total += sum;
   }
   return static_cast<float>(total);

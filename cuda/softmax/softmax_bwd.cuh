@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(256) softmax_bwd_registers_kernel(const Backwa
   Sent exchange({p.threads, 1, 0}, memory);
   const bool several = p.threads <= 64;  // rows a block
   const int index = several ? threadIdx.x & (p.threads - 1) : threadIdx.x;
-  const std::int64_t row = several ? static_cast<std::int64_t>(blockIdx.x) * (128 / p.threads) +
-                                         threadIdx.x / p.threads
-                                   : blockIdx.x;
+  const std::int64_t row =
+      several ? static_cast<std::int64_t>(blockIdx.x) * (128 / p.threads) + threadIdx.x / p.threads
+              : blockIdx.x;
   const int n = row < p.rows ? static_cast<int>(p.n) : 0;
   const auto column_of = [&](int i) { return (i * p.threads + index) * kV; };
   ptx::grid_wait();
@@ -134,8 +134,8 @@ void launch_bwd(const SoftmaxBwd& args, const Plan& plan, Stream stream) {
       .op = args.op,
       .grid = in_registers ? ceil_div(p.rows, plan.rows_per_block) : p.rows * plan.blocks_per_row,
       .block = plan.threads_per_block,
-      .shared = in_registers ? 0
-                             : Sent::bytes(512, 16) + static_cast<std::size_t>(plan.shared_bytes),
+      .shared =
+          in_registers ? 0 : Sent::bytes(512, 16) + static_cast<std::size_t>(plan.shared_bytes),
       .cluster = plan.blocks_per_row,
       .overlap = true};
   const int packs = plan.elements_per_thread / kVector<T>;

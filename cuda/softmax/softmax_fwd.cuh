@@ -11,7 +11,8 @@
 //   sync     each warp takes its exponentials around its own largest value; then one exchange of
 //            the warps' (max, sum) gives both of the row: a barrier, in a cluster st.async to every
 //            block and one wait. None where a team lies within a warp.
-//   cost     x is read and y written once. For each element, of bf16: unpack 1, max 1, x - m, * log2 e,
+//   cost     x is read and y written once. For each element, of bf16: unpack 1, max 1, x - m, *
+//   log2 e,
 //            ex2, add, * 1 / s, half a conversion: 7.5 instructions, where a copy at 4.2 TB/s
 //            leaves room for 28; with rows in shared memory 11, ex2 twice.
 #pragma once
@@ -28,9 +29,9 @@ __global__ void __launch_bounds__(256) softmax_registers_kernel(const Forward<T>
   const SoftmaxKind kind = kPlain ? kKind : p.kind;
   const bool several = p.threads <= 64;  // rows a block
   const int index = several ? threadIdx.x & (p.threads - 1) : threadIdx.x;
-  const std::int64_t row = several ? static_cast<std::int64_t>(blockIdx.x) * (128 / p.threads) +
-                                         threadIdx.x / p.threads
-                                   : blockIdx.x;
+  const std::int64_t row =
+      several ? static_cast<std::int64_t>(blockIdx.x) * (128 / p.threads) + threadIdx.x / p.threads
+              : blockIdx.x;
   const int n = row < p.rows ? static_cast<int>(p.n) : 0;
   const auto column_of = [&](int i) { return (i * p.threads + index) * kV; };
   ptx::grid_wait();

@@ -137,8 +137,8 @@ Launch shape_of(const TensorRef& t, const char* op) {
 
 void launch_fwd_middle(const SoftmaxFwd& a, Stream stream) {
   const Launch shape = shape_of(a.x, a.op);
-  const bool narrow = a.kind != SoftmaxKind::logsumexp && a.y.dtype != DType::f32 &&
-                      a.y.dtype != a.x.dtype;
+  const bool narrow =
+      a.kind != SoftmaxKind::logsumexp && a.y.dtype != DType::f32 && a.y.dtype != a.x.dtype;
   const MiddleFwd p{.x = a.x.data,
                     .y = a.y.data,
                     .x_type = a.x.dtype,

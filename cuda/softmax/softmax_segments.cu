@@ -2,7 +2,8 @@
 // The softmax family for rows that no cluster of blocks can hold, and the gradient of logsumexp,
 // which has no sum to wait for. softmax.h says what is computed.
 //
-//   work     softmax_segments_kernel: a block has a segment of a row, 512 * 8 packs of four columns,
+//   work     softmax_segments_kernel: a block has a segment of a row, 512 * 8 packs of four
+//   columns,
 //            and leaves its terms (backward: its sum) in the workspace; softmax_combine_kernel: a
 //            block a row adds those up in a fixed order; softmax_apply_kernel: a block a segment
 //            reads the row again and writes the result. So one row is many blocks' work.
@@ -119,7 +120,8 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t row = blockIdx.x;
   Terms mine = backward ? Terms{0.0f, 0.0f} : nothing();
   for (std::int64_t i = threadIdx.x; i < segments; i += kThreads) {
-    const volatile Terms* const from = parts + row * segments + i;  // not through the read-only path
+    const volatile Terms* const from =
+        parts + row * segments + i;  // not through the read-only path
     mine = merged(mine, {from->max, from->sum});
   }
   const Terms all = block_merged(mine);
@@ -184,8 +186,8 @@ __global__ void __launch_bounds__(kThreads)
   p.dx.store(at_column(p.dx, s.row, s.first), column_of, s.columns, y);
 }
 
-/// dx = dy * exp(x - lse). Rows of up to 128 packs share a block, longer ones are cut in segments of
-/// 512 packs; no sum depends on either.
+/// dx = dy * exp(x - lse). Rows of up to 128 packs share a block, longer ones are cut in segments
+/// of 512 packs; no sum depends on either.
 constexpr int kLseThreads = 128, kLsePacks = 4;
 
 template <class T>

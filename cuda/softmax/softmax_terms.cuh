@@ -59,8 +59,9 @@ struct Terms {
 __device__ __forceinline__ Terms nothing() { return {-infinity(), 0.0f}; }
 
 /// What a sum around shift_of(from) is multiplied with to be one around shift_of(to), to >= from.
+/// One of nothing but -inf is 0, or NaN, and stays that.
 __device__ __forceinline__ float factor_of(float from, float to) {
-  return from == to || from == -infinity() ? 1.0f : exp_of(__fsub_rn(from, to));
+  return from == to ? 1.0f : exp_of(__fsub_rn(from, to));
 }
 
 __device__ __forceinline__ Terms merged(Terms a, Terms b) {
@@ -207,7 +208,9 @@ inline MaskView mask_view(const TensorRef& t, int vector, const char* op) {
            ": mask must have leading dimensions that merge into at most three strides, got shape ",
            t.shape());
   const std::int64_t pack = vector * size_of(t.dtype) < 16 ? vector * size_of(t.dtype) : 16;
-  const auto aligned = [&](std::int64_t elements) { return elements * size_of(t.dtype) % pack == 0; };
+  const auto aligned = [&](std::int64_t elements) {
+    return elements * size_of(t.dtype) % pack == 0;
+  };
   const std::int64_t n = t.sizes[t.ndim - 1];
   view.whole = view.rows.column_stride == 1 && n % vector == 0 &&
                reinterpret_cast<std::uintptr_t>(t.data) % pack == 0 &&
@@ -297,8 +300,7 @@ struct Row {
 
   /// z of a pack; -inf beyond what is seen.
   template <class Column>
-  __device__ __forceinline__ void values(const Pack<T>& pack, Column column,
-                                         float (&z)[kV]) const {
+  __device__ __forceinline__ void values(const Pack<T>& pack, Column column, float (&z)[kV]) const {
     p.x.unpack(pack, z);
     if constexpr (!kPlain) {
       if (std::is_same_v<T, Mixed> && p.narrow != DType::f32) {

@@ -45,8 +45,13 @@ std::string SoftmaxCase::text() const {
 struct SoftmaxCall {
   SoftmaxCall(const SoftmaxCase& c, int shift, std::int64_t gap);
   NamedTensors tensors() {
-    return {{"x", &x},   {"mask", &mask}, {"y", &y},   {"lse", &lse},
-            {"dy", &dy}, {"dx", &dx},     {"workspace", &workspace},
+    return {{"x", &x},
+            {"mask", &mask},
+            {"y", &y},
+            {"lse", &lse},
+            {"dy", &dy},
+            {"dx", &dx},
+            {"workspace", &workspace},
             {"bwd_workspace", &bwd_workspace}};
   }
 
@@ -178,9 +183,9 @@ void check_softmax(const SoftmaxCase& c, bool same_bits) {
 /// Rows in a part of a warp up to a block's registers, in shared memory, in clusters of two up to
 /// sixteen blocks, and in segments; of 16-bit types.
 const std::pair<std::int64_t, std::int64_t> kShapes[] = {
-    {5, 1},     {77, 3},    {9, 16},     {7, 17},    {65, 64},    {3, 77},    {9, 129},
-    {5, 513},   {3, 1000},  {4, 1024},   {2, 2047},  {3, 4096},   {2, 4104},  {2, 8191},
-    {2, 8192},  {2, 8200},  {1, 12289},  {2, 16400}, {1, 32768},  {1, 40001}, {1, 49152},
+    {5, 1},     {77, 3},    {9, 16},     {7, 17},     {65, 64},    {3, 77},     {9, 129},
+    {5, 513},   {3, 1000},  {4, 1024},   {2, 2047},   {3, 4096},   {2, 4104},   {2, 8191},
+    {2, 8192},  {2, 8200},  {1, 12289},  {2, 16400},  {1, 32768},  {1, 40001},  {1, 49152},
     {2, 49160}, {1, 65537}, {1, 102400}, {1, 262144}, {1, 262152}, {1, 393224}, {1, 800003},
 };
 

@@ -46,10 +46,10 @@ struct SoftmaxBwd {
   const char* op = "fastkern::softmax_bwd";
   SoftmaxKind kind = SoftmaxKind::softmax;
   bool middle = false;
-  TensorRef dy;   // (..., N) any; logsumexp: dense, one for each row
-  TensorRef y;    // (..., N) any: the result; logsumexp: x
-  TensorRef lse;  // logsumexp: the result, dense, one for each row
-  TensorRef dx;   // (..., N) any
+  TensorRef dy;         // (..., N) any; logsumexp: dense, one for each row
+  TensorRef y;          // (..., N) any: the result; logsumexp: x
+  TensorRef lse;        // logsumexp: the result, dense, one for each row
+  TensorRef dx;         // (..., N) any
   bool causal = false;  // what was hidden has a gradient of 0 and is not read
   double scale = 1.0;
   void* workspace = nullptr;       // cuda: softmax_bwd_workspace() bytes, 16-byte aligned
