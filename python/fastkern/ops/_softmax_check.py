@@ -14,21 +14,6 @@ from fastkern.ops import _check, _schema
 _MASKS = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
 
 
-def wide(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether a call is one of float64 on the CPU, which torch computes."""
-    return (x.dtype == torch.float64 or dtype == torch.float64) and x.device.type == "cpu"
-
-
-def with_wide(with_gradient: Callable[..., Tensor], torch_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``with_gradient``, or ``torch_function`` for float64 on the CPU."""
-
-    def function(x: Tensor, *more: Any) -> Tensor:
-        dtype = more[-1] if more and isinstance(more[-1], torch.dtype) else None
-        return (torch_function if wide(x, dtype) else with_gradient)(x, *more)
-
-    return function
-
-
 def begin(op: str, x: Tensor, dim: int, name: str = "x") -> None:
     """What every operator of the family begins with."""
     _check.float_tensor(op, name, x)

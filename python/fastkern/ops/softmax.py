@@ -49,11 +49,10 @@ def softmax(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tenso
         * Works under ``torch.compile``, ``torch.export``, ``torch.func`` (``vmap``, ``grad``, ``jvp``) and CUDA graph
           capture. Forward mode and second derivatives take plain PyTorch formulas; ``torch.ops.fastkern.softmax``
           itself has no forward mode.
-        * float64 on the CPU is computed by torch's own operator; ``torch.ops.fastkern.softmax`` refuses it.
     """
     if _gradient.wanted("softmax", ("x",), x):
         return _softmax_with_gradient(x, dim, dtype)
-    return torch.softmax(x, dim, dtype) if _own.wide(x, dtype) else _softmax_fwd(x, dim, dtype)
+    return _softmax_fwd(x, dim, dtype)
 
 
 def log_softmax(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -67,7 +66,7 @@ def log_softmax(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     """
     if _gradient.wanted("log_softmax", ("x",), x):
         return _log_softmax_with_gradient(x, dim, dtype)
-    return torch.log_softmax(x, dim, dtype) if _own.wide(x, dtype) else _log_softmax_fwd(x, dim, dtype)
+    return _log_softmax_fwd(x, dim, dtype)
 
 
 def logsumexp(x: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
@@ -93,7 +92,7 @@ def logsumexp(x: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
     """
     if _gradient.wanted("logsumexp", ("x",), x):
         return _logsumexp_with_gradient(x, dim, keepdim)
-    return torch.logsumexp(x, dim, keepdim) if _own.wide(x) else _logsumexp_fwd(x, dim, keepdim)
+    return _logsumexp_fwd(x, dim, keepdim)
 
 
 def masked_softmax(x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -123,8 +122,7 @@ def masked_softmax(x: Tensor, mask: Tensor | None = None, scale: float = 1.0) ->
         Values of ``x`` under a bool mask are not looked at, be they NaN. Else what is said of :func:`softmax` holds
         here. Backward saves the result alone: ``dx = scale * y * (dy - sum(dy * y))``.
     """
-    grad = _gradient.wanted("masked_softmax", ("x", "mask"), x, mask)
-    if grad or _own.wide(x):
+    if _gradient.wanted("masked_softmax", ("x", "mask"), x, mask):
         _own.no_mask_gradient("masked_softmax", mask)
         return _masked_softmax_with_gradient(x, mask, scale)
     return _masked_softmax_fwd(x, mask, scale)
@@ -150,7 +148,7 @@ def causal_softmax(x: Tensor, scale: float = 1.0) -> Tensor:
     Notes:
         What is said of :func:`masked_softmax` holds here.
     """
-    if _gradient.wanted("causal_softmax", ("x",), x) or _own.wide(x):
+    if _gradient.wanted("causal_softmax", ("x",), x):
         return _causal_softmax_with_gradient(x, scale)
     return _causal_softmax_fwd(x, scale)
 
@@ -159,9 +157,8 @@ def causal_softmax(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def _softmax_grad(kind: str, dy: Tensor, y: Tensor, dim: int) -> Tensor:
-    """In differentiable torch operations; float32 at least."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    dy, y = dy.to(wide), y.to(wide)
+    """In differentiable torch operations, in float32."""
+    dy, y = dy.float(), y.float()
     if kind == "softmax":
         return y * (dy - (dy * y).sum(dim, keepdim=True))
     return dy - y.exp() * dy.sum(dim, keepdim=True)
@@ -199,7 +196,7 @@ def _register(op: str, torch_function: Callable[..., Tensor]) -> Any:
         _own.register_vmap(name, rows=("x",), check=fake)
     _schema.register_fake(f"{op}_bwd", fake_bwd)
     _own.register_vmap(f"{op}_bwd", rows=("dy", "y"), check=fake_bwd)
-    return _own.with_wide(_gradient.register(op, save=save, grad=grad, composite=composite), torch_function)
+    return _gradient.register(op, save=save, grad=grad, composite=composite)
 
 
 _softmax_with_gradient = _register("softmax", torch.softmax)
@@ -250,9 +247,8 @@ for _name in ("logsumexp", "logsumexp_fwd"):
     _own.register_vmap(_name, rows=("x",), check=_logsumexp_fake)
 _schema.register_fake("logsumexp_bwd", _logsumexp_bwd_fake)
 _own.register_vmap("logsumexp_bwd", rows=("x",), numbers=("dy", "lse"), check=_logsumexp_bwd_fake)
-_logsumexp_with_gradient = _own.with_wide(
-    _gradient.register("logsumexp", save=_logsumexp_save, grad=_logsumexp_grad, composite=_logsumexp_composite),
-    torch.logsumexp,
+_logsumexp_with_gradient = _gradient.register(
+    "logsumexp", save=_logsumexp_save, grad=_logsumexp_grad, composite=_logsumexp_composite
 )
 
 
@@ -265,12 +261,8 @@ def _masked_formula(z: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.softmax(z.masked_fill(hidden, 0.0), -1).masked_fill(hidden, 0.0).to(dtype)
 
 
-def _wide_scaled(x: Tensor, scale: float) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-
-
 def _masked(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    z = _wide_scaled(x, scale)
+    z = x.float() * scale
     if mask is not None:
         z = z.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else z + mask
     return _masked_formula(z, x.dtype)
@@ -279,7 +271,7 @@ def _masked(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 def _causal(x: Tensor, scale: float) -> Tensor:
     queries, n = x.shape[-2:]
     seen = torch.ones(queries, n, dtype=torch.bool, device=x.device).tril(n - queries)
-    return _masked_formula(_wide_scaled(x, scale).masked_fill(~seen, float("-inf")), x.dtype)
+    return _masked_formula((x.float() * scale).masked_fill(~seen, float("-inf")), x.dtype)
 
 
 def _register_masked(op: str, formula: Callable[..., Tensor]) -> Any:
@@ -318,7 +310,7 @@ def _register_masked(op: str, formula: Callable[..., Tensor]) -> Any:
         _own.register_vmap(name, rows=("x",), broadcast="mask", check=fake)
     _schema.register_fake(f"{op}_bwd", fake_bwd)
     _own.register_vmap(f"{op}_bwd", rows=("dy", "y"), check=fake_bwd)
-    return _own.with_wide(_gradient.register(op, save=save, grad=grad, composite=composite), formula)
+    return _gradient.register(op, save=save, grad=grad, composite=composite)
 
 
 _masked_softmax_with_gradient = _register_masked("masked_softmax", _masked)

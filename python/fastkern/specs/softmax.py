@@ -125,7 +125,7 @@ def _log_softmax_torch(x: Tensor, dim: int = -1, dtype: torch.dtype | None = Non
 
 
 def _logsumexp_torch(x: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
-    return torch.logsumexp(x, dim, keepdim)
+    return torch.logsumexp(x, dim, bool(keepdim))
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
@@ -185,6 +185,7 @@ def _common_bad_calls(op: str) -> tuple[BadCall, ...]:
     floats = rf"{op}: x must be torch\.float32, torch\.float16 or torch\.bfloat16, got "
     return (
         BadCall("x integer", set_to(x=lambda a: a["x"].long()), floats + r"torch\.int64"),
+        BadCall("x float64", set_to(x=lambda a: a["x"].double()), floats + r"torch\.float64"),
         BadCall("x bool", set_to(x=lambda a: a["x"] > 0), floats + r"torch\.bool"),
         BadCall("x complex", set_to(x=lambda a: a["x"].float() + 0j), floats + r"torch\.complex64"),
         BadCall("x scalar", set_to(x=lambda a: a["x"].flatten()[0]), rf"{op}: x must have at least one dimension"),
@@ -199,8 +200,11 @@ def _dim_bad_calls(op: str) -> tuple[BadCall, ...]:
 
 
 def _dtype_bad_calls(op: str) -> tuple[BadCall, ...]:
-    message = rf"{op}: dtype must be torch\.float32, torch\.float16 or torch\.bfloat16, got torch\.int8"
-    return (BadCall("dtype int8", set_to(dtype=lambda a: torch.int8), message),)
+    message = rf"{op}: dtype must be torch\.float32, torch\.float16 or torch\.bfloat16, got "
+    return (
+        BadCall("dtype int8", set_to(dtype=lambda a: torch.int8), message + r"torch\.int8"),
+        BadCall("dtype float64", set_to(dtype=lambda a: torch.float64), message + r"torch\.float64"),
+    )
 
 
 def _scale_bad_calls(op: str) -> tuple[BadCall, ...]:
