@@ -88,14 +88,14 @@ __global__ void __launch_bounds__(512) softmax_bwd_shared_kernel(const Backward<
   const char* const gY = p.y.template row<kPlain>(row);
   const char* const gDy = p.dy.template row<kPlain>(row);
   // f(i, column) for the packs of this thread, which nobody else touches.
+  constexpr int kAtOnce = kPlain ? 4 : 1;
   const auto each = [&](const auto& f) {
-#pragma unroll 4
+#pragma unroll kAtOnce
     for (int i = threadIdx.x; i < count; i += threads) f(i, (first + i) * kV);
   };
   each([&](int i, int column) {
-    const auto column_of = [&](int) { return column; };
-    p.y.template load_async<1, kPlain>(sY + i, 0, gY, column_of, seen);
-    p.dy.template load_async<1, kPlain>(sDy + i, 0, gDy, column_of, seen);
+    fetch<kPlain>(p.y, sY + i, gY, column, seen);
+    fetch<kPlain>(p.dy, sDy + i, gDy, column, seen);
   });
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(512) softmax_bwd_shared_kernel(const Backward<
       a[j] = gradient_of(kind, a[j], b[j], sum[0], p.scale);
       if constexpr (!kPlain) a[j] = column + j < seen ? a[j] : 0.0f;
     }
-    const Pack<T> dx[1] = {p.dx.pack(a)};
-    p.dx.template store<kPlain>(gDx, [&](int) { return column; }, n, dx);
+    put<kPlain>(p.dx, gDx, column, n, a);
   });
 }
 

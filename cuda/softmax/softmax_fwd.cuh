@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(256) softmax_registers_kernel(const Forward<T>
 
   const Row<T, kPlain> values(p, row, n);
   Pack<T> x[kPacks];
-  p.x.template load<kPlain>(values.x, column_of, static_cast<int>(values.seen), x);
+  p.x.template load<kPlain>(values.x, column_of, values.seen, x);
   float z[kPacks][kV], max = -infinity();
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256) softmax_registers_kernel(const Forward<T>
     const int warp = threadIdx.x / 32, warps = p.threads / 32;
     if (threadIdx.x % 32 == 0) shared[warp] = terms;
     __syncthreads();
-    terms = all_merged(shared + (several ? warp & -warps : 0), warps);
+    terms = few_merged<8>(shared + (several ? warp & -warps : 0), warps);
   }
   const RowTerms r = row_terms(kind, terms, !kPlain && p.masked);
   if (kind == SoftmaxKind::logsumexp) {
@@ -135,22 +135,19 @@ __global__ void __launch_bounds__(512) softmax_shared_kernel(const Forward<T> p)
   const int vectors = (n + kV - 1) / kV, part = (vectors + p.blocks - 1) / p.blocks;
   const int first = rank * part, count = min(part, vectors - first);
   // f(place, column) for the packs of this thread, which nobody else touches.
+  constexpr int kAtOnce = kPlain ? 4 : 1;
   const auto each = [&](const auto& f) {
-#pragma unroll 4
+#pragma unroll kAtOnce
     for (int i = threadIdx.x; i < count; i += threads) f(sRow + i, (first + i) * kV);
   };
-  each([&](uint4* place, int column) {
-    const auto column_of = [&](int) { return column; };
-    p.x.template load_async<1, kPlain>(place, 0, values.x, column_of,
-                                       static_cast<int>(values.seen));
-  });
+  each([&](uint4* place, int column) { fetch<kPlain>(p.x, place, values.x, column, values.seen); });
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
 
   float max = -infinity();
   each([&](const uint4* place, int column) {
     float z[kV];
-    values.values({ptx::ld_shared(place)}, column, z);
+    values.template values<kPlain>({ptx::ld_shared(place)}, column, z);
 #pragma unroll
     for (int j = 0; j < kV; ++j) max = fmaxf(max, z[j]);
   });
@@ -158,7 +155,7 @@ __global__ void __launch_bounds__(512) softmax_shared_kernel(const Forward<T> p)
   const float shift = shift_of(terms.max);
   each([&](const uint4* place, int column) {
     float z[kV];
-    values.values({ptx::ld_shared(place)}, column, z);
+    values.template values<kPlain>({ptx::ld_shared(place)}, column, z);
 #pragma unroll
     for (int j = 0; j < kV; ++j) terms.sum += exp_of(__fsub_rn(z[j], shift));
   });
@@ -173,11 +170,10 @@ __global__ void __launch_bounds__(512) softmax_shared_kernel(const Forward<T> p)
   char* const gY = p.y.template row<kPlain>(row);
   each([&](const uint4* place, int column) {
     float z[kV];
-    values.values({ptx::ld_shared(place)}, column, z);
+    values.template values<kPlain>({ptx::ld_shared(place)}, column, z);
 #pragma unroll
     for (int j = 0; j < kV; ++j) z[j] = result_of(kind, z[j], r);
-    const Pack<T> y[1] = {p.y.pack(z)};
-    p.y.template store<kPlain>(gY, [&](int) { return column; }, n, y);
+    put<kPlain>(p.y, gY, column, n, z);
   });
 }
 

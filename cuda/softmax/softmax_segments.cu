@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   const Segment s(segments, p.n);
   ptx::grid_wait();
   ptx::grid_launch_next();
-  const Row<Mixed, false> values(p, s.row, p.n);
+  const Row<Mixed, false, std::int64_t> values(p, s.row, p.n);
   const std::int64_t seen = values.seen - s.first;
   const int columns = static_cast<int>(seen < 0 ? 0 : seen < s.columns ? seen : s.columns);
   const auto column_of = [&](int i) { return s.column(i); };
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto column_of = [&](int i) { return s.column(i); };
   ptx::grid_wait();
   ptx::grid_launch_next();
-  const Row<Mixed, false> values(p, s.row, p.n);
+  const Row<Mixed, false, std::int64_t> values(p, s.row, p.n);
   const std::int64_t seen = values.seen - s.first;
   const int columns = static_cast<int>(seen < 0 ? 0 : seen < s.columns ? seen : s.columns);
   Pack<Mixed> x[kPacks];

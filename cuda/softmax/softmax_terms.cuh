@@ -83,6 +83,15 @@ __device__ __forceinline__ Terms all_merged(const Terms* terms, int count) {
   return warp_merged(mine);
 }
 
+/// The same of at most kMost (a power of two) terms, with fewer exchanges.
+template <int kMost>
+__device__ __forceinline__ Terms few_merged(const Terms* terms, int count) {
+  const int lane = threadIdx.x % kMost;
+  const Terms mine = lane < count ? terms[lane] : nothing();
+  const float max = lanes<Max>(mine.max, kMost);
+  return {max, lanes<tile::Sum>(__fmul_rn(mine.sum, factor_of(mine.max, max)), kMost)};
+}
+
 /// What a result is made of beside the value itself:
 ///   softmax      y = exp(z - shift) * rest
 ///   log_softmax  y = (z - shift) - rest
@@ -281,16 +290,16 @@ Backward<T> backward_params(const SoftmaxBwd& a, const Plan& plan) {
           .blocks = plan.blocks_per_row};
 }
 
-/// A row of a forward call: how much of it is seen, and its values z.
-template <class T, bool kPlain>
+/// A row of a forward call: how much of it is seen, and its values z. Column: int, or std::int64_t.
+template <class T, bool kPlain, class Column = int>
 struct Row {
   static constexpr int kV = kVector<T>;
   const Forward<T>& p;
   const char* x;
   const char* mask = nullptr;
-  std::int64_t seen;  // columns, those that a causal mask hides left out
+  Column seen;  // columns, those that a causal mask hides left out
 
-  __device__ __forceinline__ Row(const Forward<T>& params, std::int64_t row, std::int64_t n)
+  __device__ __forceinline__ Row(const Forward<T>& params, std::int64_t row, Column n)
       : p(params), x(n > 0 ? p.x.template row<kPlain>(row) : nullptr), seen(n) {
     if constexpr (!kPlain) {
       if (p.causal && n > 0) seen = seen_of(row % p.queries);
@@ -298,8 +307,8 @@ struct Row {
     }
   }
 
-  /// z of a pack; -inf beyond what is seen.
-  template <class Column>
+  /// z of a pack; -inf beyond what is seen. kInside: all of it is seen.
+  template <bool kInside = false>
   __device__ __forceinline__ void values(const Pack<T>& pack, Column column, float (&z)[kV]) const {
     p.x.unpack(pack, z);
     if constexpr (!kPlain) {
@@ -313,19 +322,42 @@ struct Row {
         if (mask) p.mask.apply(mask, column, seen, z);
       }
     }
-    if (column + kV > seen) {
+    // Plain packs lie inside as a whole, or outside.
+    if (!kInside && (kPlain ? column >= seen : column + kV > seen)) {
 #pragma unroll
       for (int j = 0; j < kV; ++j)
-        if (column + j >= seen) z[j] = -infinity();
+        if (kPlain || column + j >= seen) z[j] = -infinity();
     }
   }
 
  private:
-  __device__ __forceinline__ std::int64_t seen_of(std::int64_t query) const {
+  __device__ __forceinline__ Column seen_of(std::int64_t query) const {
     const std::int64_t columns = p.n - p.queries + query + 1;
-    return columns < 0 ? 0 : columns > p.n ? p.n : columns;
+    return static_cast<Column>(columns < 0 ? 0 : columns > p.n ? p.n : columns);
   }
 };
+
+/// A pack of a row into shared memory, and out: for a thread's own use. In plain calls nothing is
+/// asked.
+template <bool kPlain, class T>
+__device__ __forceinline__ void fetch(const RowView<T>& view, uint4* place, const char* row,
+                                      int column, int n) {
+  if constexpr (kPlain) {
+    ptx::cp_async_16(place, row + column * (16 / kVector<T>), 16);
+  } else {
+    view.template load_async<1>(place, 0, row, [&](int) { return column; }, n);
+  }
+}
+template <bool kPlain, class T>
+__device__ __forceinline__ void put(const RowView<T>& view, char* row, int column, int n,
+                                    const float (&v)[kVector<T>]) {
+  const Pack<T> pack[1] = {view.pack(v)};
+  if constexpr (kPlain) {
+    ptx::st_global(row + column * (16 / kVector<T>), pack[0].bits);
+  } else {
+    view.store(row, [&](int) { return column; }, n, pack);
+  }
+}
 
 /// Columns of a row of a backward call that a causal mask does not hide.
 template <class T>

@@ -124,7 +124,7 @@ constexpr Plan softmax_plan(std::int64_t n, DType dtype, int operands, bool clus
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t vectors = (n + vector - 1) / vector;
   if (vectors <= 1024) {
-    const int packs = vectors > 512 ? 4 : 2;
+    const int packs = vectors > 64 ? 4 : 2;  // up to 128 a warp has a row, and no barrier
     const int needed = static_cast<int>((vectors + packs - 1) / packs);
     const int row = needed <= 64 ? std::max(2, static_cast<int>(std::bit_ceil<unsigned>(needed)))
                                  : (needed + 31) / 32 * 32;
