@@ -9,10 +9,9 @@
 
 namespace fastkern::cpu {
 
-/// exp in f32 to an ulp or two, without a call: 2^n * exp(v - n ln 2), n = round(v / ln 2).
-FASTKERN_INLINE float exp_of(float v) {
-  v = v > 88.0f ? 88.0f : v;
-  v = v < -87.0f ? -87.0f : v;
+/// exp in f32 to an ulp or two, without a call: 2^n * exp(v - n ln 2), n = round(v / ln 2); for v
+/// from -88, where 2^n has become 0, to 88.
+FASTKERN_INLINE float exp_within(float v) {
   constexpr float kOnes = 0x1.8p23f;  // the last bit of a sum with it is worth 1
   const float shifted = v * 1.44269504f + kOnes, n = shifted - kOnes;
   const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -24,6 +23,12 @@ FASTKERN_INLINE float exp_of(float v) {
   p = p * r + 5.0000001201e-1f;
   const std::uint32_t power = (std::bit_cast<std::uint32_t>(shifted) + 127u) << 23;
   return (p * r * r + r + 1.0f) * std::bit_cast<float>(power);
+}
+
+/// The same for any v, which never becomes 0.
+FASTKERN_INLINE float exp_of(float v) {
+  v = v > 88.0f ? 88.0f : v;
+  return exp_within(v < -87.0f ? -87.0f : v);
 }
 
 FASTKERN_INLINE float sigmoid(float z) { return 1.0f / (1.0f + exp_of(-z)); }

@@ -14,6 +14,7 @@
 #include <fastkern/torch.h>
 #include <torch/torch.h>
 
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -91,6 +92,31 @@ void check_gradients(torch::Device device, torch::Dtype dtype, double tolerance)
   const auto only_weight =
       torch::autograd::grad({fastkern::rms_norm(x.detach(), weight, kEps)}, {weight}, {dy});
   report("each gradient alone" + name, only_x[0].equal(found[0]) && only_weight[0].equal(found[1]));
+}
+
+/// The softmax family against torch's own.
+void check_softmax(torch::Device device, torch::Dtype dtype, double tolerance) {
+  const std::string name = std::string(" (") + torch::toString(dtype) + ")";
+  const auto options = torch::TensorOptions().device(device).dtype(dtype);
+  const torch::Tensor x = torch::randn({2, 5, 320}, options).requires_grad_();
+  const torch::Tensor dy = torch::randn({2, 5, 320}, options);
+  const auto both = [&](const std::string& what, const torch::Tensor& found,
+                        const torch::Tensor& expected) {
+    const torch::Tensor of = dy.slice(-1, 0, found.size(-1)).expand_as(found);
+    compare(what + name, found.detach(), expected.detach(), tolerance);
+    compare(what + ", gradient" + name, torch::autograd::grad({found}, {x}, {of})[0],
+            torch::autograd::grad({expected}, {x}, {of})[0], tolerance);
+  };
+  both("softmax", fastkern::softmax(x), torch::softmax(x, -1));
+  both("log_softmax", fastkern::log_softmax(x, 1), torch::log_softmax(x, 1));
+  both("logsumexp", fastkern::logsumexp(x, -1, true).expand_as(x),
+       torch::logsumexp(x, -1, true).expand_as(x));
+  const torch::Tensor keep = torch::ones({5, 320}, options).tril(315).to(torch::kBool);
+  const auto masked = [&] {
+    return torch::softmax((x * 0.5).masked_fill(~keep, -INFINITY), -1);
+  };
+  both("masked_softmax", fastkern::masked_softmax(x, keep, 0.5), masked());
+  both("causal_softmax", fastkern::causal_softmax(x, 0.5), masked());
 }
 
 /// Layer norm, and both norms behind a residual add with dropout: all gradients against torch's
@@ -219,6 +245,8 @@ int main() {
   check_values(device, torch::kBFloat16, 1.6e-2);
   check_gradients(device, torch::kFloat, 1e-5);
   check_gradients(device, torch::kBFloat16, 1.6e-2);
+  check_softmax(device, torch::kFloat, 2e-5);
+  check_softmax(device, torch::kBFloat16, 3.2e-2);
   check_other_gradients(device, torch::kFloat, 2e-5);
   check_other_gradients(device, torch::kBFloat16, 3.2e-2);
   check_quantised(device);

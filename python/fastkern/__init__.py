@@ -38,6 +38,13 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
+from fastkern.ops.softmax import (  # noqa: E402
+    causal_softmax,
+    log_softmax,
+    logsumexp,
+    masked_softmax,
+    softmax,
+)
 
 __version__: str = _core.build_info()["version"]
 
@@ -52,6 +59,7 @@ __all__ = [
     "add_rms_norm_parallel",
     "add_rms_norm_static_quant",
     "attn_dropout_mask",
+    "causal_softmax",
     "flash_attn",
     "flash_attn_varlen",
     "get_cmake_dir",
@@ -59,10 +67,14 @@ __all__ = [
     "get_library_dir",
     "group_norm",
     "layer_norm",
+    "log_softmax",
+    "logsumexp",
+    "masked_softmax",
     "merge_attention",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
+    "softmax",
 ]
 
 

@@ -83,11 +83,15 @@ int main(int argc, char** argv) {
   catch_signals();
 
   const bool attention_alone = options.names.count("attention") > 0;
+  const bool softmax_alone = options.names.count("softmax") > 0;
   std::vector<Case> cases;
-  if (!attention_alone) cases = norm_cases(options);
-  if (!attention_alone)
+  if (!attention_alone && !softmax_alone) cases = norm_cases(options);
+  if (!attention_alone && !softmax_alone)
     for (Case& more : group_norm_cases(options)) cases.push_back(std::move(more));
-  for (Case& more : attention_cases(options)) cases.push_back(std::move(more));
+  if (!softmax_alone)
+    for (Case& more : attention_cases(options)) cases.push_back(std::move(more));
+  if (!attention_alone)
+    for (Case& more : softmax_cases(options)) cases.push_back(std::move(more));
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

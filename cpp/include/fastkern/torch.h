@@ -30,6 +30,7 @@
 
 #include "fastkern/torch/attention.h"
 #include "fastkern/torch/common.h"
+#include "fastkern/torch/softmax.h"
 
 namespace fastkern {
 namespace detail {

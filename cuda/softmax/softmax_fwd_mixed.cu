@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// The softmax family: the kernels of softmax_fwd.cuh for operands of several types.
+#include "softmax/softmax_fwd.cuh"
+
+namespace fastkern::cuda::softmax_detail {
+
+template void launch_fwd<Mixed>(const SoftmaxFwd&, const Plan&, Stream);
+
+}  // namespace fastkern::cuda::softmax_detail
