@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "ptx/math.cuh"
+
 namespace fastkern::ptx {
 
 /// An address in shared memory, to be computed with: in one register.
@@ -58,13 +60,6 @@ __device__ __forceinline__ void mma_16x8x8_tf32(float (&d)[4], const std::uint32
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/// 2^x within 2 ulp; denormal results are 0.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 /// Two f32 rounded to one register, `low` in its low half.

@@ -31,6 +31,7 @@ from fastkern.ops.attention import (  # noqa: E402
     merge_attention,
 )
 from fastkern.ops.group_norm import group_norm  # noqa: E402
+from fastkern.ops.loss import cross_entropy  # noqa: E402
 from fastkern.ops.norm import layer_norm, rms_norm  # noqa: E402
 from fastkern.ops.norm_quant import (  # noqa: E402
     add_rms_norm_dynamic_quant,
@@ -52,6 +53,7 @@ __all__ = [
     "add_rms_norm_parallel",
     "add_rms_norm_static_quant",
     "attn_dropout_mask",
+    "cross_entropy",
     "flash_attn",
     "flash_attn_varlen",
     "get_cmake_dir",

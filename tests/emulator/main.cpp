@@ -83,11 +83,15 @@ int main(int argc, char** argv) {
   catch_signals();
 
   const bool attention_alone = options.names.count("attention") > 0;
+  const bool loss_alone = options.names.count("loss") > 0;
   std::vector<Case> cases;
-  if (!attention_alone) cases = norm_cases(options);
-  if (!attention_alone)
+  if (!attention_alone && !loss_alone) cases = norm_cases(options);
+  if (!attention_alone && !loss_alone)
     for (Case& more : group_norm_cases(options)) cases.push_back(std::move(more));
-  for (Case& more : attention_cases(options)) cases.push_back(std::move(more));
+  if (!loss_alone)
+    for (Case& more : attention_cases(options)) cases.push_back(std::move(more));
+  if (!attention_alone)
+    for (Case& more : loss_cases(options)) cases.push_back(std::move(more));
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

@@ -52,7 +52,7 @@ std::int64_t number(const std::string& word) {
 
 const std::set<std::string> kNames = {"fwd",    "bwd",    "attention", "quant", "group",
                                       "rms",    "layer",  "f32",       "bf16",  "mixed",
-                                      "mixed2", "mixed3", "f16"};
+                                      "mixed2", "mixed3", "f16",       "loss"};
 
 const std::map<std::string, Order> kOrders = {{"forward", Order::forward},
                                               {"backward", Order::backward},

@@ -200,7 +200,8 @@ def _assert_right(spec: OpSpec, op_name: str, arguments: Arguments, result: tupl
     copies = {k: spec.dense(v.detach().resolve_neg()) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     op = getattr(torch.ops.fastkern, op_name).default
     with torch.no_grad():
-        for i, (ours, dense) in enumerate(zip(result, as_tuple(op(**copies)), strict=True)):
+        again = as_tuple(op(**copies))[: len(result)]  # a function may keep what is for backward alone
+        for i, (ours, dense) in enumerate(zip(result, again, strict=True)):
             assert_bitwise(ours, dense, f"{op_name}: result {i} against dense copies")
     if set(arguments) <= set(inspect.signature(spec.reference).parameters) and given[0].numel():
         if "quant_dtype" in _names(op):

@@ -8,12 +8,19 @@ arguments must be refused in which words.
 
 from __future__ import annotations
 
-from fastkern.specs import add_norm, attention, group_norm, norm, norm_quant
+from fastkern.specs import add_norm, attention, group_norm, loss, norm, norm_quant
 from fastkern.specs._accuracy import assert_accurate, in_float64
 from fastkern.specs._spec import FLOAT_DTYPES, BadCall, Dims, Inputs, OpSpec, Outputs
 from fastkern.specs.norm import RMS_NORM
 
-SPECS: tuple[OpSpec, ...] = (*norm.SPECS, *add_norm.SPECS, *norm_quant.SPECS, *group_norm.SPECS, *attention.SPECS)
+SPECS: tuple[OpSpec, ...] = (
+    *norm.SPECS,
+    *add_norm.SPECS,
+    *norm_quant.SPECS,
+    *group_norm.SPECS,
+    *attention.SPECS,
+    *loss.SPECS,
+)
 
 __all__ = [
     "FLOAT_DTYPES",

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include "ptx/math.cuh"
+
 namespace fastkern::ptx {
 
 using SharedAddress = std::uintptr_t;
@@ -103,8 +105,6 @@ inline void mma_16x8x8_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uin
   }
   mma_detail::leave();
 }
-
-inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <class T>
 inline std::uint32_t pack_2(float low, float high, T) {

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// Functions that the special function units approximate. One function, one instruction.
+#pragma once
+
+namespace fastkern::ptx {
+
+/// 2^x within 2 ulp; denormal results are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace fastkern::ptx

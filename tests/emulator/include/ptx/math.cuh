@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for cuda/ptx/math.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace fastkern::ptx {
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+}  // namespace fastkern::ptx
