@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cross_entropy: what its row of the table cannot say."""
+"""cross_entropy and linear_cross_entropy: what their rows of the table cannot say."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastkern.specs import Inputs, assert_accurate, in_float64
+from fastkern.specs.linear_cross_entropy import linear_cross_entropy, linear_inputs, linear_reference
 from fastkern.specs.loss import (
     CROSS_ENTROPY_REDUCED,
     cross_entropy,
@@ -318,7 +319,7 @@ def test_in_place_refuses(device: str) -> None:
     with pytest.raises(RuntimeError, match="got a tensor that is not contiguous"):
         call(other[:1].expand(4, 10))
     with pytest.raises(RuntimeError, match="got a tensor that is not contiguous"):
-        call((leaf.t() * 1.0).t())
+        call((leaf.t() * 1.0).contiguous().t())
     with pytest.raises(RuntimeError, match="inplace_backward must be False with reduction='none'"):
         call(other, reduction="none")
     call(other.view(2, 2, 10), target.view(2, 2)).backward()  # the whole of it in another shape
@@ -389,3 +390,93 @@ def test_target_is_not_differentiable() -> None:
     logits = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="target must not require grad"):
         fastkern.cross_entropy(logits, torch.softmax(torch.randn(2, 3), -1).requires_grad_())
+
+
+# ---- linear_cross_entropy --------------------------------------------------------------------------------------------
+
+
+def _linear_case(rows: int, H: int, V: int, dtype: torch.dtype, device: str, **more: Any) -> Inputs:
+    inputs = linear_inputs(M=rows, H=H, V=V, dtype=dtype, device=device, **more)
+    return {k: v.requires_grad_() if k in ("hidden", "weight", "bias") else v for k, v in inputs.items()}
+
+
+def _linear_gradients(inputs: Inputs, **more: Any) -> tuple[Tensor, ...]:
+    leaves = [inputs[k] for k in ("hidden", "weight", "bias") if k in inputs]
+    loss = linear_cross_entropy(**inputs, **more)
+    return loss.detach(), *torch.autograd.grad(2 * loss.sum(), leaves)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_change_nothing(dtype: torch.dtype, reduction: int, device: str) -> None:
+    inputs = _linear_case(37, 24, 101, dtype, device, bias=True, ignore=True, reduction=reduction)
+    whole = _linear_gradients(inputs)
+    for chunk_rows in (1, 7, 36, 37, 1000):
+        for ours, expected in zip(_linear_gradients(inputs, chunk_rows=chunk_rows), whole, strict=True):
+            atol = 4 * torch.finfo(ours.dtype).eps * float(expected.abs().max()) * (37 / min(chunk_rows, 37)) ** 0.5
+            torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+
+
+def test_linear_backward_more_than_once(device: str) -> None:
+    inputs = _linear_case(9, 16, 33, torch.float32, device, bias=True)
+    leaves = [inputs[k] for k in ("hidden", "weight", "bias")]
+    loss = linear_cross_entropy(**inputs)
+    for factor in (3.0, 0.5, 1.0):
+        grads = torch.autograd.grad(factor * loss, leaves, retain_graph=True)
+        expected = torch.autograd.grad(factor * linear_reference(**inputs), leaves)
+        for ours, theirs in zip(grads, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_accumulates(device: str) -> None:
+    """What backward gives away is nobody's later."""
+    inputs = _linear_case(9, 16, 33, torch.float32, device)
+    for _ in range(2):
+        linear_cross_entropy(**inputs).backward(retain_graph=True)
+    expected = 2 * torch.autograd.grad(linear_reference(**inputs), inputs["weight"])[0]
+    torch.testing.assert_close(inputs["weight"].grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_outputs_asked_for(device: str) -> None:
+    inputs = _linear_case(5, 8, 21, torch.float32, device)
+    hidden, weight, target = inputs["hidden"], inputs["weight"], inputs["target"]
+    options = {"lse_square_scale": 0.1, "return_lse": True, "return_z_loss": True}
+    ours = fastkern.linear_cross_entropy(hidden, weight, target, chunk_rows=2, **options)
+    for got, expected in zip(ours, fastkern.cross_entropy(hidden @ weight.t(), target, **options), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert [t.requires_grad for t in ours] == [True, False, False]
+    with pytest.raises(RuntimeError, match="class_weight must not require grad"):
+        fastkern.linear_cross_entropy(hidden, weight, target, class_weight=torch.ones(21, device=device).requires_grad_())
+
+
+def test_linear_compiled(device: str) -> None:
+    torch._dynamo.reset()
+
+    def step(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return fastkern.linear_cross_entropy(torch.relu(x), w, target, ignore_index=-1, chunk_rows=4) * 3
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (6, 9, 14):
+        x = torch.randn(rows, 8, device=device, requires_grad=True)
+        w = torch.randn(33, 8, device=device, requires_grad=True)
+        target = torch.randint(33, (rows,), device=device)
+        target[::3] = -1
+        ours = torch.autograd.grad(compiled(x, w, target), [x, w])
+        for got, expected in zip(ours, torch.autograd.grad(step(x, w, target), [x, w]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_linear_memory(cuda: None) -> None:
+    """At most 1 GiB beside the gradients."""
+    rows, H, V = 8192, 4096, 128256
+    hidden = torch.randn(rows, H, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(V, H, device="cuda") / H**0.5).bfloat16().requires_grad_()
+    target = torch.randint(V, (rows,), device="cuda")
+    fastkern.linear_cross_entropy(hidden[:256], weight, target[:256]).backward()  # the workspace of torch's products
+    hidden.grad = weight.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fastkern.linear_cross_entropy(hidden, weight, target).backward()
+    gradients = sum(t.numel() * t.element_size() for t in (hidden, weight))
+    assert torch.cuda.max_memory_allocated() - before - gradients <= 1 << 30

@@ -120,7 +120,8 @@ void cross_entropy(const CrossEntropyFwd& args) {
   const LossRows f(args);
   const RowTensor grad(args.grad, args.op, "grad");
   const bool reduced = args.reduction != Reduction::none;
-  float* const totals = args.state + kLossState * f.rows;
+  float* const own_totals = args.state + kLossState * f.rows;
+  const float* const totals = args.totals ? args.totals : own_totals;
   LossSums sums{.op = args.op,
                 .target = args.target,
                 .weight = args.weight,
@@ -128,9 +129,8 @@ void cross_entropy(const CrossEntropyFwd& args) {
                 .classes = f.classes,
                 .ignore_index = args.ignore_index,
                 .reduction = args.reduction,
-                .totals_given = args.totals_given,
-                .totals = totals};
-  if (!args.totals_given) loss_sums(sums);
+                .totals = own_totals};
+  if (!args.totals) loss_sums(sums);
   const float square = static_cast<float>(args.lse_square_scale);
   const bool mean = args.reduction == Reduction::mean;
   const float dloss = mean ? 1.0f / totals[0] : 1.0f, dzloss = mean ? 1.0f / totals[1] : 1.0f;
@@ -149,13 +149,14 @@ void cross_entropy(const CrossEntropyFwd& args) {
       args.lse[r] = row.lse, args.row_zloss[r] = zloss;
       args.row_loss[r] = reduced ? row.loss : row.loss + zloss;
       if (!grad.given()) continue;
+      const float of_row = args.dloss ? args.dloss[r] : 1.0f;
       const LossCoefficients k =
-          loss_coefficients(args, row.shares, row.lse, dloss, dzloss, 0.0f);
+          loss_coefficients(args, row.shares, row.lse, of_row * dloss, of_row * dzloss, 0.0f);
       f.gradient(r, row.sums.top, sum, k.softmax, k.target, p, grad, scratch.row(0),
                  scratch.row(2));
     }
   });
-  if (!reduced || !args.loss) return;
+  if (!reduced || !args.loss || args.totals) return;
   sums.row_loss = args.row_loss, sums.row_zloss = args.row_zloss;
   sums.loss = args.loss, sums.zloss = args.zloss;
   sums.totals_given = true;

@@ -23,7 +23,7 @@ LossCall::LossCall(const char* op, const TensorRef& logits, Device device, const
   args_.logits = logits;
 }
 
-void LossCall::operands(const Tensor& target, MaybeTensor weight) {
+void LossCall::operands(const Tensor& target, MaybeTensor weight, const char* weight_name) {
   target_ = view_of(target, args_.op, "target");
   const std::int32_t type = type_of(target);
   if (is(type, ScalarType::Long) || is(type, ScalarType::Int)) {
@@ -41,9 +41,9 @@ void LossCall::operands(const Tensor& target, MaybeTensor weight) {
   }
   check_device(target, device_, args_.op, "target", like_);
   if (!weight) return;
-  args_.weight = ref_of(*weight, args_.op, "weight");
-  check_shape(args_.weight, &logits_.sizes[logits_.ndim - 1], 1, args_.op, "weight");
-  check_device(*weight, device_, args_.op, "weight", like_);
+  args_.weight = ref_of(*weight, args_.op, weight_name);
+  check_shape(args_.weight, &logits_.sizes[logits_.ndim - 1], 1, args_.op, weight_name);
+  check_device(*weight, device_, args_.op, weight_name, like_);
 }
 
 void LossCall::numbers(const LossNumbers& n) {

@@ -23,8 +23,8 @@ class LossCall {
  public:
   LossCall(const char* op, const TensorRef& logits, Device device, const char* like);
 
-  /// Target and weight; fail() unless they fit.
-  void operands(const Tensor& target, MaybeTensor weight);
+  /// Target and weights of classes; fail() unless they fit.
+  void operands(const Tensor& target, MaybeTensor weight, const char* weight_name = "weight");
   /// fail() unless they are in their range.
   void numbers(const LossNumbers& n);
 

@@ -82,6 +82,7 @@ void cross_entropy_bwd(const CrossEntropyBwd& args, Stream stream) {
     p.state = const_cast<float*>(args.state);  // which this kernel only reads
     p.dloss = args.dloss, p.dlse = args.dlse, p.dzloss = args.dzloss;
     p.dloss_is_one = args.dloss_is_one;
+    p.totals = args.totals ? args.totals : args.state + kLossState * p.rows;
     const std::int64_t packs = ceil_div(p.classes, kVector<T>);
     p.threads = static_cast<int>(std::min<std::int64_t>(
         std::bit_ceil(static_cast<std::uint64_t>(ceil_div(packs, kPacks))), kThreads));

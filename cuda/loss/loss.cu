@@ -131,10 +131,9 @@ void cross_entropy(const CrossEntropyFwd& args, Stream stream) {
                 .classes = rows.length,
                 .ignore_index = args.ignore_index,
                 .reduction = args.reduction,
-                .totals_given = args.totals_given,
                 .totals = args.state + kLossState * rows.count,
                 .workspace = args.workspace};
-  if (args.grad.given() && !args.totals_given) {
+  if (args.grad.given() && !args.totals) {
     loss_sums(sums, stream);
     sums.totals_given = true;
   }
@@ -151,13 +150,14 @@ void cross_entropy(const CrossEntropyFwd& args, Stream stream) {
       if (args.grad.given()) {
         CrossEntropyBwd backward{args};
         backward.state = args.state;
-        backward.dloss_is_one = true;
+        backward.totals = args.totals;
+        backward.dloss = args.dloss, backward.dloss_is_one = args.dloss == nullptr;
         backward.dlogits = args.grad;
         cross_entropy_bwd(backward, stream);
       }
     }
   }
-  if (!reduced || !args.loss) return;
+  if (!reduced || !args.loss || args.totals) return;
   sums.row_loss = args.row_loss, sums.row_zloss = args.row_zloss;
   sums.loss = args.loss, sums.zloss = args.zloss;
   loss_sums(sums, stream);

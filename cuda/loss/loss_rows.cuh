@@ -78,6 +78,7 @@ struct Loss {
   bool reduced, mean;
 
   float *row_loss, *row_zloss, *lse, *state;  // forward
+  const float* totals;                        // what a mean is divided by
   const float *dloss, *dlse, *dzloss;         // backward
   bool dloss_is_one;
   int threads, blocks;  // of a row
@@ -230,10 +231,7 @@ __device__ __forceinline__ RowGradient row_gradient(const Loss<T>& p, std::int64
   const auto at = [](const float* from, std::int64_t i) { return from ? from[i] : 0.0f; };
   const std::int64_t i = p.reduced ? 0 : row;
   float dloss = p.dloss_is_one ? 1.0f : at(p.dloss, i), dzloss = dloss + at(p.dzloss, i);
-  if (p.mean) {
-    const float* const totals = p.state + kLossState * p.rows;
-    dloss = __fdiv_rn(dloss, totals[0]), dzloss = __fdiv_rn(dzloss, totals[1]);
-  }
+  if (p.mean) dloss = __fdiv_rn(dloss, p.totals[0]), dzloss = __fdiv_rn(dzloss, p.totals[1]);
   float softmax = fmaf(dloss, s.shares, at(p.dlse, row));
   if (p.square != 0.0f) {
     const float lse = fmaf(s.top, kPlain ? p.scale : 1.0f, logf(s.sum));
@@ -329,7 +327,8 @@ Loss<T> forward_params(const CrossEntropyFwd& a) {
   Loss<T> p = loss_params<T>(a);
   p.row_loss = a.row_loss, p.row_zloss = a.row_zloss, p.lse = a.lse, p.state = a.state;
   p.grad = tile::row_view<T>(a.grad, a.op, "grad");
-  p.dloss_is_one = true;
+  p.dloss = a.dloss, p.dloss_is_one = a.dloss == nullptr;
+  p.totals = a.totals ? a.totals : a.state + kLossState * p.rows;
   return p;
 }
 

@@ -31,6 +31,7 @@ from fastkern.ops.attention import (  # noqa: E402
     merge_attention,
 )
 from fastkern.ops.group_norm import group_norm  # noqa: E402
+from fastkern.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastkern.ops.loss import cross_entropy  # noqa: E402
 from fastkern.ops.norm import layer_norm, rms_norm  # noqa: E402
 from fastkern.ops.norm_quant import (  # noqa: E402
@@ -61,6 +62,7 @@ __all__ = [
     "get_library_dir",
     "group_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
     "rms_norm_dynamic_quant",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.cases import (
     Variant,
-    assert_all_bitwise,
+    assert_all_same,
     case_text,
     make_grad_outs,
     make_inputs,
@@ -156,7 +156,7 @@ def compare_layout(spec: OpSpec, inputs: Inputs, grad_outs: list[Tensor], names:
         strided, strided_grads = _with(strided, strided_grads, name, view)
         dense, dense_grads = _with(dense, dense_grads, name, copy)
     if changed:
-        assert_all_bitwise(run_all(spec, strided, strided_grads), run_all(spec, dense, dense_grads), what)
+        assert_all_same(spec, run_all(spec, strided, strided_grads), run_all(spec, dense, dense_grads), what)
 
 
 def check_layouts(

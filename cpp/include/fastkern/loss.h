@@ -61,12 +61,13 @@ struct CrossEntropyFwd : CrossEntropy {
   float* lse = nullptr;
   float* state = nullptr;                // loss_state_size(M)
   float *loss = nullptr, *zloss = nullptr;  // 1, if reduced
-  /// (..., V), type of logits, any row strides; may be logits itself. Given: the gradient of `loss`
-  /// by logits, where the result is summed or averaged.
+  /// (..., V), type of logits, any row strides; may be logits itself. Given: the gradient by logits
+  /// of `loss`, or of dloss . loss with M floats where nothing is reduced.
   TensorRef grad = {};
-  /// state's last two floats are there already (by loss_totals), and loss and zloss are not wanted:
-  /// for rows that are a part of a batch. For mean.
-  bool totals_given = false;
+  const float* dloss = nullptr;
+  /// D and C, where these rows are a part of a batch (loss_sums); loss and zloss are not wanted
+  /// then. nullptr: they become the last two floats of state.
+  const float* totals = nullptr;
   void* workspace = nullptr;  // CUDA: loss_workspace(M) bytes, aligned to 16
 };
 
@@ -76,6 +77,7 @@ struct CrossEntropyBwd : CrossEntropy {
   /// Any of them nullptr: 0. dloss and dzloss: M floats if nothing is reduced, else 1.
   const float *dloss = nullptr, *dlse = nullptr, *dzloss = nullptr;
   bool dloss_is_one = false;       // instead of dloss
+  const float* totals = nullptr;   // D and C; nullptr: the last two floats of state
   TensorRef dlogits = {};  // (..., V), type of logits
 };
 

@@ -29,9 +29,19 @@ class Options(NamedTuple):
 
 
 def call(
-    op: str, shape: Sequence[Any], x: Tensor, like: str, target: Tensor, weight: Tensor | None, options: Options
+    op: str,
+    shape: Sequence[Any],
+    x: Tensor,
+    like: str,
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: Options,
+    weight: str = "weight",
 ) -> None:
-    """Raise unless target, weight and numbers fit logits of this shape, on the device of ``x``."""
+    """Raise unless target, weight and numbers fit logits of this shape, on the device of ``x``.
+
+    ``weight``: what the operator calls the weights of classes.
+    """
     _check.at_least_one_dimension(op, like, len(shape))
     if shape[-1] < 1:
         raise RuntimeError(f"fastkern::{op}: {like} must have at least one class, got shape {tuple(shape)}")
@@ -46,10 +56,10 @@ def call(
             f"torch.float32, torch.float16 or torch.bfloat16, got {target.dtype}"
         )
     _check.device(op, "target", target, x, like)
-    if weight is not None:
-        _check.float_tensor(op, "weight", weight)
-        _check.shape(op, "weight", weight, shape[-1:])
-        _check.device(op, "weight", weight, x, like)
+    if class_weight is not None:
+        _check.float_tensor(op, weight, class_weight)
+        _check.shape(op, weight, class_weight, shape[-1:])
+        _check.device(op, weight, class_weight, x, like)
     numbers(op, options)
 
 

@@ -8,7 +8,7 @@ arguments must be refused in which words.
 
 from __future__ import annotations
 
-from fastkern.specs import add_norm, attention, group_norm, loss, norm, norm_quant
+from fastkern.specs import add_norm, attention, group_norm, linear_cross_entropy, loss, norm, norm_quant
 from fastkern.specs._accuracy import assert_accurate, in_float64
 from fastkern.specs._spec import FLOAT_DTYPES, BadCall, Dims, Inputs, OpSpec, Outputs
 from fastkern.specs.norm import RMS_NORM
@@ -20,6 +20,7 @@ SPECS: tuple[OpSpec, ...] = (
     *group_norm.SPECS,
     *attention.SPECS,
     *loss.SPECS,
+    *linear_cross_entropy.SPECS,
 )
 
 __all__ = [
