@@ -480,3 +480,25 @@ def test_linear_memory(cuda: None) -> None:
     fastkern.linear_cross_entropy(hidden, weight, target).backward()
     gradients = sum(t.numel() * t.element_size() for t in (hidden, weight))
     assert torch.cuda.max_memory_allocated() - before - gradients <= 1 << 30
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+def test_modules(device: str) -> None:
+    weight = torch.rand(21, device=device)
+    layer = torch.nn.Linear(8, 21, device=device)
+    hidden, target = torch.randn(2, 5, 8, device=device), torch.randint(21, (2, 5), device=device)
+    plain = fastkern.nn.CrossEntropyLoss(weight, label_smoothing=0.1, reduction="sum").to(device)
+    fused = fastkern.nn.LinearCrossEntropyLoss(weight, label_smoothing=0.1, reduction="sum", chunk_rows=3).to(device)
+    logits = layer(hidden)
+    expected = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1, reduction="sum")(logits.mT, target)
+    torch.testing.assert_close(plain(logits, target), expected)
+    torch.testing.assert_close(fused(hidden, layer.weight, target, layer.bias), expected)
+    assert list(plain.state_dict()) == ["weight"] and "reduction='sum'" in repr(fused)
+    overwriting = fastkern.nn.CrossEntropyLoss(inplace_backward=True, return_lse=True)
+    loss, lse = overwriting(layer(hidden) * 1.0, target)
+    loss.backward()
+    assert layer.weight.grad is not None and lse.shape == (2, 5)
+    with pytest.raises(RuntimeError, match="label_smoothing must be between 0 and 1, got 2"):
+        fastkern.nn.CrossEntropyLoss(label_smoothing=2.0)

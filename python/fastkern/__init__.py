@@ -41,6 +41,8 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_static_quant,
 )
 
+from fastkern import nn as nn  # noqa: E402
+
 __version__: str = _core.build_info()["version"]
 
 __all__ = [
