@@ -49,7 +49,8 @@ void add_block(const float* z, std::int64_t n, RowSums& row) {
     });
     sum = more;
   });
-  if (top != before) row.sum = before == -kInfinity ? 0.0 : row.sum * std::exp(double{before} - top);
+  if (top != before)
+    row.sum = before == -kInfinity ? 0.0 : row.sum * std::exp(double{before} - top);
   row.sum += sum, row.top = top;
 }
 

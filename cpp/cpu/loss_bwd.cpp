@@ -8,9 +8,8 @@ namespace {
 
 template <class Out>
 void store_block(Out* out, std::int64_t n, const float* v) {
-  for_columns(n, [=](std::int64_t c) __attribute__((always_inline)) {
-    out[c] = from_float<Out>(v[c]);
-  });
+  for_columns(
+      n, [=](std::int64_t c) __attribute__((always_inline)) { out[c] = from_float<Out>(v[c]); });
 }
 
 }  // namespace
@@ -20,8 +19,9 @@ void LossRows::gradient(std::int64_t r, float top, float sum, float a, float b, 
   dispatch(out.dtype(), [&]<class T>() {
     T* const to = out.row<T>(r);
     if (ignored(r)) {
-      return for_columns(
-          classes, [=](std::int64_t c) __attribute__((always_inline)) { to[c] = from_float<T>(0.0f); });
+      return for_columns(classes, [=](std::int64_t c) __attribute__((always_inline)) {
+        to[c] = from_float<T>(0.0f);
+      });
     }
     const float factor = a / sum;
     const std::int64_t own = soft() ? -1 : class_of(r);
@@ -49,10 +49,11 @@ void LossRows::gradient(std::int64_t r, float top, float sum, float a, float b, 
       if (own >= begin && own < begin + count) g[own - begin] -= b * (weight_of(own) * hard_share);
       if (cap != 0.0f) {
         slopes_of(r, begin, count, slopes);
-        for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) { g[c] *= slopes[c]; });
+        for_columns(count,
+                    [=](std::int64_t c) __attribute__((always_inline)) { g[c] *= slopes[c]; });
       } else if (scale != 1.0f) {
-        for_columns(count, [g, s = scale](std::int64_t c)
-                               __attribute__((always_inline)) { g[c] *= s; });
+        for_columns(count,
+                    [g, s = scale](std::int64_t c) __attribute__((always_inline)) { g[c] *= s; });
       }
       store_block(to + begin, count, g);
     }
@@ -64,11 +65,11 @@ void LossRows::slopes_of(std::int64_t r, std::int64_t begin, std::int64_t count,
   dispatch(logits.dtype(), [&]<class T>() {
     const T* const in = logits.row<const T>(r) + begin;
     // 1 - tanh^2 as it stands loses its digits where the cap is reached.
-    for_columns(count, [in, slopes, s = scale, twice = 2.0f / cap](std::int64_t c)
-                           __attribute__((always_inline)) {
-                             const float u = to_float(in[c]) * s * twice, e = exp_to_zero(u < 0 ? u : -u);
-                             slopes[c] = s * (4.0f * e / ((1.0f + e) * (1.0f + e)));
-                           });
+    for_columns(count, [in, slopes, s = scale,
+                        twice = 2.0f / cap](std::int64_t c) __attribute__((always_inline)) {
+      const float u = to_float(in[c]) * s * twice, e = exp_to_zero(u < 0 ? u : -u);
+      slopes[c] = s * (4.0f * e / ((1.0f + e) * (1.0f + e)));
+    });
   });
 }
 

@@ -57,8 +57,9 @@ class LossRows {
     dispatch(logits.dtype(), [&]<class T>() {
       const T* in = logits.row<const T>(r) + begin;
       if (cap == 0.0f) {
-        for_columns(count, [in, scratch, s = scale](std::int64_t c)
-                               __attribute__((always_inline)) { scratch[c] = to_float(in[c]) * s; });
+        for_columns(count, [in, scratch, s = scale](std::int64_t c) __attribute__((always_inline)) {
+          scratch[c] = to_float(in[c]) * s;
+        });
       } else {
         for_columns(count, [in, scratch, s = scale, top = cap](std::int64_t c)
                                __attribute__((always_inline)) {

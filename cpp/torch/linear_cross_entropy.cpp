@@ -21,7 +21,8 @@ float* written(const Tensor& t, const std::int64_t (&sizes)[2], int ndim, Device
   check_shape(ref, sizes, ndim, op, argument);
   check_device(t, device, op, argument, "logits");
   const bool dense = ref.strides[ndim - 1] == 1 && (ndim == 1 || ref.strides[0] == sizes[1]);
-  FK_CHECK(dense || ref.numel() == 0, op, ": ", argument, " must be contiguous, got shape ", ref.shape());
+  FK_CHECK(dense || ref.numel() == 0, op, ": ", argument, " must be contiguous, got shape ",
+           ref.shape());
   return static_cast<float*>(ref.data);
 }
 
@@ -33,8 +34,8 @@ TensorRef all_logits(const Tensor& target, std::int64_t classes, DType dtype, co
   return dense(nullptr, dtype, t.sizes[0], classes);
 }
 
-/// Losses of the rows from `first` on into columns of `rows` (3, M): loss, zloss, lse. `grad`: their
-/// gradient is written over the logits.
+/// Losses of the rows from `first` on into columns of `rows` (3, M): loss, zloss, lse. `grad`:
+/// their gradient is written over the logits.
 std::tuple<> part(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                   const Tensor& totals, const Tensor& rows, const OptionalTensor& dloss,
                   std::int64_t first, bool grad, std::int64_t ignore_index, double label_smoothing,
@@ -47,8 +48,7 @@ std::tuple<> part(const Tensor& logits, const Tensor& target, const OptionalTens
   const Device device = device_of(logits);
   LossCall call(op, all_logits(target, classes, x.dtype, op), device, "logits");
   call.operands(target, weight);
-  call.numbers(
-      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
+  call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   FK_CHECK(first >= 0 && first + count <= call.rows(), op, ": first must be between 0 and ",
            call.rows() - count, ", got ", first);
   FK_CHECK(count == 0 || (x.strides[1] == 1 || classes == 1), op,

@@ -44,8 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
   const char* const op = "fastkern::cross_entropy";
   LossCall call(op, ref_of(logits, op, "logits"), device_of(logits), "logits");
   call.operands(target, weight);
-  call.numbers(
-      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
+  call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   call.make_readable(target, weight);
   CrossEntropyFwd args{call.args()};
   call.make_rows(logits, args.logits);
@@ -55,15 +54,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
   return {std::move(out.loss), std::move(out.lse), std::move(out.zloss), std::move(out.state)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_grad_(
-    const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-    std::int64_t ignore_index, double label_smoothing, double lse_square_scale, double softcap,
-    double logit_scale, std::int64_t reduction) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_grad_(const Tensor& logits, const Tensor& target,
+                                                       const OptionalTensor& weight,
+                                                       std::int64_t ignore_index,
+                                                       double label_smoothing,
+                                                       double lse_square_scale, double softcap,
+                                                       double logit_scale, std::int64_t reduction) {
   const char* const op = "fastkern::cross_entropy_grad_";
   LossCall call(op, ref_of(logits, op, "logits"), device_of(logits), "logits");
   call.operands(target, weight);
-  call.numbers(
-      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
+  call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   FK_CHECK(call.reduced(), op, ": reduction must be 1 (mean) or 2 (sum), got ", reduction);
   CrossEntropyFwd args{call.args()};
   Rows rows;
@@ -83,14 +83,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_grad_(
 Tensor cross_entropy_bwd(const OptionalTensor& dloss, const OptionalTensor& dlse,
                          const OptionalTensor& dzloss, const Tensor& logits, const Tensor& target,
                          const OptionalTensor& weight, const Tensor& state,
-                         std::int64_t ignore_index, double label_smoothing,
-                         double lse_square_scale, double softcap, double logit_scale,
-                         std::int64_t reduction) {
+                         std::int64_t ignore_index, double label_smoothing, double lse_square_scale,
+                         double softcap, double logit_scale, std::int64_t reduction) {
   const char* const op = "fastkern::cross_entropy_bwd";
   LossCall call(op, ref_of(logits, op, "logits"), device_of(logits), "logits");
   call.operands(target, weight);
-  call.numbers(
-      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
+  call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   const float* const saved = call.state_of(state);
   const float* const gradients[] = {call.gradient(dloss, "dloss", !call.reduced()),
                                     call.gradient(dlse, "dlse", true),

@@ -30,12 +30,12 @@ void LossCall::operands(const Tensor& target, MaybeTensor weight, const char* we
     check_shape(target_, logits_.sizes.data(), logits_.ndim - 1, args_.op, "target");
     args_.target.narrow = is(type, ScalarType::Int);
   } else {
-    FK_CHECK(is(type, ScalarType::Float) || is(type, ScalarType::Half) ||
-                 is(type, ScalarType::BFloat16),
-             args_.op,
-             ": target must hold classes in torch.int64 or torch.int32, or probabilities in "
-             "torch.float32, torch.float16 or torch.bfloat16, got ",
-             type_text(type));
+    FK_CHECK(
+        is(type, ScalarType::Float) || is(type, ScalarType::Half) || is(type, ScalarType::BFloat16),
+        args_.op,
+        ": target must hold classes in torch.int64 or torch.int32, or probabilities in "
+        "torch.float32, torch.float16 or torch.bfloat16, got ",
+        type_text(type));
     args_.probabilities = target_ = ref_of(target, args_.op, "target");
     check_shape(target_, logits_.sizes.data(), logits_.ndim, args_.op, "target");
   }

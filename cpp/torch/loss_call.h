@@ -43,8 +43,12 @@ class LossCall {
   std::int64_t classes() const { return logits_.sizes[logits_.ndim - 1]; }
   Device device() const { return device_; }
 
-  Tensor new_row_values() const { return new_dense(logits_.sizes.data(), logits_.ndim - 1, DType::f32, device_); }
-  Tensor new_loss() const { return new_dense(logits_.sizes.data(), reduced() ? 0 : logits_.ndim - 1, DType::f32, device_); }
+  Tensor new_row_values() const {
+    return new_dense(logits_.sizes.data(), logits_.ndim - 1, DType::f32, device_);
+  }
+  Tensor new_loss() const {
+    return new_dense(logits_.sizes.data(), reduced() ? 0 : logits_.ndim - 1, DType::f32, device_);
+  }
   Tensor new_state() const;
 
  private:

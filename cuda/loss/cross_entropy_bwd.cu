@@ -3,9 +3,9 @@
 // each row. Also the second half of forward with gradient, for rows that do not stay on chip.
 //
 //   work     256 threads, four packs of 16 bytes each: a part of a row, or several short rows
-//   memory   registers; the packs are asked for before the row's numbers, which come from the caches
-//   sync     none
-//   cost     reads the logits once and writes the gradient once; rows that do not count are not read
+//   memory   registers; the packs are asked for before the row's numbers, which come from the
+//   caches sync     none cost     reads the logits once and writes the gradient once; rows that do
+//   not count are not read
 #include "loss/loss_rows.cuh"
 
 namespace fastkern::cuda {
@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 5 : 3)
   } else {
     p.logits.load(p.logits.row(row), columns, n, packs);
     const float* const state = p.state + kLossState * row;
-    const RowGradient g =
-        row_gradient<T, kPlain>(p, row, target, {state[0], state[1], state[2]});
+    const RowGradient g = row_gradient<T, kPlain>(p, row, target, {state[0], state[1], state[2]});
 #pragma unroll
     for (int i = 0; i < kPacks; ++i)
       packs[i] = gradient_of<T, kPlain>(p, packs[i], row, columns(i), n, target, g);

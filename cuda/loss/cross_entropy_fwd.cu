@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(256, kPlain ? 5 : 4)
   while (true) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      if (columns(i) < n)
-        add_pack<T, kPlain>(p, packs[i], row, columns(i), n, target, pivot, sums);
+      if (columns(i) < n) add_pack<T, kPlain>(p, packs[i], row, columns(i), n, target, pivot, sums);
     }
     columns.first += kPacks * apart;
     if (columns.first >= n) break;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The cross entropy on CUDA: which kernels a call takes, and the sums over its rows.
 //
-//   work     of the sums: a block of 1024 threads adds up 8,192 rows, thread t the rows t, t + 1024,
+//   work     of the sums: a block of 1024 threads adds up 8,192 rows, thread t the rows t, t +
+//   1024,
 //            ...; then over warps and the block. Where there are more rows a last block adds up the
 //            blocks' sums, in the same way
 //   sync     launches follow one another with Launch::overlap
@@ -105,8 +106,7 @@ using namespace loss_detail;
 void loss_sums(const LossSums& args, Stream stream) {
   SumsParams p{};
   p.targets = {args.target.data, args.target.narrow, args.ignore_index,
-               static_cast<int>(args.classes),
-               tile::column_view(args.weight, args.classes)};
+               static_cast<int>(args.classes), tile::column_view(args.weight, args.classes)};
   p.soft = !args.target.data, p.mean = args.reduction == Reduction::mean;
   p.rows = args.rows, p.totals_given = args.totals_given;
   p.row_loss = args.row_loss, p.row_zloss = args.row_zloss;
@@ -141,8 +141,7 @@ void cross_entropy(const CrossEntropyFwd& args, Stream stream) {
     const bool clusters = has_clusters(stream.device, args.op);
     const std::int64_t limit =
         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device, args.op);
-    const Plan plan =
-        cross_entropy_grad_plan(rows.length, args.logits.dtype, clusters, limit);
+    const Plan plan = cross_entropy_grad_plan(rows.length, args.logits.dtype, clusters, limit);
     if (args.grad.given() && plan.resident) {
       launch_grad(args, plan, stream);
     } else {

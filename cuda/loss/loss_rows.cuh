@@ -33,8 +33,8 @@ struct Targets {
   int classes;
   tile::ColumnView weight;
 
-  /// The class of a row, kNoClass for one that there is not, kIgnored for a row that does not count;
-  /// of probabilities kProbabilities.
+  /// The class of a row, kNoClass for one that there is not, kIgnored for a row that does not
+  /// count; of probabilities kProbabilities.
   __device__ __forceinline__ int operator[](std::int64_t row) const {
     if (!data) return kProbabilities;
     const std::int64_t t = narrow ? static_cast<const std::int32_t*>(data)[row]
@@ -177,9 +177,9 @@ struct RowState {
 
 /// Writes what one row comes to.
 template <class T, bool kPlain>
-__device__ __forceinline__ RowState finish_row(const Loss<T>& p, std::int64_t row,
-                                               int target, float pivot,
-                                               const Sums<T, kPlain>& sums, bool write) {
+__device__ __forceinline__ RowState finish_row(const Loss<T>& p, std::int64_t row, int target,
+                                               float pivot, const Sums<T, kPlain>& sums,
+                                               bool write) {
   constexpr float kNan = __builtin_nanf("");
   RowState s{sums.exponentials.top, sums.exponentials.sum, 0.0f};
   if (fabsf(s.top) == -tile::kMinusInfinity || target == Targets::kNoClass) s.sum = kNan;
@@ -226,8 +226,8 @@ struct RowGradient {
 };
 
 template <class T, bool kPlain>
-__device__ __forceinline__ RowGradient row_gradient(const Loss<T>& p, std::int64_t row,
-                                                    int target, const RowState& s) {
+__device__ __forceinline__ RowGradient row_gradient(const Loss<T>& p, std::int64_t row, int target,
+                                                    const RowState& s) {
   const auto at = [](const float* from, std::int64_t i) { return from ? from[i] : 0.0f; };
   const std::int64_t i = p.reduced ? 0 : row;
   float dloss = p.dloss_is_one ? 1.0f : at(p.dloss, i), dzloss = dloss + at(p.dzloss, i);
@@ -245,8 +245,8 @@ __device__ __forceinline__ RowGradient row_gradient(const Loss<T>& p, std::int64
 
 template <class T, bool kPlain>
 __device__ __forceinline__ Pack<T> gradient_of(const Loss<T>& p, const Pack<T>& pack,
-                                               std::int64_t row, int column, int n,
-                                               int target, const RowGradient& g) {
+                                               std::int64_t row, int column, int n, int target,
+                                               const RowGradient& g) {
   constexpr int kV = kVector<T>;
   float v[kV];
   tile::unpack(pack, v);

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "ptx/cluster.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
 
 namespace fastkern::tile {
 
@@ -57,8 +57,7 @@ struct LogSum {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
     raise(largest, unit);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   }
 };
 
@@ -102,7 +101,8 @@ inline constexpr int kLogSumBytes = 1152;
 /// The reduction of one row by a block, or by a cluster; used once.
 ///
 ///   block      each warp leaves its sums, one barrier, every warp adds all of them up
-///   cluster    after that one warp of each block sends the block's to every block (st.async), which
+///   cluster    after that one warp of each block sends the block's to every block (st.async),
+///   which
 ///              reports to an mbarrier there; everybody waits for that alone
 template <int kMore>
 class LogSumExchange {

@@ -17,6 +17,7 @@ from fastkern._library import load_operators
 load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
+from fastkern import nn as nn  # noqa: E402
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
@@ -40,8 +41,6 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
-
-from fastkern import nn as nn  # noqa: E402
 
 __version__: str = _core.build_info()["version"]
 

@@ -43,8 +43,15 @@ struct LossProblem {
 };
 
 inline LossProblem make_loss(const LossCase& c, DType dtype, const Layout& layout) {
-  LossProblem p{.c = c, .logits = Tensor(dtype, layout), .soft = {}, .weight = {}, .classes = {},
-                .narrow = {}, .dloss = {}, .dlse = {}, .dzloss = {}};
+  LossProblem p{.c = c,
+                .logits = Tensor(dtype, layout),
+                .soft = {},
+                .weight = {},
+                .classes = {},
+                .narrow = {},
+                .dloss = {},
+                .dlse = {},
+                .dzloss = {}};
   p.logits.fill(1);
   for (std::int64_t i = 0; i < p.logits.numel(); ++i) p.logits.set(i, 3.0 * p.logits.get(i));
   if (c.soft) {
@@ -139,8 +146,14 @@ struct FoundLoss {
 inline FoundLoss blank_loss(const LossProblem& p, const Layout& layout) {
   const auto floats = [](std::int64_t n) { return Tensor(DType::f32, Sizes{n}); };
   const std::int64_t m = p.c.rows;
-  return {floats(m), floats(m), floats(m), floats(loss_state_size(m)), floats(1), floats(1),
-          Tensor(p.logits.dtype(), layout), Tensor(p.logits.dtype(), layout)};
+  return {floats(m),
+          floats(m),
+          floats(m),
+          floats(loss_state_size(m)),
+          floats(1),
+          floats(1),
+          Tensor(p.logits.dtype(), layout),
+          Tensor(p.logits.dtype(), layout)};
 }
 
 /// The operands of a call, wherever they lie.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// cuda::cross_entropy, cuda::cross_entropy_bwd and their sums against plain double loops, in guarded
-// memory.
+// cuda::cross_entropy, cuda::cross_entropy_bwd and their sums against plain double loops, in
+// guarded memory.
 #include "loss_support.h"
 #include "support.cuh"
 
@@ -81,8 +81,9 @@ TEST_P(LossCuda, Options) {
 TEST_P(LossCuda, Sizes) {
   int turn = 0;
   for (const std::int64_t v :
-       {1, 2, 7, 8, 9, 255, 256, 257, 1023, 1025, 2047, 2049, 8191, 8200, 16384, 16385, 26624, 26625,
-        32000, 50257, 53248, 53249, 75000, 128256, 147457, 151936, 262144, 300000, 600001}) {
+       {1,     2,     7,     8,      9,      255,    256,    257,    1023,  1025,
+        2047,  2049,  8191,  8200,   16384,  16385,  26624,  26625,  32000, 50257,
+        53248, 53249, 75000, 128256, 147457, 151936, 262144, 300000, 600001}) {
     LossCase c = loss_options()[turn % 12];
     c.rows = 3, c.classes = v;
     SCOPED_TRACE(v);

@@ -97,12 +97,12 @@ LossCall::LossCall(const LossCase& of) : c(of) {
 }
 
 NamedTensors LossCall::tensors() {
-  return {{"logits", &logits},       {"soft", &soft},         {"weight", &weight},
-          {"dloss", &dloss},         {"dlse", &dlse},         {"dzloss", &dzloss},
+  return {{"logits", &logits},       {"soft", &soft},           {"weight", &weight},
+          {"dloss", &dloss},         {"dlse", &dlse},           {"dzloss", &dzloss},
           {"row_loss", &row_loss},   {"row_zloss", &row_zloss}, {"lse", &lse},
-          {"state", &state},         {"loss", &loss},         {"zloss", &zloss},
+          {"state", &state},         {"loss", &loss},           {"zloss", &zloss},
           {"dlogits", &dlogits},     {"workspace", &workspace}, {"grad", &grad},
-          {"grad_rows", &grad_rows}, {"grad_lse", &grad_lse}, {"grad_state", &grad_state},
+          {"grad_rows", &grad_rows}, {"grad_lse", &grad_lse},   {"grad_state", &grad_state},
           {"grad_loss", &grad_loss}};
 }
 
@@ -197,9 +197,9 @@ void check_loss(const LossCase& c, bool same_bits) {
 
 /// Rows of a warp up to a block; held by a block, by clusters of 2 to 16, and by none.
 const std::pair<std::int64_t, std::int64_t> kShapes[] = {
-    {3, 1},    {5, 7},     {9, 64},    {4, 77},     {3, 1000},   {2, 1032},  {130, 16},
-    {3, 4099}, {2, 8200},  {3, 26624}, {2, 40000},  {3, 53256},  {2, 60001}, {2, 75000},
-    {2, 8193}, {1, 160000}, {1, 300000}, {8200, 3}, {17000, 8},
+    {3, 1},    {5, 7},      {9, 64},     {4, 77},    {3, 1000},  {2, 1032},  {130, 16},
+    {3, 4099}, {2, 8200},   {3, 26624},  {2, 40000}, {3, 53256}, {2, 60001}, {2, 75000},
+    {2, 8193}, {1, 160000}, {1, 300000}, {8200, 3},  {17000, 8},
 };
 
 LossCase make_case(std::pair<std::int64_t, std::int64_t> shape, DType dtype, unsigned turn) {

@@ -59,7 +59,7 @@ struct CrossEntropyFwd : CrossEntropy {
   float* row_loss = nullptr;  // none: the result, with zloss; else scratch
   float* row_zloss = nullptr;
   float* lse = nullptr;
-  float* state = nullptr;                // loss_state_size(M)
+  float* state = nullptr;                   // loss_state_size(M)
   float *loss = nullptr, *zloss = nullptr;  // 1, if reduced
   /// (..., V), type of logits, any row strides; may be logits itself. Given: the gradient by logits
   /// of `loss`, or of dloss . loss with M floats where nothing is reduced.
@@ -76,9 +76,9 @@ struct CrossEntropyBwd : CrossEntropy {
   const float* state = nullptr;
   /// Any of them nullptr: 0. dloss and dzloss: M floats if nothing is reduced, else 1.
   const float *dloss = nullptr, *dlse = nullptr, *dzloss = nullptr;
-  bool dloss_is_one = false;       // instead of dloss
-  const float* totals = nullptr;   // D and C; nullptr: the last two floats of state
-  TensorRef dlogits = {};  // (..., V), type of logits
+  bool dloss_is_one = false;      // instead of dloss
+  const float* totals = nullptr;  // D and C; nullptr: the last two floats of state
+  TensorRef dlogits = {};         // (..., V), type of logits
 };
 
 /// The sums of a call that needs them before it can begin, or after its parts: totals[0] = D,
@@ -122,9 +122,8 @@ constexpr std::size_t loss_workspace(std::int64_t rows) {
 constexpr Plan cross_entropy_plan(std::int64_t v, DType dtype) {
   const int vector = static_cast<int>(16 / size_of(dtype));
   const std::int64_t packs = (std::max<std::int64_t>(v, 1) + vector - 1) / vector;
-  const auto threads = static_cast<int>(
-      std::clamp<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>((packs + 3) / 4)), 32,
-                               256));
+  const auto threads = static_cast<int>(std::clamp<std::int64_t>(
+      std::bit_ceil(static_cast<std::uint64_t>((packs + 3) / 4)), 32, 256));
   const int rows = threads == 32 ? 4 : 1;
   return {"cross_entropy_fwd_kernel", threads * rows, rows, threads, 4 * vector, false};
 }

@@ -18,9 +18,9 @@ class _Loss(torch.nn.Module):
 
     def __init__(self, name: str, weight: Tensor | None, options: dict[str, Any]) -> None:
         super().__init__()
-        given = [options[key] for key in ("ignore_index", "label_smoothing", "lse_square_scale", "softcap")]
-        number = _loss_check.reduction_number(name, options["reduction"])
-        _loss_check.numbers(name, _loss_check.Options(*given, options["logit_scale"], number))
+        known = {key: options[key] for key in _loss_check.Options._fields}
+        known["reduction"] = _loss_check.reduction_number(name, options["reduction"])
+        _loss_check.numbers(name, _loss_check.Options(**known))
         self.register_buffer("weight", weight)
         self.options = options
 

@@ -16,7 +16,7 @@ def arguments(op: str) -> Sequence[Any]:
 
 
 def complete(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for ``fastkern::<op>``, called with every argument: torch leaves out those that equal their default."""
+    """``function`` for ``fastkern::<op>``, called with every argument: torch leaves out defaults."""
     schema = [(a.name, a.default_value) for a in arguments(op)]
 
     def completed(*given: Any, **named: Any) -> Any:

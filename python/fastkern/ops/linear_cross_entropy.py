@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +37,9 @@ def linear_cross_entropy(
     """``cross_entropy(hidden @ weight.T + bias, target, ...)`` without the logits of more than a chunk of rows.
 
     Chunks of rows go through torch's matrix product; the cross entropy writes their gradient over the logits; two more
-    products take it to ``hidden`` and ``weight``. So forward computes the gradients as well, of those operands that want
-    one, and backward multiplies them with the gradient of the loss. ``torch.ops.fastkern.linear_cross_entropy`` is the
-    same and returns the loss.
+    products take it to ``hidden`` and ``weight``. So forward computes the gradients as well, of those operands that
+    want one, and backward multiplies them with the gradient of the loss. ``torch.ops.fastkern.linear_cross_entropy`` is
+    the same and returns the loss.
 
     Args:
         hidden: (..., H), float32, float16 or bfloat16. Any strides; what is not contiguous is copied.
@@ -169,12 +170,12 @@ _CHUNK_BYTES = 1004 << 20
 
 
 def chunk_of(rows: int, classes: int, itemsize: int) -> int:
-    """Rows of a chunk: as many as make 1,004 MiB of logits, no fewer than 128, in parts of one size but for the last."""
+    """Rows of a chunk: as many as make 1,004 MiB of logits, no fewer than 128, in parts of one size but the last."""
     most = max(_CHUNK_BYTES // (classes * itemsize) // _TILE * _TILE, _TILE)
     if rows <= most:
         return max(rows, 1)
-    parts = -(-rows // most)
-    return -(-(-(-rows // parts)) // _TILE) * _TILE
+    per_part = math.ceil(rows / math.ceil(rows / most))
+    return math.ceil(per_part / _TILE) * _TILE
 
 
 def _compute(*given: Any) -> tuple[Tensor, ...]:
@@ -350,8 +351,8 @@ def _with_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         needs = [False] * 3  # known in backward
     inputs = (*a[:12], None, *needs)
     if torch.compiler.is_compiling() or every:
-        return _through_operators(*inputs)  # type: ignore[no-any-return]
-    return _Eager.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
+        return _through_operators(*inputs)
+    return _Eager.apply(*inputs)
 
 
 def _loss_alone(*given: Any) -> Tensor:
@@ -362,7 +363,7 @@ def _loss_alone(*given: Any) -> Tensor:
     names = ("hidden", "weight", "target", "bias", "class_weight")
     if _gradient.wanted(_OP, names, *tensors):
         return _with_gradient(*a[:12])[0]
-    return _fwd(*a[:12])[0]  # type: ignore[no-any-return]
+    return _fwd(*a[:12])[0]
 
 
 _library.impl(_OP, _schema.complete(_OP, _loss_alone), "CompositeImplicitAutograd")

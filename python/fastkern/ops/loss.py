@@ -41,17 +41,18 @@ def cross_entropy(
         q     = (1 - label_smoothing) * one_hot(target) + label_smoothing / V
         loss  = sum(w * q * (lse - z)) + zloss,                zloss = lse_square_scale * lse**2
 
-    ``"mean"`` divides the cross entropy by the sum of the weights of the targets, as torch does, and zloss by the number
-    of rows that count; with probabilities both by the number of rows. The same operator is
+    ``"mean"`` divides the cross entropy by the sum of the weights of the targets, as torch does, and zloss by the
+    number of rows that count; with probabilities both by the number of rows. The same operator is
     ``torch.ops.fastkern.cross_entropy``, which always returns the loss, lse, zloss and what backward needs.
 
     Args:
-        logits: (..., V), float32, float16 or bfloat16, on the CPU or a CUDA device. Any strides and storage offset: rows
-            are read in place when the last dimension is dense and the leading ones merge into at most two strides;
+        logits: (..., V), float32, float16 or bfloat16, on the CPU or a CUDA device. Any strides and storage offset:
+            rows are read in place when the last dimension is dense and the leading ones merge into at most two strides;
             otherwise a dense copy is made first.
         target: classes, (...) in int64 or int32; or probabilities, (..., V) in float32, float16 or bfloat16 (not
             necessarily the dtype of ``logits``).
-        weight: (V,), one for each class, float32, float16 or bfloat16; None: ones. Not differentiable, nor is ``target``.
+        weight: (V,), one for each class, float32, float16 or bfloat16; None: ones. As little differentiable as
+            ``target``.
         ignore_index: the class of rows that do not count. Such a row is not read; its loss, lse and gradient are 0. Of
             no meaning with probabilities.
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
@@ -88,7 +89,7 @@ def cross_entropy(
     if _gradient.wanted("cross_entropy", ("logits", "target", "weight"), logits, target, weight):
         if inplace_backward and not torch.compiler.is_compiling() and not _gradient.transformed():
             _check_inplace(*arguments)
-            results = _InPlace.apply(*arguments)  # type: ignore[no-untyped-call]
+            results = _InPlace.apply(*arguments)
         else:
             results = _with_gradient(*arguments)
     else:
@@ -113,9 +114,7 @@ def _fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) 
     return _empty_outputs("cross_entropy", logits, target, weight, Options(*options))
 
 
-def _empty_outputs(
-    op: str, logits: Tensor, target: Tensor, weight: Tensor | None, o: Options
-) -> tuple[Tensor, ...]:
+def _empty_outputs(op: str, logits: Tensor, target: Tensor, weight: Tensor | None, o: Options) -> tuple[Tensor, ...]:
     _check.float_tensor(op, "logits", logits)
     _loss_check.call(op, logits.shape, logits, "logits", target, weight, o)
     rows = logits.shape[:-1]
@@ -160,7 +159,7 @@ def _fake_bwd(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _not_differentiable("cross_entropy", ctx.needs_input_grad)
     logits, target, *rest = inputs
-    weight, *options = (*rest, *_DEFAULTS[len(rest) :])
+    weight, *options = [*rest, *_DEFAULTS[len(rest) :]]
     ctx.set_materialize_grads(False)  # an output that is not used must not cost a tensor of zeros
     ctx.mark_non_differentiable(output[3])
     ctx.options = Options(*options)
@@ -214,7 +213,7 @@ def _check_inplace(logits: Tensor, *arguments: Any) -> None:
             raise RuntimeError(
                 f"fastkern::cross_entropy: {name} must not require grad, it is not differentiable; detach it"
             )
-    base = logits._base if logits._is_view() else None  # type: ignore[no-untyped-call]
+    base = logits._base if logits._is_view() else None
     whole = logits if base is None else base
     problem = (
         "a leaf that requires grad" if whole.is_leaf and whole.requires_grad
@@ -242,11 +241,11 @@ class _InPlace(torch.autograd.Function):
         return loss, lse, zloss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.given:
             raise RuntimeError(
-                "fastkern::cross_entropy: the gradient that inplace_backward=True keeps in the logits was used already; "
+                "fastkern::cross_entropy: logits held the gradient with inplace_backward=True, which was used already; "
                 "use inplace_backward=False to run backward more than once"
             )
         (logits,) = ctx.saved_tensors

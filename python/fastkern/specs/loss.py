@@ -96,7 +96,9 @@ def cross_entropy_reference(
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": WORDS[reduction]}
     if soft:
         counted = torch.ones(rows, dtype=torch.bool, device=z.device)
-        loss = F.cross_entropy(z.reshape(-1, z.shape[-1]), target.to(z.dtype).reshape(-1, z.shape[-1]), weight, **options)
+        loss = F.cross_entropy(
+            z.reshape(-1, z.shape[-1]), target.to(z.dtype).reshape(-1, z.shape[-1]), weight, **options
+        )
     else:
         counted = target != ignore_index
         wrong = counted & ((target < 0) | (target >= z.shape[-1]))  # of which torch's kernels would make a crash
