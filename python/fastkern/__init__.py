@@ -17,6 +17,7 @@ from fastkern._library import load_operators
 load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
+from fastkern import nn as nn  # noqa: E402
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
@@ -31,6 +32,8 @@ from fastkern.ops.attention import (  # noqa: E402
     merge_attention,
 )
 from fastkern.ops.group_norm import group_norm  # noqa: E402
+from fastkern.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from fastkern.ops.loss import cross_entropy  # noqa: E402
 from fastkern.ops.norm import layer_norm, rms_norm  # noqa: E402
 from fastkern.ops.norm_quant import (  # noqa: E402
     add_rms_norm_dynamic_quant,
@@ -60,6 +63,7 @@ __all__ = [
     "add_rms_norm_static_quant",
     "attn_dropout_mask",
     "causal_softmax",
+    "cross_entropy",
     "flash_attn",
     "flash_attn_varlen",
     "get_cmake_dir",
@@ -67,6 +71,7 @@ __all__ = [
     "get_library_dir",
     "group_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "masked_softmax",

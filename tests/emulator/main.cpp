@@ -82,16 +82,22 @@ int main(int argc, char** argv) {
   on_fault = print_case;
   catch_signals();
 
-  const bool attention_alone = options.names.count("attention") > 0;
-  const bool softmax_alone = options.names.count("softmax") > 0;
+  const auto alone = [&](const char* family) {
+    for (const char* other : {"attention", "softmax", "loss"}) {
+      if (family != std::string(other) && options.names.count(other) > 0) return false;
+    }
+    return true;
+  };
   std::vector<Case> cases;
-  if (!attention_alone && !softmax_alone) cases = norm_cases(options);
-  if (!attention_alone && !softmax_alone)
-    for (Case& more : group_norm_cases(options)) cases.push_back(std::move(more));
-  if (!softmax_alone)
-    for (Case& more : attention_cases(options)) cases.push_back(std::move(more));
-  if (!attention_alone)
-    for (Case& more : softmax_cases(options)) cases.push_back(std::move(more));
+  const auto add = [&](const char* family, std::vector<Case> (*more)(const Options&)) {
+    if (!alone(family)) return;
+    for (Case& one : more(options)) cases.push_back(std::move(one));
+  };
+  add("norm", norm_cases);
+  add("norm", group_norm_cases);
+  add("attention", attention_cases);
+  add("softmax", softmax_cases);
+  add("loss", loss_cases);
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.cases import (
     Variant,
     as_tuple,
-    assert_bitwise,
+    assert_same,
     is_float,
     make_inputs,
     run_forward,
@@ -200,8 +200,9 @@ def _assert_right(spec: OpSpec, op_name: str, arguments: Arguments, result: tupl
     copies = {k: spec.dense(v.detach().resolve_neg()) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     op = getattr(torch.ops.fastkern, op_name).default
     with torch.no_grad():
-        for i, (ours, dense) in enumerate(zip(result, as_tuple(op(**copies)), strict=True)):
-            assert_bitwise(ours, dense, f"{op_name}: result {i} against dense copies")
+        again = as_tuple(op(**copies))[: len(result)]  # a function may keep what is for backward alone
+        for i, (ours, dense) in enumerate(zip(result, again, strict=True)):
+            assert_same(spec, ours, dense, f"{op_name}: result {i} against dense copies")
     if set(arguments) <= set(inspect.signature(spec.reference).parameters) and given[0].numel():
         if "quant_dtype" in _names(op):
             copies["quant_dtype"] = copies.get("quant_dtype") or torch.float8_e4m3fn

@@ -83,7 +83,7 @@ def _compare_special(spec: OpSpec, inputs: Inputs, grad_outs: Sequence[Tensor], 
     got, theirs = decoded(spec, inputs, spec.function), decoded(spec, inputs, spec.measure)
     truth = run_forward(spec.reference, in_float64(inputs))
     rows = with_slack(spec, inputs, list(zip(got, theirs, truth, strict=True)))
-    rows = [tuple(on_host(t) for t in row) for row in rows]
+    rows = [tuple(torch.atleast_1d(on_host(t)) for t in row) for row in rows]  # a sum is one row
     share = spec.allowance(inputs, False) if got[0].dtype == torch.float32 else 0.0
     for i, (ours, base, exact, *slack) in enumerate(rows):
         if not spec.contained:  # 0 times NaN is NaN, unless nobody multiplies

@@ -6,6 +6,7 @@
 //   at::Tensor y = fastkern::rms_norm(x, weight);   // differentiable if x or weight requires grad
 //   auto [y, h] = fastkern::add_rms_norm(x, residual, weight);
 //   auto [out, lse] = fastkern::flash_attn(q, k, v, {.causal = true});
+//   at::Tensor loss = std::get<0>(fastkern::cross_entropy(logits, target));
 //
 // This header is compiled by its user against the user's LibTorch and holds no kernels. The
 // operators come from libfastkern_torch.so, which registers them when it is loaded, by one of
@@ -30,6 +31,7 @@
 
 #include "fastkern/torch/attention.h"
 #include "fastkern/torch/common.h"
+#include "fastkern/torch/loss.h"
 #include "fastkern/torch/softmax.h"
 
 namespace fastkern {

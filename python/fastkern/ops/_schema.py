@@ -15,14 +15,19 @@ def arguments(op: str) -> Sequence[Any]:
     return getattr(torch.ops.fastkern, op).default._schema.arguments
 
 
-def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """``fake`` for ``fastkern::<op>``, called with every argument: torch leaves out those that equal their default."""
+def complete(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for ``fastkern::<op>``, called with every argument: torch leaves out defaults."""
     schema = [(a.name, a.default_value) for a in arguments(op)]
 
-    def complete(*given: Any, **named: Any) -> Any:
-        return fake(*given, *(named.get(name, default) for name, default in schema[len(given) :]))
+    def completed(*given: Any, **named: Any) -> Any:
+        return function(*given, *(named.get(name, default) for name, default in schema[len(given) :]))
 
-    torch.library.register_fake(f"fastkern::{op}")(complete)
+    return completed
+
+
+def register_fake(op: str, fake: Callable[..., Any]) -> None:
+    """``fake`` for ``fastkern::<op>``, called with every argument."""
+    torch.library.register_fake(f"fastkern::{op}")(complete(op, fake))
 
 
 class Order:

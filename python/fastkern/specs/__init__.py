@@ -8,7 +8,16 @@ arguments must be refused in which words.
 
 from __future__ import annotations
 
-from fastkern.specs import add_norm, attention, group_norm, norm, norm_quant, softmax
+from fastkern.specs import (
+    add_norm,
+    attention,
+    group_norm,
+    linear_cross_entropy,
+    loss,
+    norm,
+    norm_quant,
+    softmax,
+)
 from fastkern.specs._accuracy import assert_accurate, in_float64
 from fastkern.specs._spec import FLOAT_DTYPES, BadCall, Dims, Inputs, OpSpec, Outputs
 from fastkern.specs.norm import RMS_NORM
@@ -20,6 +29,8 @@ SPECS: tuple[OpSpec, ...] = (
     *group_norm.SPECS,
     *attention.SPECS,
     *softmax.SPECS,
+    *loss.SPECS,
+    *linear_cross_entropy.SPECS,
 )
 
 __all__ = [

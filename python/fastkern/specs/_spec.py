@@ -85,6 +85,8 @@ class OpSpec:
         unspecial: names of special values that do not do what they do in torch, as sums in another order overflow
             elsewhere: ``unspecial(inputs)``.
         devices: the types of device that there are kernels for.
+        reproducible: whether results have the same bits at other addresses and beside other calls; if not, as of
+            torch's matrix products, they may be off by rounding.
         benchmark: fields of the row that are others in the benchmark, such as functions that return less.
     """
 
@@ -127,6 +129,7 @@ class OpSpec:
     contained: bool = True
     unspecial: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    reproducible: bool = True
     benchmark: Mapping[str, Any] = field(default_factory=dict)
 
     @property
