@@ -35,9 +35,13 @@ Type type_of(const SoftmaxFwd& a) {
 }
 Type type_of(const SoftmaxBwd& a) { return type_of({&a.y, &a.dy, &a.dx}); }
 
-/// Plan of a call; `resident` is false where a row has to be read twice.
+/// Plan of a call; `resident` is false where a row has to be read twice. Clusters of 16 blocks are
+/// for compute capability 9.x and 10.x.
 Plan plan_of(Type type, std::int64_t n, int operands, int device, const char* op) {
-  return softmax_plan(n, type.type, operands, has_clusters(device, op));
+  const int capability_of = capability(device, op);
+  Plan plan = softmax_plan(n, type.type, operands, capability_of >= 90);
+  if (plan.blocks_per_row > 8 && capability_of >= 110) plan.resident = false;
+  return plan;
 }
 
 /// f<T>() with the element type.

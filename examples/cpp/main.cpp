@@ -112,9 +112,7 @@ void check_softmax(torch::Device device, torch::Dtype dtype, double tolerance) {
   both("logsumexp", fastkern::logsumexp(x, -1, true).expand_as(x),
        torch::logsumexp(x, -1, true).expand_as(x));
   const torch::Tensor keep = torch::ones({5, 320}, options).tril(315).to(torch::kBool);
-  const auto masked = [&] {
-    return torch::softmax((x * 0.5).masked_fill(~keep, -INFINITY), -1);
-  };
+  const auto masked = [&] { return torch::softmax((x * 0.5).masked_fill(~keep, -INFINITY), -1); };
   both("masked_softmax", fastkern::masked_softmax(x, keep, 0.5), masked());
   both("causal_softmax", fastkern::causal_softmax(x, 0.5), masked());
 }

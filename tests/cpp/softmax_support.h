@@ -142,7 +142,7 @@ inline SoftmaxExpected softmax_reference(const SoftmaxProblem& p, const SoftmaxT
         e.dx.scale[at] = std::abs(e.dx.value[at]) * (1.0 + std::abs(z[i] - found[row]));
       } else if (p.kind == SoftmaxKind::log_softmax) {
         e.y.value[at] = (z[i] - max) - std::log(sum);
-        e.y.scale[at] = std::abs(e.y.value[at]);
+        e.y.scale[at] = std::abs(e.y.value[at]) + 0.1;  // a small one is a difference
         e.dx.value[at] = dy[at] - std::exp(found[at]) * of_dy;
         e.dx.scale[at] =
             std::abs(dy[at]) + std::exp(found[at]) * (of_dy_size + std::abs(of_dy) * 8);
@@ -166,10 +166,12 @@ inline void expect_softmax(const SoftmaxProblem& p, const SoftmaxTensors& t) {
   for (const Tensor* written : {&t.y, &t.dx}) EXPECT_TRUE(written->gaps_intact());
 }
 
-/// Every kind of row: plain, of two types, over the middle, masked, causal.
+/// Every kind of row: plain, of two types, over the middle, masked, causal; of long rows fewer
+/// types.
 inline std::vector<SoftmaxProblem> softmax_problems(std::int64_t rows, std::int64_t n) {
   std::vector<SoftmaxProblem> problems;
   for (const DType dtype : kDTypes) {
+    if (n > 100'000 && dtype != DType::bf16) continue;
     for (const SoftmaxKind kind : kSoftmaxKinds)
       problems.push_back({.kind = kind, .dtype = dtype, .out = dtype, .rows = rows, .n = n});
     problems.push_back({.dtype = dtype,
