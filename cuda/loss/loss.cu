@@ -156,6 +156,7 @@ void cross_entropy(const CrossEntropyFwd& args, Stream stream) {
       }
     }
   }
+  if (!reduced && rows.count == 0) loss_sums(sums, stream);  // totals that nobody divides by
   if (!reduced || !args.loss || args.totals) return;
   sums.row_loss = args.row_loss, sums.row_zloss = args.row_zloss;
   sums.loss = args.loss, sums.zloss = args.zloss;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256) softmax_registers_kernel(const Forward<T>
   for (int i = 0; i < kPacks; ++i) {
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      e[i][j] = exp_of(__fsub_rn(z[i][j], shift));
+      e[i][j] = exp_for<T>(__fsub_rn(z[i][j], shift));
       terms.sum += e[i][j];
     }
   }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(512) softmax_shared_kernel(const Forward<T> p)
     float z[kV];
     values.template values<kPlain>({ptx::ld_shared(place)}, column, z);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) terms.sum += exp_of(__fsub_rn(z[j], shift));
+    for (int j = 0; j < kV; ++j) terms.sum += exp_for<T>(__fsub_rn(z[j], shift));
   });
   terms.sum = lanes<tile::Sum>(terms.sum, 32);
   terms = exchanged(terms, memory, p.blocks, rank);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(512) softmax_shared_kernel(const Forward<T> p)
     float z[kV];
     values.template values<kPlain>({ptx::ld_shared(place)}, column, z);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) z[j] = result_of(kind, z[j], r);
+    for (int j = 0; j < kV; ++j) z[j] = result_of<T>(kind, z[j], r);
     put<kPlain>(p.y, gY, column, n, z);
   });
 }

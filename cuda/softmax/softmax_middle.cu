@@ -15,6 +15,19 @@ namespace {
 
 constexpr int kColumns = 32, kWarps = 16, kBatch = 4;  // lines a thread reads at once
 
+/// A sum of many numbers: of parts of 64, so that none is lost beside what is there already.
+struct LongSum {
+  float all = 0.0f, part = 0.0f;
+  int added = 0;
+
+  __device__ __forceinline__ void count(int more) {
+    added += more;
+    if (added < 64) return;
+    all += part, part = 0.0f, added = 0;
+  }
+  __device__ __forceinline__ float total() const { return all + part; }
+};
+
 struct MiddleFwd {
   const void* x;
   void* y;
@@ -63,27 +76,30 @@ __global__ void __launch_bounds__(kColumns* kWarps) softmax_middle_kernel(const 
   const auto value = [&](std::int64_t at) {
     return rounded_to(p.narrow, load_as(p.x, p.x_type, at));
   };
-  Terms terms = nothing();
+  float max = -infinity();
+  LongSum sum;
   if (place.inside) {
     const std::int64_t step = kWarps * p.c;
     std::int64_t line = threadIdx.x / kColumns, at = place.start + line * p.c;
     for (; line < p.n; line += kBatch * kWarps, at += kBatch * step) {
-      float z[kBatch], max = terms.max;
+      float z[kBatch], most = max;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
         z[i] = line + i * kWarps < p.n ? value(at + i * step) : -infinity();
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) max = fmaxf(max, z[i]);
-      float sum = __fmul_rn(terms.sum, factor_of(terms.max, max));
+      for (int i = 0; i < kBatch; ++i) most = fmaxf(most, z[i]);
+      const float factor = factor_of(max, most);
+      max = most;
+      sum.all = __fmul_rn(sum.all, factor), sum.part = __fmul_rn(sum.part, factor);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) sum += exp_of(__fsub_rn(z[i], shift_of(max)));
-      terms = {max, sum};
+      for (int i = 0; i < kBatch; ++i) sum.part += exp_of(__fsub_rn(z[i], shift_of(max)));
+      sum.count(kBatch);
     }
   }
-  shared[threadIdx.x] = terms;
+  shared[threadIdx.x] = {max, sum.total()};
   __syncthreads();
   if (!place.inside) return;
-  terms = nothing();
+  Terms terms = nothing();
   for (int i = 0; i < kWarps; ++i)
     terms = merged(terms, shared[i * kColumns + threadIdx.x % kColumns]);
   const RowTerms r = row_terms(p.kind, terms, false);
@@ -92,7 +108,7 @@ __global__ void __launch_bounds__(kColumns* kWarps) softmax_middle_kernel(const 
     return;
   }
   each_line(place, p.n, p.c, [&](std::int64_t at) {
-    tile::store_as(p.y, p.y_type, at, result_of(p.kind, value(at), r));
+    tile::store_as(p.y, p.y_type, at, result_of<float>(p.kind, value(at), r));
   });
 }
 
@@ -111,13 +127,15 @@ __global__ void __launch_bounds__(kColumns* kWarps) softmax_bwd_middle_kernel(co
     });
     return;
   }
-  float sum = 0.0f;
+  LongSum own;
   each_line(place, p.n, p.c, [&](std::int64_t at) {
-    sum = added_term(p.kind, load_as(p.y, p.y_type, at), load_as(p.dy, p.dy_type, at), sum);
+    own.part =
+        added_term(p.kind, load_as(p.y, p.y_type, at), load_as(p.dy, p.dy_type, at), own.part);
+    own.count(1);
   });
-  shared[threadIdx.x] = sum;
+  shared[threadIdx.x] = own.total();
   __syncthreads();
-  sum = 0.0f;
+  float sum = 0.0f;
   for (int i = 0; i < kWarps; ++i) sum += shared[i * kColumns + threadIdx.x % kColumns];
   each_line(place, p.n, p.c, [&](std::int64_t at) {
     const float y = load_as(p.y, p.y_type, at), dy = load_as(p.dy, p.dy_type, at);

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
     float z[kV];
     values.values(x[i], s.first + column_of(i), z);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) z[j] = result_of(p.kind, z[j], r);
+    for (int j = 0; j < kV; ++j) z[j] = result_of<float>(p.kind, z[j], r);
     x[i] = p.y.pack(z);
   }
   p.y.store(at_column(p.y, s.row, s.first), column_of, s.columns, x);

@@ -28,10 +28,26 @@ using tile::RowView;
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fffffffu); }
 
-/// exp(v) within some 2 ulp for the v around 0 and below that occur; denormal results are 0. The
-/// multiplication rounds on its own: exp(0) is 1.
-__device__ __forceinline__ float exp_of(float v) {
+/// exp(v) for values of 16 bits: within 2 ulp around 0, and |v| / 20 more below. The multiplication
+/// rounds on its own: exp(0) is 1. Denormal results are 0.
+__device__ __forceinline__ float quick_exp(float v) {
   return ptx::exp2_approx(__fmul_rn(v, 1.4426950408889634f));
+}
+
+/// exp(v) within 2 ulp for any v: what rounding took from the exponent goes to the result.
+__device__ __forceinline__ float exp_of(float v) {
+  constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-8f, kLn2 = 0.693147181f;
+  const float exponent = __fmul_rn(v, kLog2e);
+  const float rest = __fmaf_rn(v, kLog2eRest, __fmaf_rn(v, kLog2e, -exponent));
+  const float power = ptx::exp2_approx(exponent);
+  // Beyond that the result is 0, infinite or NaN.
+  return fabsf(exponent) < 127.0f ? __fmaf_rn(power, __fmul_rn(rest, kLn2), power) : power;
+}
+
+/// Whichever is enough for results of T.
+template <class T>
+__device__ __forceinline__ float exp_for(float v) {
+  return sizeof(T) == 2 ? quick_exp(v) : exp_of(v);
 }
 
 /// The larger one, NaN left out.
@@ -112,9 +128,10 @@ __device__ __forceinline__ RowTerms row_terms(SoftmaxKind kind, Terms all, bool 
 }
 
 /// One result of softmax or log_softmax.
+template <class T>
 __device__ __forceinline__ float result_of(SoftmaxKind kind, float z, RowTerms r) {
   const float d = __fsub_rn(z, r.shift);
-  return kind == SoftmaxKind::softmax ? __fmul_rn(exp_of(d), r.rest) : __fsub_rn(d, r.rest);
+  return kind == SoftmaxKind::softmax ? __fmul_rn(exp_for<T>(d), r.rest) : __fsub_rn(d, r.rest);
 }
 
 /// One gradient: `sum` is that of dy * y or of dy.

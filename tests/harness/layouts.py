@@ -23,7 +23,7 @@ from harness.cases import (
 )
 
 # A layout takes a tensor and gives one of the same shape and dtype at other strides, or None where the rank does not
-# allow it. What lies around the values is NaN, or the largest integer, so that a read past them shows. Expanded layouts
+# allow it. What lies around the values is NaN, the largest integer or True, so that a read past them shows. Expanded layouts
 # change the values.
 Layout = Callable[[Tensor], Tensor | None]
 
@@ -31,7 +31,7 @@ GRAD_OUT = "grad_out "
 
 
 def _surroundings(t: Tensor, *sizes: int) -> Tensor:
-    filler = float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max
+    filler = float("nan") if t.is_floating_point() else t.dtype == torch.bool or torch.iinfo(t.dtype).max
     return torch.full(sizes, filler, dtype=t.dtype, device=t.device)
 
 

@@ -194,6 +194,7 @@ def _compute_chunks(a: _Arguments, shape: tuple[int, ...]) -> tuple[Tensor, ...]
     classes, width = a.weight.shape
     count = torch.Size(shape[:-1]).numel()
     hidden, weight = a.hidden.contiguous().view(count, width), a.weight.contiguous()
+    bias = None if a.bias is None else a.bias.contiguous()
     soft = a.target.is_floating_point()
     target = a.target.contiguous().view((count, classes) if soft else count)
     dloss = None if a.dloss is None else a.dloss.contiguous().view(count)
@@ -210,10 +211,10 @@ def _compute_chunks(a: _Arguments, shape: tuple[int, ...]) -> tuple[Tensor, ...]
     for first in range(0, count, chunk):
         size = min(chunk, count - first)
         logits, part = buffer[:size], hidden[first : first + size]
-        if a.bias is None:
+        if bias is None:
             torch.mm(part, columns, out=logits)
         else:
-            torch.addmm(a.bias, part, columns, out=logits)
+            torch.addmm(bias, part, columns, out=logits)
         _part(logits, target, a.class_weight, totals, rows, dloss, first, wanted, *a.options)
         if a.need_dhidden:
             torch.mm(logits, weight, out=dhidden.view(count, width)[first : first + size])

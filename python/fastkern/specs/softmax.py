@@ -287,9 +287,15 @@ _CPU_BENCH_DIMS: tuple[Dims, ...] = (*rows(1024, 1024), *rows(2048, 4096), *rows
 
 _VARIANTS: tuple[dict[str, Any], ...] = ({}, {"out": torch.float32}, {"out": torch.bfloat16}, {"behind": 5})
 
+def _allowance(inputs: Inputs, stressed: bool) -> float:
+    """Of a dy of one sign little is left beside its mean under y: a rounding of that sum is ten of the result."""
+    return 2e-6 if stressed else 0.0
+
+
 SOFTMAX = OpSpec(
     name="softmax",
     family="softmax",
+    allowance=_allowance,
     function=fastkern.softmax,
     reference=_softmax_reference,
     baseline=_softmax_torch,
@@ -356,6 +362,7 @@ LOGSUMEXP = OpSpec(
 MASKED_SOFTMAX = OpSpec(
     name="masked_softmax",
     family="softmax",
+    allowance=_allowance,
     function=fastkern.masked_softmax,
     reference=_masked_reference,
     baseline=_masked_torch,
@@ -391,6 +398,7 @@ MASKED_SOFTMAX = OpSpec(
 CAUSAL_SOFTMAX = OpSpec(
     name="causal_softmax",
     family="softmax",
+    allowance=_allowance,
     function=fastkern.causal_softmax,
     reference=_causal_reference,
     baseline=_causal_torch,
