@@ -2,7 +2,8 @@
 // Cross entropy, forward with the gradient by the logits, which may be written over them: what
 // cross_entropy_fwd_kernel and cross_entropy_bwd_kernel do, with one read of the logits.
 //
-//   work     a row belongs to a block of up to 512 threads, up to 104 KiB of it, or to a cluster of
+//   work     a row belongs to a block of up to 512 threads (256 in the general form), up to 104 KiB
+//   of it, or to a cluster of
 //   2
 //            to 16 blocks with up to 72 KiB each (cross_entropy_grad_plan). The blocks have parts
 //            of as many packs one after the other; pack i of thread t is the (i * threads + t)-th

@@ -297,8 +297,8 @@ __device__ __forceinline__ Pack<T> gradient_of(const Loss<T>& p, Pack<T> pack, s
 
 /// Writes the gradient of the target's own logit, behind the pack that has it.
 template <class T, bool kPlain>
-__device__ __forceinline__ void store_target(const Loss<T>& p, T logit, std::int64_t row, int target,
-                                             const RowGradient& g, char* gG) {
+__device__ __forceinline__ void store_target(const Loss<T>& p, T logit, std::int64_t row,
+                                             int target, const RowGradient& g, char* gG) {
   float v[1] = {tile::to_float(logit)};
   to_gradient<T, kPlain>(p, v, row, target, p.classes, g, g.own,
                          [logit](float (&x)[1]) { x[0] = tile::to_float(logit); });
