@@ -139,6 +139,28 @@ def test_options_together(data: st.DataObject) -> None:
     assert bool((ours[1].double() - truth[1]).abs().max() <= 8 * size + 4 * (theirs[1].double() - truth[1]).abs().max())
 
 
+@pytest.mark.cuda
+@pytest.mark.large
+def test_more_logits_than_32_bits_can_number(cuda: None) -> None:
+    """Rows are what they are alone, forward and backward, and the gradient over the logits is the same."""
+    rows, v = 2**32 // 131072 + 3, 131072
+    if torch.cuda.mem_get_info()[0] < rows * v * 5:
+        pytest.skip("too little memory")
+    logits = torch.empty(rows, v, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_()
+    target = torch.randint(v, (rows,), device="cuda")
+    loss = fastkern.cross_entropy(logits, target, reduction="none")
+    (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    for part in (slice(0, 3), slice(rows // 2 - 1, rows // 2 + 2), slice(rows - 3, rows)):
+        own = logits[part].detach().clone().requires_grad_()
+        again = fastkern.cross_entropy(own, target[part], reduction="none")
+        assert torch.equal(loss[part], again)
+        assert torch.equal(grad[part], torch.autograd.grad(again, own, torch.ones_like(again))[0])
+    expected = grad[-3:].float()
+    del grad
+    torch.ops.fastkern.cross_entropy_grad_(logits.detach(), target, reduction=2)
+    assert bool(((logits.detach()[-3:].float() - expected).abs() <= 2**-8 * expected.abs() + 1e-9).all())
+
+
 # ---- what torch says -------------------------------------------------------------------------------------------------
 
 

@@ -33,15 +33,23 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 5 : 3)
   if (target == Targets::kIgnored) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) packs[i] = {};
-  } else {
-    p.logits.load(p.logits.row(row), columns, n, packs);
-    const float* const state = p.state + kLossState * row;
-    const RowGradient g = row_gradient<T, kPlain>(p, row, target, {state[0], state[1], state[2]});
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i)
-      packs[i] = gradient_of<T, kPlain>(p, packs[i], row, columns(i), n, target, g);
+    p.grad.store(gG, columns, n, packs);
+    return;
   }
+  const char* const gX = p.logits.row(row);
+  p.logits.load(gX, columns, n, packs);
+  // The target's pack, counted from the first one of this part of the row.
+  const int pack = target < 0 ? -1 : target / kV - part * kPacks * p.threads;
+  const bool own = pack >= 0 && pack < kPacks * p.threads && pack % p.threads == index;
+  T logit{};
+  if (own) logit = reinterpret_cast<const T*>(gX)[target];  // before it may be written over
+  const float* const state = p.state + kLossState * row;
+  const RowGradient g = row_gradient<T, kPlain>(p, row, target, {state[0], state[1], state[2]});
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i)
+    packs[i] = gradient_of<T, kPlain>(p, packs[i], row, columns(i), n, g);
   p.grad.store(gG, columns, n, packs);
+  if (own) store_target<T, kPlain>(p, logit, row, target, g, gG);
 }
 
 /// x *= *factor, unless that is 1: then it has not been read.

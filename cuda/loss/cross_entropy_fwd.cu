@@ -46,14 +46,18 @@ __global__ void __launch_bounds__(256, kPlain ? 5 : 4)
   }
   const float pivot = pivot_of<T, kPlain>(p, gX);
   Sums<T, kPlain> sums;
-  while (true) {
+  if (index == 0 && target >= 0)
+    add_target<T, kPlain>(p, reinterpret_cast<const T*>(gX)[target], sums);
+  while (columns(kPacks - 1) + kV <= n) {
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (columns(i) < n) add_pack<T, kPlain>(p, packs[i], row, columns(i), n, target, pivot, sums);
-    }
+    for (int i = 0; i < kPacks; ++i)
+      add_pack<T, kPlain, false>(p, packs[i], row, columns(i), n, pivot, sums);
     columns.first += kPacks * apart;
-    if (columns.first >= n) break;
     p.logits.load(gX, columns, n, packs);
+  }
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    if (columns(i) < n) add_pack<T, kPlain, true>(p, packs[i], row, columns(i), n, pivot, sums);
   }
   if (warps) {
     sums.reduce(p.unit);

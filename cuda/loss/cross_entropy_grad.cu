@@ -2,7 +2,8 @@
 // Cross entropy, forward with the gradient by the logits, which may be written over them: what
 // cross_entropy_fwd_kernel and cross_entropy_bwd_kernel do, with one read of the logits.
 //
-//   work     a row belongs to a block of up to 512 threads, up to 104 KiB of it, or to a cluster of
+//   work     a row belongs to a block of up to 512 threads (256 in the general form), up to 104 KiB
+//   of it, or to a cluster of
 //   2
 //            to 16 blocks with up to 72 KiB each (cross_entropy_grad_plan). The blocks have parts
 //            of as many packs one after the other; pack i of thread t is the (i * threads + t)-th
@@ -19,14 +20,20 @@
 //   cost     reads the logits once, writes the gradient once
 //
 // A cluster that does not fit on the device is not launched at all: the plan is the caller's.
+#include <algorithm>
+
 #include "loss/loss_rows.cuh"
 
 namespace fastkern::cuda {
 namespace loss_detail {
 namespace {
 
+// The general form has half of the threads, with twice the registers.
+template <bool kPlain>
+inline constexpr int kMostThreads = kPlain ? 512 : 256;
+
 template <class T, bool kPlain>
-__global__ void __launch_bounds__(512, kPlain ? 3 : 2)
+__global__ void __launch_bounds__(kMostThreads<kPlain>, 3)
     cross_entropy_grad_kernel(const __grid_constant__ Loss<T> p) {
   constexpr int kV = kVector<T>;
   extern __shared__ __align__(128) uint4 memory[];
@@ -39,7 +46,7 @@ __global__ void __launch_bounds__(512, kPlain ? 3 : 2)
   // f(first column of a pack, its place) for all packs of the thread.
   const auto each = [&](const auto& f) {
     uint4* place = sRow;
-#pragma unroll 2
+#pragma unroll(kPlain ? 2 : 1)
     for (int at = begin + static_cast<int>(threadIdx.x) * kV; at < end;
          at += threads * kV, place += threads)
       f(at, place);
@@ -65,17 +72,31 @@ __global__ void __launch_bounds__(512, kPlain ? 3 : 2)
   const float pivot = pivot_of<T, kPlain>(p, gX);
   Sums<T, kPlain> sums;
   ptx::cp_async_wait<0>();
-  each([&](int at, const uint4* place) {
-    add_pack<T, kPlain>(p, {ptx::ld_shared(place)}, row, at, n, target, pivot, sums);
-  });
+  T logit{};  // of the target, for the thread that has it
+  const int own_pack = (target - begin) / kV;
+  const bool own = target >= begin && target < end && own_pack % threads == threadIdx.x;
+  if (own) {
+    logit = reinterpret_cast<const T*>(memory + tile::kLogSumBytes / 16)[target - begin];
+    add_target<T, kPlain>(p, logit, sums);
+  }
+  const auto add_up = [&]<bool kEnd>() {
+    each([&](int at, const uint4* place) {
+      add_pack<T, kPlain, kEnd>(p, {ptx::ld_shared(place)}, row, at, n, pivot, sums);
+    });
+  };
+  if (n % kV == 0) {
+    add_up.template operator()<false>();
+  } else {
+    add_up.template operator()<true>();
+  }
   exchange.reduce(sums, p.unit);
   const RowState state = finish_row<T, kPlain>(p, row, target, pivot, sums, first);
   const RowGradient g = row_gradient<T, kPlain>(p, row, target, state);
   each([&](int at, const uint4* place) {
-    const Pack<T> packs[1] = {
-        gradient_of<T, kPlain>(p, {ptx::ld_shared(place)}, row, at, n, target, g)};
+    const Pack<T> packs[1] = {gradient_of<T, kPlain>(p, {ptx::ld_shared(place)}, row, at, n, g)};
     p.grad.store(gG, Apart{at, 0}, n, packs);
   });
+  if (own) store_target<T, kPlain>(p, logit, row, target, g, gG);
 }
 
 }  // namespace
@@ -83,12 +104,12 @@ __global__ void __launch_bounds__(512, kPlain ? 3 : 2)
 void launch_grad(const CrossEntropyFwd& args, const Plan& plan, Stream stream) {
   dispatch(args.logits.dtype, [&]<class T>() {
     Loss<T> p = forward_params<T>(args);
-    p.threads = plan.threads_per_row, p.blocks = plan.blocks_per_row;
+    p.blocks = plan.blocks_per_row;
     dispatch_bool(is_plain(args), [&]<bool kPlain>() {
       launch(cross_entropy_grad_kernel<T, kPlain>,
              {.op = args.op,
               .grid = p.rows * p.blocks,
-              .block = plan.threads_per_block,
+              .block = std::min(plan.threads_per_block, kMostThreads<kPlain>),
               .shared = static_cast<std::size_t>(plan.shared_bytes),
               .cluster = p.blocks,
               .overlap = true},

@@ -125,22 +125,17 @@ __device__ __forceinline__ void shares_of(const Loss<T>& p, std::int64_t row, in
     share[j] = column + j < n ? w[j] * fmaf(share[j], p.hard_share, p.even_share) : 0.0f;
 }
 
-/// A row's sums take in the pack from `column` on, of n columns.
-template <class T, bool kPlain>
+/// A row's sums take in the pack from `column` on; kEnd: it may reach beyond the n columns.
+template <class T, bool kPlain, bool kEnd>
 __device__ __forceinline__ void add_pack(const Loss<T>& p, const Pack<T>& pack, std::int64_t row,
-                                         int column, int n, int target, float pivot,
-                                         Sums<T, kPlain>& sums) {
+                                         int column, int n, float pivot, Sums<T, kPlain>& sums) {
   constexpr int kV = kVector<T>;
   float v[kV];
   tile::unpack(pack, v);
   to_values<T, kPlain>(p, v);
-  if (column + kV > n) {
+  if constexpr (kEnd) {
 #pragma unroll
     for (int j = 0; j < kV; ++j) v[j] = column + j < n ? v[j] : tile::kMinusInfinity;
-  }
-  if (target >= column && target < column + kV) {
-#pragma unroll
-    for (int j = 0; j < kV; ++j) sums.more[0] += target == column + j ? v[j] : 0.0f;
   }
   if constexpr (!kPlain) {
     if (p.spread) {
@@ -150,11 +145,19 @@ __device__ __forceinline__ void add_pack(const Loss<T>& p, const Pack<T>& pack, 
       for (int j = 0; j < kV; ++j) {
         sums.more[1] += share[j];
         // Beyond the end 0 times −inf would be NaN; within the row it is, as in torch.
-        if (column + j < n) sums.more[2] += share[j] * (v[j] - pivot);
+        if (!kEnd || column + j < n) sums.more[2] += share[j] * (v[j] - pivot);
       }
     }
   }
   sums.exponentials.add(v, p.unit);
+}
+
+/// The sums take in the logit of the row's target, by the one thread that calls this.
+template <class T, bool kPlain>
+__device__ __forceinline__ void add_target(const Loss<T>& p, T logit, Sums<T, kPlain>& sums) {
+  float v[1] = {tile::to_float(logit)};
+  to_values<T, kPlain>(p, v);
+  sums.more[0] = v[0];
 }
 
 /// What products are taken around: the row's first v, if that is a number.
@@ -220,7 +223,8 @@ __device__ __forceinline__ void finish_ignored(const Loss<T>& p, std::int64_t ro
 
 /// What the gradient of a row is made of:
 ///   (factor * exp2((v - top) * unit) - target * share_j - [j == target's class] own) * dz/dx
-/// where the slope of a plain row is in the coefficients already.
+/// where the slope of a plain row is in the coefficients already. A target's own column is written
+/// once more behind the others, by the thread that has written it: loops need not look for it.
 struct RowGradient {
   float top, factor, target, own;
 };
@@ -243,45 +247,62 @@ __device__ __forceinline__ RowGradient row_gradient(const Loss<T>& p, std::int64
   return g;
 }
 
-template <class T, bool kPlain>
-__device__ __forceinline__ Pack<T> gradient_of(const Loss<T>& p, const Pack<T>& pack,
-                                               std::int64_t row, int column, int n, int target,
-                                               const RowGradient& g) {
-  constexpr int kV = kVector<T>;
-  float v[kV];
-  tile::unpack(pack, v);
-  if constexpr (kPlain) {
+/// x becomes the gradient, at kCount columns from `column` on; `own`: of those, for a target's.
+/// `again(v)`: v becomes x once more, of which slopes are made: kept, it would take registers.
+template <class T, bool kPlain, int kCount, class Again>
+__device__ __forceinline__ void to_gradient(const Loss<T>& p, float (&v)[kCount], std::int64_t row,
+                                            int column, int n, const RowGradient& g, float own,
+                                            const Again& again) {
+  to_values<T, kPlain>(p, v);
 #pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = g.factor * ptx::exp2_approx((v[j] - g.top) * p.unit);
-    if (target >= column && target < column + kV) {
-#pragma unroll
-      for (int j = 0; j < kV; ++j) v[j] -= target == column + j ? g.own : 0.0f;
-    }
-  } else {
-    float slope[kV];
-#pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      slope[j] = p.scale;
-      if (p.capped) {
-        // 1 − tanh² as it stands loses its digits where the cap is reached.
-        const float u = v[j] * p.scale * p.inverse_cap;
-        const float e = ptx::exp2_approx(fabsf(u) * (-2.0f * kLog2e)), d = 1.0f + e;
-        slope[j] *= __fdividef(4.0f * e, d * d);
-      }
-    }
-    to_values<T, kPlain>(p, v);
-#pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = g.factor * ptx::exp2_approx((v[j] - g.top) * p.unit);
+  for (int j = 0; j < kCount; ++j) v[j] = g.factor * ptx::exp2_approx((v[j] - g.top) * p.unit);
+  if constexpr (!kPlain) {
     if (p.spread) {
-      float share[kV];
+      float share[kCount];
       shares_of(p, row, column, n, share);
 #pragma unroll
-      for (int j = 0; j < kV; ++j) v[j] = fmaf(-g.target, share[j], v[j]);
+      for (int j = 0; j < kCount; ++j) v[j] = fmaf(-g.target, share[j], v[j]);
     }
-#pragma unroll
-    for (int j = 0; j < kV; ++j) v[j] = (v[j] - (target == column + j ? g.own : 0.0f)) * slope[j];
   }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) v[j] -= own;
+  if constexpr (!kPlain) {
+    float x[kCount];
+    again(x);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      float slope = p.scale;
+      if (p.capped) {
+        // 1 − tanh² as it stands loses its digits where the cap is reached.
+        const float u = x[j] * p.scale * p.inverse_cap;
+        const float e = ptx::exp2_approx(fabsf(u) * (-2.0f * kLog2e)), d = 1.0f + e;
+        slope *= __fdividef(4.0f * e, d * d);
+      }
+      v[j] *= slope;
+    }
+  }
+}
+
+template <class T, bool kPlain>
+__device__ __forceinline__ Pack<T> gradient_of(const Loss<T>& p, Pack<T> pack, std::int64_t row,
+                                               int column, int n, const RowGradient& g) {
+  float v[kVector<T>];
+  tile::unpack(pack, v);
+  to_gradient<T, kPlain>(p, v, row, column, n, g, 0.0f, [&pack](float (&x)[kVector<T>]) {
+    tile::keep_packed(pack);
+    tile::unpack(pack, x);
+  });
   return tile::pack_of<T>(v);
+}
+
+/// Writes the gradient of the target's own logit, behind the pack that has it.
+template <class T, bool kPlain>
+__device__ __forceinline__ void store_target(const Loss<T>& p, T logit, std::int64_t row,
+                                             int target, const RowGradient& g, char* gG) {
+  float v[1] = {tile::to_float(logit)};
+  to_gradient<T, kPlain>(p, v, row, target, p.classes, g, g.own,
+                         [logit](float (&x)[1]) { x[0] = tile::to_float(logit); });
+  reinterpret_cast<T*>(gG)[target] = tile::from_float<T>(v[0]);
 }
 
 /// The parameters of a call's kernels; defined by the host code of each.

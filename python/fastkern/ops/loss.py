@@ -159,11 +159,11 @@ def _fake_bwd(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _not_differentiable("cross_entropy", ctx.needs_input_grad)
     logits, target, *rest = inputs
-    weight, *options = [*rest, *_DEFAULTS[len(rest) :]]
+    rest += _DEFAULTS[len(rest) :]
     ctx.set_materialize_grads(False)  # an output that is not used must not cost a tensor of zeros
     ctx.mark_non_differentiable(output[3])
-    ctx.options = Options(*options)
-    ctx.save_for_backward(logits, target, weight, output[3])
+    ctx.options = Options(*rest[1:])
+    ctx.save_for_backward(logits, target, rest[0], output[3])
 
 
 def _grad(

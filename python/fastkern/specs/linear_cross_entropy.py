@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -100,20 +102,50 @@ class _Products(torch.autograd.Function):
         return logits @ weight, logits.t() @ hidden
 
 
-def _products(hidden: Tensor, weight: Tensor, **_: Any) -> Tensor:
+def _products(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return _Products.apply(hidden, weight)
 
 
-def _liger(hidden: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Tensor:
+def _liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target)[0]
 
 
-def _quack(hidden: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Tensor:
+def _quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(hidden, weight, target)
+
+
+# Forward computes the gradients: what is timed is a step, both passes as one call.
+
+
+def _step(function: Callable[..., Any], hidden: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Any:
+    """The loss and the gradients of hidden and weight."""
+    with torch.enable_grad():
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = function(*leaves, target)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def _plain(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def _plain_wide(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_plain_wide, dynamic=False)
+
+
+@torch.compiler.disable  # the benchmark compiles the whole, of which autograd.grad is no part
+def _compiled_step(hidden: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Any:
+    return _step(_compiled(), hidden, weight, target)
 
 
 # ---- the row ---------------------------------------------------------------------------------------------------------
@@ -209,10 +241,18 @@ LINEAR_CROSS_ENTROPY = OpSpec(
     flops=_flops,
     bench_dims=_rows((256, 1024, 8192), (4096, 2048, 32000), (4096, 4096, 128256), (8192, 4096, 128256)),
     cpu_bench_dims=_rows((256, 256, 8192), (512, 512, 16384)),
-    peers={"three products": _products, "liger": _liger, "quack": _quack},
+    peers={
+        "three products": partial(_step, _products),
+        "liger": partial(_step, _liger),
+        "quack": partial(_step, _quack),
+    },
     benchmark={
-        "baseline": lambda hidden, weight, target, **_: F.cross_entropy(F.linear(hidden, weight), target),
-        "reference": lambda hidden, weight, target, **_: F.cross_entropy(F.linear(hidden, weight).float(), target),
+        "function": partial(_step, fastkern.linear_cross_entropy),
+        "baseline": partial(_step, _plain),
+        "reference": _compiled_step,
+        "differentiable": (),
+        "traffic": lambda inputs, backward: _traffic(inputs, False) + _traffic(inputs, True),
+        "flops": lambda inputs, backward: _flops(inputs, False) + _flops(inputs, True),
     },
     bad_calls=_bad_calls("linear_cross_entropy"),
     empty_dims=("M", "B", "S"),
