@@ -141,12 +141,14 @@ __device__ __forceinline__ void add_pack(const Loss<T>& p, const Pack<T>& pack, 
     if (p.spread) {
       float share[kV];
       shares_of(p, row, column, n, share);
+      float shares = 0.0f, products = 0.0f;  // of the pack first: a row has thousands
 #pragma unroll
       for (int j = 0; j < kV; ++j) {
-        sums.more[1] += share[j];
+        shares += share[j];
         // Beyond the end 0 times −inf would be NaN; within the row it is, as in torch.
-        if (!kEnd || column + j < n) sums.more[2] += share[j] * (v[j] - pivot);
+        if (!kEnd || column + j < n) products += share[j] * (v[j] - pivot);
       }
+      sums.more[1] += shares, sums.more[2] += products;
     }
   }
   sums.exponentials.add(v, p.unit);

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(256) softmax_bwd_registers_kernel(const Backwa
     p.dy.unpack(dy[i], b);
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      a[j] = gradient_of(kind, a[j], b[j], sum[0], p.scale);
+      a[j] = gradient_of<T>(kind, a[j], b[j], sum[0], p.scale);
       if constexpr (!kPlain) a[j] = column_of(i) + j < seen ? a[j] : 0.0f;
     }
     dx[i] = p.dx.pack(a);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(512) softmax_bwd_shared_kernel(const Backward<
     p.dy.unpack({ptx::ld_shared(sDy + i)}, b);
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      a[j] = gradient_of(kind, a[j], b[j], sum[0], p.scale);
+      a[j] = gradient_of<T>(kind, a[j], b[j], sum[0], p.scale);
       if constexpr (!kPlain) a[j] = column + j < seen ? a[j] : 0.0f;
     }
     put<kPlain>(p.dx, gDx, column, n, a);

@@ -9,8 +9,8 @@
 //   memory   the row waits in registers, or in shared memory where cp.async brings it, between its
 //            sum and its result
 //   sync     each warp takes its exponentials around its own largest value; then one exchange of
-//            the warps' (max, sum) gives both of the row: a barrier, in a cluster st.async to every
-//            block and one wait. None where a team lies within a warp.
+//            the warps' (max, sum) gives both of the row: a barrier, and in a cluster st.async of
+//            the block's to every block and one wait. None where a team lies within a warp.
 //   cost     x is read and y written once. For each element, of bf16: unpack 1, max 1, x - m, *
 //   log2 e,
 //            ex2, add, * 1 / s, half a conversion: 7.5 instructions, where a copy at 4.2 TB/s
@@ -85,29 +85,29 @@ __global__ void __launch_bounds__(256) softmax_registers_kernel(const Forward<T>
   p.y.template store<kPlain>(gY, column_of, n, y);
 }
 
-/// Shared memory before the rows: a barrier, and terms of up to 16 warps of 16 blocks.
-inline constexpr int kTermsBytes = 128 + 16 * 16 * 8;
+/// Shared memory before the rows: a barrier, terms of up to 16 warps, and of up to 16 blocks.
+inline constexpr int kTermsBytes = 128 + 16 * 8 + 16 * 8;
 
 /// (max, sum) of the row, from those of this thread's warp. `cluster_wait` is still to come where
 /// blocks share the row.
 __device__ __forceinline__ Terms exchanged(Terms mine, void* memory, int blocks, int rank) {
   std::uint64_t* const barrier = static_cast<std::uint64_t*>(memory);
-  Terms* const shared = reinterpret_cast<Terms*>(static_cast<char*>(memory) + 128);
+  Terms* const of_warps = reinterpret_cast<Terms*>(static_cast<char*>(memory) + 128);
+  Terms* const of_blocks = of_warps + 16;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  if (blocks == 1) {
-    if (lane == 0) shared[warp] = mine;
-    __syncthreads();
-  } else {
-    ptx::cluster_wait();
-    if (lane < blocks) {
-      Terms* const to = shared + rank * warps + warp;
-      ptx::st_async(&to->max, __float_as_uint(mine.max), barrier, lane);
-      ptx::st_async(&to->sum, __float_as_uint(mine.sum), barrier, lane);
-    }
-    while (!ptx::mbarrier_try_wait(barrier, 0)) {
-    }
+  if (lane == 0) of_warps[warp] = mine;
+  __syncthreads();
+  const Terms all = few_merged<16>(of_warps, warps);
+  if (blocks == 1) return all;
+  ptx::cluster_wait();
+  if (warp == 0 && lane < blocks) {
+    Terms* const to = of_blocks + rank;
+    ptx::st_async(&to->max, __float_as_uint(all.max), barrier, lane);
+    ptx::st_async(&to->sum, __float_as_uint(all.sum), barrier, lane);
   }
-  return all_merged(shared, blocks * warps);
+  while (!ptx::mbarrier_try_wait(barrier, 0)) {
+  }
+  return few_merged<16>(of_blocks, blocks);
 }
 
 template <class T, SoftmaxKind kKind, bool kPlain>
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(512) softmax_shared_kernel(const Forward<T> p)
       std::uint64_t* const barrier = reinterpret_cast<std::uint64_t*>(memory);
       ptx::mbarrier_init(barrier, 1);
       ptx::mbarrier_init_fence();
-      ptx::mbarrier_expect(barrier, p.blocks * (threads / 32) * 8);
+      ptx::mbarrier_expect(barrier, p.blocks * 8);
     }
     ptx::cluster_arrive();
   }

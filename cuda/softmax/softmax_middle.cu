@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kColumns* kWarps) softmax_bwd_middle_kernel(co
   for (int i = 0; i < kWarps; ++i) sum += shared[i * kColumns + threadIdx.x % kColumns];
   each_line(place, p.n, p.c, [&](std::int64_t at) {
     const float y = load_as(p.y, p.y_type, at), dy = load_as(p.dy, p.dy_type, at);
-    tile::store_as(p.dx, p.dx_type, at, gradient_of(p.kind, y, dy, sum, p.scale));
+    tile::store_as(p.dx, p.dx_type, at, gradient_of<float>(p.kind, y, dy, sum, p.scale));
   });
 }
 

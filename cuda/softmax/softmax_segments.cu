@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads)
     p.dy.unpack(dy[i], b);
 #pragma unroll
     for (int j = 0; j < kV; ++j)
-      a[j] = column_of(i) + j < columns ? gradient_of(p.kind, a[j], b[j], sum, p.scale) : 0.0f;
+      a[j] =
+          column_of(i) + j < columns ? gradient_of<float>(p.kind, a[j], b[j], sum, p.scale) : 0.0f;
     y[i] = p.dx.pack(a);
   }
   p.dx.store(at_column(p.dx, s.row, s.first), column_of, s.columns, y);

@@ -135,10 +135,11 @@ __device__ __forceinline__ float result_of(SoftmaxKind kind, float z, RowTerms r
 }
 
 /// One gradient: `sum` is that of dy * y or of dy.
+template <class T>
 __device__ __forceinline__ float gradient_of(SoftmaxKind kind, float y, float dy, float sum,
                                              float scale) {
   if (kind == SoftmaxKind::softmax) return __fmul_rn(__fmul_rn(scale, y), __fsub_rn(dy, sum));
-  return __fmaf_rn(-exp_of(y), sum, dy);
+  return __fmaf_rn(-exp_for<T>(y), sum, dy);
 }
 /// What that sum is of.
 __device__ __forceinline__ float added_term(SoftmaxKind kind, float y, float dy, float sum) {

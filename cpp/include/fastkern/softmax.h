@@ -138,10 +138,10 @@ constexpr Plan softmax_plan(std::int64_t n, DType dtype, int operands, bool clus
   struct Shape {
     int blocks, most;  // most packs of an operand in a block
   };
-  constexpr Shape forward[] = {{1, 6144}, {8, 1024}, {16, 6144}};
+  constexpr Shape forward[] = {{1, 2048}, {2, 2048}, {4, 2048}, {16, 6144}};
   constexpr Shape backward[] = {{1, 2048}, {2, 2048}, {4, 2048}, {8, 2048}, {16, 3072}};
   const Shape* const shapes = operands == 1 ? forward : backward;
-  for (int i = 0; i < (operands == 1 ? 3 : 5); ++i) {
+  for (int i = 0; i < (operands == 1 ? 4 : 5); ++i) {
     const auto [blocks, most] = shapes[i];
     if (vectors > std::int64_t{blocks} * most || (blocks > 1 && !clusters)) continue;
     const std::int64_t part = (vectors + blocks - 1) / blocks;
