@@ -23,8 +23,8 @@ from harness.cases import (
 )
 
 # A layout takes a tensor and gives one of the same shape and dtype at other strides, or None where the rank does not
-# allow it. What lies around the values is NaN, the largest integer or True, so that a read past them shows. Expanded layouts
-# change the values.
+# allow it. What lies around the values is NaN, the largest integer or True, so that a read past them shows. Expanded
+# layouts change the values.
 Layout = Callable[[Tensor], Tensor | None]
 
 GRAD_OUT = "grad_out "

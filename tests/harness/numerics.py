@@ -191,7 +191,11 @@ def check_unused_outputs(spec: OpSpec, device: str, dtype: torch.dtype, variant:
                 else:
                     size = float(expected[name].abs().max()) if ours.numel() else 0.0
                     torch.testing.assert_close(
-                        ours, expected[name], rtol=torch.finfo(ours.dtype).eps, atol=4e-6 * size, msg=lambda m, w=what: f"{w}: {m}"
+                        ours,
+                        expected[name],
+                        rtol=torch.finfo(ours.dtype).eps,
+                        atol=4e-6 * size,
+                        msg=lambda m, w=what: f"{w}: {m}",
                     )
 
 

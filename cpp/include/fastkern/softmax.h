@@ -138,17 +138,16 @@ constexpr Plan softmax_plan(std::int64_t n, DType dtype, int operands, bool clus
   struct Shape {
     int blocks, most;  // most packs of an operand in a block
   };
-  constexpr Shape forward[] = {{1, 2048}, {2, 2048}, {4, 2048}, {16, 6144}};
+  constexpr Shape forward[] = {{1, 4096}, {4, 2048}, {8, 2048}, {16, 2048}, {16, 6144}};
   constexpr Shape backward[] = {{1, 2048}, {2, 2048}, {4, 2048}, {8, 2048}, {16, 3072}};
-  const Shape* const shapes = operands == 1 ? forward : backward;
-  for (int i = 0; i < (operands == 1 ? 4 : 5); ++i) {
-    const auto [blocks, most] = shapes[i];
+  for (const auto [blocks, most] : operands == 1 ? forward : backward) {
     if (vectors > std::int64_t{blocks} * most || (blocks > 1 && !clusters)) continue;
     const std::int64_t part = (vectors + blocks - 1) / blocks;
+    const int threads = part <= (operands == 1 && blocks > 1 ? 2048 : 1536) ? 256 : 512;
     return {.kernel = "softmax_shared_kernel",
-            .threads_per_block = part <= 1536 ? 256 : 512,
+            .threads_per_block = threads,
             .rows_per_block = 1,
-            .threads_per_row = part <= 1536 ? 256 : 512,
+            .threads_per_row = threads,
             .elements_per_thread = vector,
             .shared_bytes = 16 * part * operands,
             .blocks_per_row = blocks};

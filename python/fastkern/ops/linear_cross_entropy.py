@@ -347,7 +347,7 @@ class _Eager(torch.autograd.Function):
 def _with_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     a = _Arguments(*arguments)
     every = _gradient.transformed()
-    needs = [t is not None and (every or t.requires_grad) for t in (a.hidden, a.weight, a.bias)]
+    needs = [isinstance(t, Tensor) and (every or t.requires_grad) for t in (a.hidden, a.weight, a.bias)]
     if a.reduction == 0:
         needs = [False] * 3  # known in backward
     inputs = (*a[:12], None, *needs)

@@ -287,9 +287,12 @@ _CPU_BENCH_DIMS: tuple[Dims, ...] = (*rows(1024, 1024), *rows(2048, 4096), *rows
 
 _VARIANTS: tuple[dict[str, Any], ...] = ({}, {"out": torch.float32}, {"out": torch.bfloat16}, {"behind": 5})
 
+
 def _allowance(inputs: Inputs, stressed: bool) -> float:
-    """Of a dy of one sign little is left beside its mean under y: a rounding of that sum is ten of the result."""
-    return 2e-6 if stressed else 0.0
+    """Of a dy of one sign, or where y is nearly 1, little is left beside dy's mean under y: a rounding of that sum is
+    many of the result.
+    """
+    return 1.2e-5 if stressed and inputs["x"].dtype == torch.float32 else 0.0
 
 
 SOFTMAX = OpSpec(
