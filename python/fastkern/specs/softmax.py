@@ -289,9 +289,7 @@ _VARIANTS: tuple[dict[str, Any], ...] = ({}, {"out": torch.float32}, {"out": tor
 
 
 def _allowance(inputs: Inputs, stressed: bool) -> float:
-    """Of a dy of one sign, or where y is nearly 1, little is left beside dy's mean under y: a rounding of that sum is
-    many of the result.
-    """
+    """Of a dy of one sign, or where y is nearly 1, a rounding of dy's mean under y is many of the difference to it."""
     return 1.2e-5 if stressed and inputs["x"].dtype == torch.float32 else 0.0
 
 
