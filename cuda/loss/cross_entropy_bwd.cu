@@ -3,9 +3,9 @@
 // each row. Also the second half of forward with gradient, for rows that do not stay on chip.
 //
 //   work     256 threads, four packs of 16 bytes each: a part of a row, or several short rows
-//   memory   registers; the packs are asked for before the row's numbers, which come from the
-//   caches sync     none cost     reads the logits once and writes the gradient once; rows that do
-//   not count are not read
+//   memory   registers; the packs are asked for before the row's numbers, which lie in the caches
+//   sync     none
+//   cost     reads the logits once, writes the gradient once; rows that do not count are not read
 #include "loss/loss_rows.cuh"
 
 namespace fastkern::cuda {

@@ -2,16 +2,13 @@
 // Cross entropy, forward with the gradient by the logits, which may be written over them: what
 // cross_entropy_fwd_kernel and cross_entropy_bwd_kernel do, with one read of the logits.
 //
-//   work     a row belongs to a block of up to 512 threads (256 in the general form), up to 104 KiB
-//   of it, or to a cluster of
-//   2
-//            to 16 blocks with up to 72 KiB each (cross_entropy_grad_plan). The blocks have parts
-//            of as many packs one after the other; pack i of thread t is the (i * threads + t)-th
-//            of its part
-//   memory   the row waits in shared memory from its arrival (cp.async, all of it under way at
-//   once)
-//            to its gradient; a thread reads what it has itself brought. Two or three blocks share
-//            a multiprocessor and come and go: while one waits for its row, others write theirs
+//   work     a row of up to 104 KiB belongs to a block of up to 512 threads (in the general form
+//            256), a longer one to a cluster of 2 to 16 blocks with up to 72 KiB each
+//            (cross_entropy_grad_plan). The blocks have parts of as many packs one after the
+//            other; pack i of thread t is the (i * threads + t)-th of its part
+//   memory   the row waits in shared memory from its arrival (cp.async, all at once) to its
+//            gradient; a thread reads what it has itself brought. Two or three blocks share a
+//            multiprocessor and come and go: while one waits for its row, others write theirs
 //   sums     as in cross_entropy_fwd_kernel, then over the blocks; another order, so lse may differ
 //            from that kernel's in the last bits
 //   sync     one barrier; in a cluster one more (nobody sends before every mbarrier is ready) and

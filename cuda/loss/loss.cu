@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The cross entropy on CUDA: which kernels a call takes, and the sums over its rows.
 //
-//   work     of the sums: a block of 1024 threads adds up 8,192 rows, thread t the rows t, t +
-//   1024,
-//            ...; then over warps and the block. Where there are more rows a last block adds up the
-//            blocks' sums, in the same way
+//   work     of the sums: a block of 1024 threads adds up 8,192 rows, thread t every 1024th from
+//            row t on; then over warps and the block. Where there are more rows a last block adds
+//            up the blocks' sums, in the same way
 //   sync     launches follow one another with Launch::overlap
 //   cost     of the sums: 8 to 24 bytes a row
 #include "loss/loss_rows.cuh"

@@ -11,10 +11,9 @@
 //   sync     each warp takes its exponentials around its own largest value; then one exchange of
 //            the warps' (max, sum) gives both of the row: a barrier, and in a cluster st.async of
 //            the block's to every block and one wait. None where a team lies within a warp.
-//   cost     x is read and y written once. For each element, of bf16: unpack 1, max 1, x - m, *
-//   log2 e,
-//            ex2, add, * 1 / s, half a conversion: 7.5 instructions, where a copy at 4.2 TB/s
-//            leaves room for 28; with rows in shared memory 11, ex2 twice.
+//   cost     x is read and y written once. For each element, of bf16: unpack, max, x - m,
+//            * log2 e, ex2, add, * 1 / s, half a conversion: 7.5 instructions, where a copy at
+//            4.2 TB/s leaves room for 28; with rows in shared memory 11, ex2 twice.
 #pragma once
 
 #include "softmax/softmax_terms.cuh"

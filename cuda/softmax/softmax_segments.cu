@@ -3,10 +3,10 @@
 // which has no sum to wait for. softmax.h says what is computed.
 //
 //   work     softmax_segments_kernel: a block has a segment of a row, 512 * 8 packs of four
-//   columns,
-//            and leaves its terms (backward: its sum) in the workspace; softmax_combine_kernel: a
-//            block a row adds those up in a fixed order; softmax_apply_kernel: a block a segment
-//            reads the row again and writes the result. So one row is many blocks' work.
+//            columns, and leaves its terms (backward: its sum) in the workspace;
+//            softmax_combine_kernel: a block a row adds those up in a fixed order;
+//            softmax_apply_kernel: a block a segment reads the row again and writes the result. So
+//            one row is many blocks' work.
 //   memory   each operand in its own type; 64-bit columns
 //   sync     none between the blocks of a launch; three launches one after the other
 //   cost     forward 2 N reads and N writes a row, backward 4 N and N

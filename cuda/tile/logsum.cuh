@@ -101,9 +101,8 @@ inline constexpr int kLogSumBytes = 1152;
 /// The reduction of one row by a block, or by a cluster; used once.
 ///
 ///   block      each warp leaves its sums, one barrier, every warp adds all of them up
-///   cluster    after that one warp of each block sends the block's to every block (st.async),
-///   which
-///              reports to an mbarrier there; everybody waits for that alone
+///   cluster    after that one warp of each block sends the block's to every block by st.async,
+///              which reports to an mbarrier there; everybody waits for that alone
 template <int kMore>
 class LogSumExchange {
  public:

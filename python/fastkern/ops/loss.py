@@ -53,8 +53,8 @@ def cross_entropy(
             necessarily the dtype of ``logits``).
         weight: (V,), one for each class, float32, float16 or bfloat16; None: ones. As little differentiable as
             ``target``.
-        ignore_index: the class of rows that do not count. Such a row is not read; its loss, lse and gradient are 0. Of
-            no meaning with probabilities.
+        ignore_index: the class of rows that do not count. The loss, lse and gradient of such a row are 0, whatever its
+            logits. Of no meaning with probabilities.
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
         lse_square_scale: factor of the z-loss; 0: none.
         softcap: bound of the logits, as in Gemma 2; 0: none.
