@@ -293,76 +293,64 @@ def _allowance(inputs: Inputs, stressed: bool) -> float:
     return 1.2e-5 if stressed and inputs["x"].dtype == torch.float32 else 0.0
 
 
+_COMMON: dict[str, Any] = {
+    "family": "softmax",
+    "differentiable": ("x",),
+    "flops": _flops,
+    "workspace": _workspace,
+    "values": _VALUES,
+}
+_ANY_DIMENSION: dict[str, Any] = {
+    "make": _inputs,
+    "dims": _DIMS,
+    "strided": ("x",),
+    "batched": ("x",),
+    "bench_dims": _BENCH_DIMS,
+    "cpu_bench_dims": _CPU_BENCH_DIMS,
+}
+
 SOFTMAX = OpSpec(
     name="softmax",
-    family="softmax",
     allowance=_allowance,
     function=fastkern.softmax,
     reference=_softmax_reference,
     baseline=_softmax_torch,
-    make=_inputs,
-    dims=_DIMS,
     variants=_VARIANTS,
-    differentiable=("x",),
-    strided=("x",),
-    batched=("x",),
     traffic=_traffic,
-    flops=_flops,
-    bench_dims=_BENCH_DIMS,
-    cpu_bench_dims=_CPU_BENCH_DIMS,
     peers={"liger": _liger_softmax, "quack": _quack_softmax},
     bad_calls=(*_common_bad_calls("softmax"), *_dim_bad_calls("softmax"), *_dtype_bad_calls("softmax")),
-    workspace=_workspace,
-    values=_VALUES,
+    **_COMMON,
+    **_ANY_DIMENSION,
 )
 
 LOG_SOFTMAX = OpSpec(
     name="log_softmax",
-    family="softmax",
     function=fastkern.log_softmax,
     reference=_log_softmax_reference,
     baseline=_log_softmax_torch,
-    make=_inputs,
-    dims=_DIMS,
     variants=_VARIANTS,
-    differentiable=("x",),
-    strided=("x",),
-    batched=("x",),
     traffic=_traffic,
-    flops=_flops,
-    bench_dims=_BENCH_DIMS,
-    cpu_bench_dims=_CPU_BENCH_DIMS,
     bad_calls=(*_common_bad_calls("log_softmax"), *_dim_bad_calls("log_softmax"), *_dtype_bad_calls("log_softmax")),
-    workspace=_workspace,
-    values=_VALUES,
+    **_COMMON,
+    **_ANY_DIMENSION,
 )
 
 LOGSUMEXP = OpSpec(
     name="logsumexp",
-    family="softmax",
     function=fastkern.logsumexp,
     reference=_logsumexp_torch,
     baseline=_logsumexp_torch,
-    make=_inputs,
-    dims=_DIMS,
     variants=({}, {"keepdim": True}, {"behind": 5}),
-    differentiable=("x",),
-    strided=("x",),
-    batched=("x",),
     traffic=_logsumexp_traffic,
-    flops=_flops,
-    bench_dims=_BENCH_DIMS,
-    cpu_bench_dims=_CPU_BENCH_DIMS,
     bad_calls=(*_common_bad_calls("logsumexp"), *_dim_bad_calls("logsumexp")),
-    workspace=_workspace,
-    values=_VALUES,
     # Backward takes the exponential of a difference from the result, which is a rounding of a number around 10 off.
     allowance=lambda inputs, stressed: 1e-6,
+    **_COMMON,
+    **_ANY_DIMENSION,
 )
 
 MASKED_SOFTMAX = OpSpec(
     name="masked_softmax",
-    family="softmax",
     allowance=_allowance,
     function=fastkern.masked_softmax,
     reference=_masked_reference,
@@ -377,12 +365,10 @@ MASKED_SOFTMAX = OpSpec(
         {"mask": torch.float32, "over": "H", "scale": 0.3},
         {"mask": torch.bool, "over": "B", "scale": -2.0},
     ),
-    differentiable=("x",),
     strided=("x", "mask"),
     batched=("x", "mask"),
     data=("x",),
     traffic=_traffic,
-    flops=_flops,
     bench_dims=({"B": 8, "H": 16, "S": 1024, "N": 1024}, {"B": 4, "H": 16, "S": 2048, "N": 2048}),
     cpu_bench_dims=({"B": 1, "H": 8, "S": 512, "N": 512},),
     bench_variant={"mask": torch.bool, "over": "BS", "scale": 0.125},
@@ -391,14 +377,12 @@ MASKED_SOFTMAX = OpSpec(
         *_scale_bad_calls("masked_softmax"),
         *_MASK_BAD_CALLS,
     ),
-    workspace=_workspace,
-    values=_VALUES,
     contained=False,  # backward does not see the mask: a NaN in y is one in dx, where torch's mask makes it 0
+    **_COMMON,
 )
 
 CAUSAL_SOFTMAX = OpSpec(
     name="causal_softmax",
-    family="softmax",
     allowance=_allowance,
     function=fastkern.causal_softmax,
     reference=_causal_reference,
@@ -407,11 +391,9 @@ CAUSAL_SOFTMAX = OpSpec(
     make=_causal_inputs,
     dims=_CAUSAL_DIMS,
     variants=({"scale": 0.125}, {"scale": -1.0}),
-    differentiable=("x",),
     strided=("x",),
     batched=("x",),
     traffic=_traffic,
-    flops=_flops,
     bench_dims=({"B": 64, "S": 1024, "N": 1024}, {"B": 64, "S": 2048, "N": 2048}, {"B": 16, "S": 4096, "N": 4096}),
     cpu_bench_dims=({"B": 8, "S": 512, "N": 512},),
     bench_variant={"scale": 0.125},
@@ -424,8 +406,7 @@ CAUSAL_SOFTMAX = OpSpec(
         ),
         *_scale_bad_calls("causal_softmax"),
     ),
-    workspace=_workspace,
-    values=_VALUES,
+    **_COMMON,
 )
 
 SPECS = (SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, MASKED_SOFTMAX, CAUSAL_SOFTMAX)
