@@ -12,6 +12,8 @@
 namespace fastkern::torch_layer {
 namespace {
 
+constexpr const char* kOp = "fastkern::linear_cross_entropy";  // what a user has called
+
 /// Dense f32 of these sizes, written by the call.
 float* written(const Tensor& t, const std::int64_t (&sizes)[2], int ndim, Device device,
                const char* op, const char* argument) {
@@ -41,13 +43,13 @@ std::tuple<> part(const Tensor& logits, const Tensor& target, const OptionalTens
                   std::int64_t first, bool grad, std::int64_t ignore_index, double label_smoothing,
                   double lse_square_scale, double softcap, double logit_scale,
                   std::int64_t reduction) {
-  const char* const op = "fastkern::cross_entropy_part_";
+  const char* const op = kOp;
   const TensorRef x = ref_of(logits, op, "logits");
   FK_CHECK(x.ndim == 2, op, ": logits must have shape (rows, V), got ", x.shape());
   const std::int64_t count = x.sizes[0], classes = x.sizes[1];
   const Device device = device_of(logits);
   LossCall call(op, all_logits(target, classes, x.dtype, op), device, "logits");
-  call.operands(target, weight);
+  call.operands(target, weight, "class_weight");
   call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   FK_CHECK(first >= 0 && first + count <= call.rows(), op, ": first must be between 0 and ",
            call.rows() - count, ", got ", first);
@@ -84,10 +86,10 @@ std::tuple<Tensor, Tensor> sums(const Tensor& target, const OptionalTensor& weig
                                 const Tensor& totals, const OptionalTensor& rows,
                                 std::int64_t classes, std::int64_t ignore_index,
                                 std::int64_t reduction) {
-  const char* const op = "fastkern::cross_entropy_sums_";
+  const char* const op = kOp;
   const Device device = device_of(target);
   LossCall call(op, all_logits(target, classes, DType::f32, op), device, "target");
-  call.operands(target, weight);
+  call.operands(target, weight, "class_weight");
   call.numbers({ignore_index, 0.0, 0.0, 0.0, 1.0, reduction});
   LossSums args;
   args.op = op, args.rows = call.rows(), args.classes = classes, args.ignore_index = ignore_index;

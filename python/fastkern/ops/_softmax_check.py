@@ -64,7 +64,7 @@ def mask_gradient(op: str) -> RuntimeError:
 
 def no_mask_gradient(op: str, mask: Tensor | None) -> None:
     """Refuse what would silently get no gradient."""
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+    if isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled():
         raise mask_gradient(op)
 
 

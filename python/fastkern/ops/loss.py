@@ -209,7 +209,7 @@ def _check_inplace(logits: Tensor, *arguments: Any) -> None:
     if arguments[-1] == 0:
         _refuse_none()
     for name, t in (("target", arguments[0]), ("weight", arguments[1])):
-        if t is not None and t.requires_grad:
+        if isinstance(t, Tensor) and t.requires_grad:
             raise RuntimeError(
                 f"fastkern::cross_entropy: {name} must not require grad, it is not differentiable; detach it"
             )
