@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Local definitions of what GCC >= 9 and glibc >= 2.32 would otherwise import in versions that a
+// Local definitions of what GCC >= 9 and glibc >= 2.29 would otherwise import in versions that a
 // manylinux_2_28 system lacks. They stay private to the library that links them.
 #include <dlfcn.h>
 
@@ -11,6 +11,14 @@
 extern "C" {
 // libstdc++ skips atomics where this says "one thread". Zero is always right.
 char __libc_single_threaded = 0;
+
+// glibc 2.29 gave these new versions, which differ in what errno says.
+double old_exp(double);
+double old_log(double);
+__asm__(".symver old_exp,exp@GLIBC_2.2.5");
+__asm__(".symver old_log,log@GLIBC_2.2.5");
+double exp(double x) { return old_exp(x); }
+double log(double x) { return old_log(x); }
 }
 
 namespace std {
