@@ -5,12 +5,12 @@
 #include "fastkern/loss.h"
 
 #include "loss_rows.h"
+#include "softmax_rows.h"
 
 namespace fastkern::cpu {
 namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Blocks are added up in double: there are up to a hundred of them.
 struct RowSums {
@@ -21,27 +21,12 @@ struct RowSums {
   float pivot = 0.0f;
 };
 
-FASTKERN_INLINE float largest_of(const float* z, std::int64_t n) {
-  Lanes lanes;
-  for (float& lane : lanes) lane = -kInfinity;
-  std::int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] = z[c + l] > lanes[l] ? z[c + l] : lanes[l];
-  }
-  for (int l = 0; c < n; ++c, ++l) lanes[l] = z[c] > lanes[l] ? z[c] : lanes[l];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l)
-      lanes[l] = lanes[l + width] > lanes[l] ? lanes[l + width] : lanes[l];
-  }
-  return lanes[0];
-}
-
 /// Adds a block of z to the running maximum and sum.
 void add_block(const float* z, std::int64_t n, RowSums& row) {
   const float before = row.top;
   float top = before, sum = 0.0f;
   with_best_isa([&]() __attribute__((always_inline)) {
-    const float largest = largest_of(z, n);
+    const float largest = row_max(z, n);
     top = largest > before ? largest : before;
     const float base = top == -kInfinity ? 0.0f : top;  // nothing but -inf so far
     const auto [more] = lane_sums<1>(n, [=](std::int64_t c) __attribute__((always_inline)) {

@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
     std::int64_t ignore_index, double label_smoothing, double lse_square_scale, double softcap,
     double logit_scale, std::int64_t reduction) {
   const char* const op = "fastkern::cross_entropy";
-  // Braces, here and below: from left to right, as the device of None cannot be asked for.
-  LossCall call{op, ref_of(logits, op, "logits"), device_of(logits), "logits"};
+  LossCall call(op, logits);
   call.operands(target, weight);
   call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   call.make_readable(target, weight);
@@ -62,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_grad_(const Tensor& logits, con
                                                        double lse_square_scale, double softcap,
                                                        double logit_scale, std::int64_t reduction) {
   const char* const op = "fastkern::cross_entropy_grad_";
-  LossCall call{op, ref_of(logits, op, "logits"), device_of(logits), "logits"};
+  LossCall call(op, logits);
   call.operands(target, weight);
   call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   FK_CHECK(call.reduced(), op, ": reduction must be 1 (mean) or 2 (sum), got ", reduction);
@@ -87,7 +86,7 @@ Tensor cross_entropy_bwd(const OptionalTensor& dloss, const OptionalTensor& dlse
                          std::int64_t ignore_index, double label_smoothing, double lse_square_scale,
                          double softcap, double logit_scale, std::int64_t reduction) {
   const char* const op = "fastkern::cross_entropy_bwd";
-  LossCall call{op, ref_of(logits, op, "logits"), device_of(logits), "logits"};
+  LossCall call(op, logits);
   call.operands(target, weight);
   call.numbers({ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction});
   const float* const saved = call.state_of(state);

@@ -12,6 +12,10 @@ bool is(std::int32_t type, ScalarType wanted) { return type == static_cast<std::
 
 }  // namespace
 
+// Braces: from left to right. None has no device.
+LossCall::LossCall(const char* op, const Tensor& logits)
+    : LossCall{op, ref_of(logits, op, "logits"), device_of(logits), "logits"} {}
+
 LossCall::LossCall(const char* op, const TensorRef& logits, Device device, const char* like)
     : logits_(logits), device_(device), like_(like) {
   FK_CHECK(logits.ndim > 0, op, ": ", like,

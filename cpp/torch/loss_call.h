@@ -21,6 +21,7 @@ struct LossNumbers {
 /// A call that is being put together; `logits` sets the shape, whether they exist or not.
 class LossCall {
  public:
+  LossCall(const char* op, const Tensor& logits);
   LossCall(const char* op, const TensorRef& logits, Device device, const char* like);
 
   /// Target and weights of classes; fail() unless they fit.

@@ -76,6 +76,13 @@ def numbers(op: str, o: Options) -> None:
         raise RuntimeError(f"fastkern::{op}: reduction must be 0 (none), 1 (mean) or 2 (sum), got {o.reduction}")
 
 
+def not_differentiable(op: str, needs: Sequence[bool], **places: int) -> None:
+    """Refuse what would silently get no gradient: operands by name, and where ``needs`` says that they want one."""
+    for name, place in places.items():
+        if place < len(needs) and needs[place]:
+            raise RuntimeError(f"fastkern::{op}: {name} must not require grad, it is not differentiable; detach it")
+
+
 def state_size(shape: Sequence[Any]) -> Any:
     """Elements of what forward saves for backward."""
     rows = 1

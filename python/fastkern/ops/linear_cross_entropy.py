@@ -253,17 +253,11 @@ _fwd = getattr(torch.ops.fastkern, f"{_GRADS}_fwd").default
 # ---- gradient --------------------------------------------------------------------------------------------------------
 
 
-def _not_differentiable(needs: Any) -> None:
-    for place, name in ((2, "target"), (4, "class_weight")):
-        if place < len(needs) and needs[place]:
-            raise RuntimeError(f"fastkern::{_OP}: {name} must not require grad, it is not differentiable; detach it")
-
-
 _NONE = (None,) * (len(_Arguments._fields) - 4)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _not_differentiable(ctx.needs_input_grad)
+    _loss_check.not_differentiable(_OP, ctx.needs_input_grad, target=2, class_weight=4)
     a = _Arguments(*inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])

@@ -104,12 +104,6 @@ def cross_entropy(
 # ---- shapes and gradient ---------------------------------------------------------------------------------------------
 
 
-def _not_differentiable(op: str, needs: Any) -> None:
-    for place, name in ((1, "target"), (2, "weight")):
-        if place < len(needs) and needs[place]:
-            raise RuntimeError(f"fastkern::{op}: {name} must not require grad, it is not differentiable; detach it")
-
-
 def _fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     return _empty_outputs("cross_entropy", logits, target, weight, Options(*options))
 
@@ -157,7 +151,7 @@ def _fake_bwd(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _not_differentiable("cross_entropy", ctx.needs_input_grad)
+    _loss_check.not_differentiable("cross_entropy", ctx.needs_input_grad, target=1, weight=2)
     logits, target, *rest = inputs
     rest += _DEFAULTS[len(rest) :]
     ctx.set_materialize_grads(False)  # an output that is not used must not cost a tensor of zeros
@@ -208,11 +202,8 @@ def _refuse_none() -> None:
 def _check_inplace(logits: Tensor, *arguments: Any) -> None:
     if arguments[-1] == 0:
         _refuse_none()
-    for name, t in (("target", arguments[0]), ("weight", arguments[1])):
-        if isinstance(t, Tensor) and t.requires_grad:
-            raise RuntimeError(
-                f"fastkern::cross_entropy: {name} must not require grad, it is not differentiable; detach it"
-            )
+    wanted = [isinstance(t, Tensor) and t.requires_grad for t in arguments[:2]]
+    _loss_check.not_differentiable("cross_entropy", wanted, target=0, weight=1)
     base = logits._base if logits._is_view() else None
     whole = logits if base is None else base
     problem = (

@@ -16,7 +16,7 @@ import fastkern
 from fastkern.ops.linear_cross_entropy import chunk_of
 from fastkern.specs._refusals import set_to
 from fastkern.specs._spec import BadCall, Inputs, OpSpec
-from fastkern.specs.loss import WORDS, cross_entropy_reference, targets, word
+from fastkern.specs.loss import WORDS, bytes_of, cross_entropy_reference, targets, word
 
 
 def linear_cross_entropy(
@@ -151,14 +151,10 @@ def _compiled_step(hidden: Tensor, weight: Tensor, target: Tensor, **_: Any) -> 
 # ---- the row ---------------------------------------------------------------------------------------------------------
 
 
-def _size(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 def _traffic(inputs: Inputs, backward: bool) -> int:
     """Operands read; backward: their gradients written."""
-    operands = _size(inputs["hidden"], inputs["weight"], inputs.get("bias"))
-    return operands if backward else operands + _size(inputs["target"])
+    operands = bytes_of(inputs["hidden"], inputs["weight"], inputs.get("bias"))
+    return operands if backward else operands + bytes_of(inputs["target"])
 
 
 def _flops(inputs: Inputs, backward: bool) -> int:

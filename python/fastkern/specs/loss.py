@@ -138,7 +138,8 @@ def _quack(logits: Tensor, target: Tensor, **_: Any) -> Tensor:
 # ---- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _size(*tensors: Tensor | None) -> int:
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Of those that are given."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -146,7 +147,7 @@ def _traffic(inputs: Inputs, backward: bool) -> int:
     """Forward: logits and target read. Backward: the same, and dlogits written. The rest is a few bytes a row."""
     logits, target = inputs["logits"], inputs["target"]
     rows = logits.shape[:-1].numel()
-    return _size(logits, target, inputs.get("weight")) + (_size(logits) if backward else 0) + 12 * rows
+    return bytes_of(logits, target, inputs.get("weight")) + (bytes_of(logits) if backward else 0) + 12 * rows
 
 
 def _workspace(inputs: Inputs, backward: bool) -> int:
