@@ -292,6 +292,72 @@ def test_same_bits_again(n: int, dtype: torch.dtype, device: str) -> None:
         assert_bitwise(alone, whole[name][1:2], f"{name}, alone")
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 0), (2, 5, 3), (3, 1, 4)])
+@pairs
+def test_float64_on_the_cpu(ours: Function, theirs: Function, shape: tuple[int, ...]) -> None:
+    """As accurate as torch, first and second derivatives, strides, and beside narrower types."""
+    x = 3 * torch.randn(shape, dtype=torch.float64).transpose(0, -1)
+    for dim in range(x.dim()):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, expected = ours(a, dim), theirs(b, dim)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(ours(x, dim), expected.detach(), rtol=1e-13, atol=1e-14)
+        dy = torch.randn_like(expected)
+        (da,), (db,) = torch.autograd.grad(got, a, dy), torch.autograd.grad(expected, b, dy)
+        torch.testing.assert_close(da, db, rtol=1e-12, atol=1e-14)
+        torch.autograd.gradcheck(lambda t, d=dim: ours(t, d), (a,))
+        torch.autograd.gradgradcheck(lambda t, d=dim: ours(t, d), (a,))
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_float64_beside_narrower_types(name: str) -> None:
+    ours, theirs = PAIRS[name]
+    x = torch.randn(3, 9)
+    for given, dtype in (
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.float16),
+    ):
+        a = x.to(given).requires_grad_()
+        got, expected = ours(a, 1, dtype), theirs(a.detach().to(dtype).double(), 1)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-3, atol=1e-14)
+        (da,) = torch.autograd.grad(got.sum() if name == "log_softmax" else (got * got).sum(), a)
+        assert da.dtype == given
+        assert bool(da.isfinite().all())
+
+
+@pairs
+def test_float64_special_values(ours: Function, theirs: Function) -> None:
+    x = torch.tensor([[0.0, -INF, 1.0], [-INF, -INF, -INF], [INF, 0.0, 1.0], [NAN, 0.0, 1.0], [700.0, 710.0, -800.0]])
+    torch.testing.assert_close(ours(x.double(), 1), theirs(x.double(), 1), rtol=1e-13, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(ours(x.double().T, 0), theirs(x.double().T, 0), rtol=1e-13, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.cuda
+@pairs
+def test_float64_is_refused_on_cuda(ours: Function, theirs: Function, cuda: None) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"x must be torch\.float32, torch\.float16 or torch\.bfloat16, got torch\.float64"
+    ):
+        ours(torch.ones(2, 3, device="cuda", dtype=torch.float64))
+
+
+def test_large_results_are_streamed() -> None:
+    """64 MiB and more go past the caches: the same bits as of the part, whatever the address of a row."""
+    for dtype, n in ((torch.float32, 4099), (torch.bfloat16, 8201)):
+        rows = (64 << 20) // (n * dtype.itemsize) + 1
+        x = torch.randn(4, n).to(dtype).repeat(rows // 4 + 1, 1)
+        for ours in (fastkern.softmax, fastkern.log_softmax):
+            part, whole = x[:4].clone().requires_grad_(), x.requires_grad_()
+            a, b = ours(part), ours(whole)
+            assert_bitwise(b[-4:].detach(), a.detach(), "forward")
+            dy = torch.randn(4, n).to(dtype)
+            (da,) = torch.autograd.grad(a, part, dy)
+            (db,) = torch.autograd.grad(b, whole, dy.repeat(x.shape[0] // 4, 1))
+            assert_bitwise(db[-4:], da, "backward")
+
+
 @pytest.mark.cuda
 @pytest.mark.large
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax and its relatives on the CPU, forward: fallback for CPU tensors and oracle of the CUDA
 // tests. A row goes through the loops one after the other: the largest value; the exponentials,
-// which wait in the result where that is f32, and their sum; the result.
+// which wait in the result where that is f32 and near, and their sum; the result.
 #include "fastkern/softmax.h"
 
 #include <cmath>
 #include <type_traits>
 
 #include "parallel.h"
+#include "softmax_f64.h"
 #include "softmax_middle.h"
 #include "softmax_rows.h"
+#include "stream.h"
 
 namespace fastkern::cpu {
 namespace {
@@ -34,6 +36,7 @@ struct Forward {
         !mask.given() || as_mask_rows(mask, mask_rows), op,
         ": mask must have leading dimensions that merge into at most three strides, got shape ",
         mask.shape());
+    stream = kind != SoftmaxKind::logsumexp && streamed(a.y);
     narrow = kind != SoftmaxKind::logsumexp && a.y.dtype != DType::f32 && a.y.dtype != a.x.dtype;
   }
 
@@ -47,6 +50,7 @@ struct Forward {
   float scale;
   TensorRef mask;
   MaskRows mask_rows;
+  bool stream = false;  // y is written past the caches
   bool narrow = false;  // x is rounded to the type of y before anything else
 };
 
@@ -107,7 +111,7 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
   const std::int64_t n = f.n;
   for (std::int64_t r = begin; r < end; ++r) {
     const bool lse = f.kind == SoftmaxKind::logsumexp;
-    if (!lse && n <= kAhead) f.y.prefetch<true>(r);
+    if (!lse && n <= kAhead && !f.stream) f.y.prefetch<true>(r);
     const In* in;
     if constexpr (std::is_same_v<In, float>) {
       in = f.masked   ? masked_row(f, r, scratch.row(0))
@@ -128,14 +132,14 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
       const float sum = exp_sum<false>(in, n, shift, scratch.row(1));
       const float minus =
           max == kInfinity ? std::numeric_limits<float>::quiet_NaN() : plus_log(0.0f, sum);
-      columns(n, [=](std::int64_t c) __attribute__((always_inline)) {
-        out[c] = from_float<Out>((to_float(in[c]) - shift) - minus);
+      write_columns(out, n, f.stream, [=](std::int64_t c) __attribute__((always_inline)) {
+        return from_float<Out>((to_float(in[c]) - shift) - minus);
       });
       continue;
     }
     float* e;
     if constexpr (std::is_same_v<Out, float>) {
-      e = out;
+      e = f.stream ? scratch.row(1) : out;
     } else {
       e = scratch.row(1);
     }
@@ -143,19 +147,21 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
     const float inverse = max == kInfinity          ? std::numeric_limits<float>::quiet_NaN()
                           : f.masked && sum == 0.0f ? 0.0f
                                                     : 1.0f / sum;
-    columns(n, [=](std::int64_t c)
-                   __attribute__((always_inline)) { out[c] = from_float<Out>(e[c] * inverse); });
+    write_columns(out, n, f.stream, [=](std::int64_t c) __attribute__((always_inline)) {
+      return from_float<Out>(e[c] * inverse);
+    });
   }
 }
 
 }  // namespace
 
 void softmax(const SoftmaxFwd& args) {
+  if (args.x.dtype == DType::f64 || args.y.dtype == DType::f64) return softmax_f64(args);
   if (args.middle) return softmax_middle(args);
   const Forward f(args);
   const bool as_bf16 = f.x.dtype() == DType::bf16 && !f.masked && !f.narrow;
   // Exponentials of a row that is no f32 itself wait in scratch memory.
-  const bool keep = f.kind == SoftmaxKind::softmax && f.y.dtype() != DType::f32;
+  const bool keep = f.kind == SoftmaxKind::softmax && (f.y.dtype() != DType::f32 || f.stream);
   parallel_for(f.x.rows.count, row_grain(f.n), [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(2, keep || !as_bf16 ? std::max(f.n, kSumStretch) : kSumStretch);
     dispatch(f.y.dtype(), [&]<class Out>() {
@@ -166,6 +172,7 @@ void softmax(const SoftmaxFwd& args) {
       };
       as_bf16 ? run.template operator()<bf16>() : run.template operator()<float>();
     });
+    if (f.stream) stream_end();
   });
 }
 

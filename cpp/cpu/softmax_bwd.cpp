@@ -5,8 +5,10 @@
 
 #include "fastkern/softmax.h"
 #include "parallel.h"
+#include "softmax_f64.h"
 #include "softmax_middle.h"
 #include "softmax_rows.h"
+#include "stream.h"
 
 namespace fastkern::cpu {
 namespace {
@@ -22,7 +24,8 @@ struct Backward {
         n(y.rows.length),
         causal(a.causal),
         queries(queries_of(a.y)),
-        scale(static_cast<float>(a.scale)) {}
+        scale(static_cast<float>(a.scale)),
+        stream(streamed(a.dx)) {}
 
   SoftmaxKind kind;
   RowTensor y, dy, dx;
@@ -31,21 +34,22 @@ struct Backward {
   bool causal;
   std::int64_t queries;
   float scale;
+  bool stream;  // dx is written past the caches
 };
 
 template <class In, class Out>
 FASTKERN_INLINE void softmax_bwd_rows(const Backward& b, std::int64_t begin, std::int64_t end,
                                       Scratch& scratch) {
   for (std::int64_t r = begin; r < end; ++r) {
-    b.dx.prefetch<true>(r);
+    if (!b.stream) b.dx.prefetch<true>(r);
     const std::int64_t n = b.causal ? causal_columns(r, b.queries, b.n) : b.n;
     const In* const y = typed_row<In>(b.y, r, scratch.row(0));
     Out* const dx = b.dx.row<Out>(r);
     for (std::int64_t c = n; c < b.n; ++c) dx[c] = from_float<Out>(0.0f);
     if (b.kind == SoftmaxKind::logsumexp) {
       const float g = b.dlse.at(r), lse = b.lse.at(r);
-      columns(n, [=](std::int64_t c) __attribute__((always_inline)) {
-        dx[c] = from_float<Out>(g * exp_to_zero(to_float(y[c]) - lse));
+      write_columns(dx, n, b.stream, [=](std::int64_t c) __attribute__((always_inline)) {
+        return from_float<Out>(g * exp_to_zero(to_float(y[c]) - lse));
       });
       continue;
     }
@@ -54,16 +58,16 @@ FASTKERN_INLINE void softmax_bwd_rows(const Backward& b, std::int64_t begin, std
       const auto [sum] = lane_sums<1>(n, [=](std::int64_t c) __attribute__((always_inline)) {
         return std::array{to_float(dy[c])};
       });
-      columns(n, [=, sum = sum](std::int64_t c) __attribute__((always_inline)) {
-        dx[c] = from_float<Out>(to_float(dy[c]) - exp_to_zero(to_float(y[c])) * sum);
+      write_columns(dx, n, b.stream, [=, sum = sum](std::int64_t c) __attribute__((always_inline)) {
+        return from_float<Out>(to_float(dy[c]) - exp_to_zero(to_float(y[c])) * sum);
       });
     } else {
       const float scale = b.scale;
       const auto [sum] = lane_sums<1>(n, [=](std::int64_t c) __attribute__((always_inline)) {
         return std::array{to_float(dy[c]) * to_float(y[c])};
       });
-      columns(n, [=, sum = sum](std::int64_t c) __attribute__((always_inline)) {
-        dx[c] = from_float<Out>(scale * to_float(y[c]) * (to_float(dy[c]) - sum));
+      write_columns(dx, n, b.stream, [=, sum = sum](std::int64_t c) __attribute__((always_inline)) {
+        return from_float<Out>(scale * to_float(y[c]) * (to_float(dy[c]) - sum));
       });
     }
     for (const RowTensor* t : {&b.y, &b.dy}) t->prefetch<false>(r + 1);
@@ -73,6 +77,9 @@ FASTKERN_INLINE void softmax_bwd_rows(const Backward& b, std::int64_t begin, std
 }  // namespace
 
 void softmax_bwd(const SoftmaxBwd& args) {
+  for (const TensorRef* t : {&args.y, &args.dy, &args.lse, &args.dx}) {
+    if (t->dtype == DType::f64) return softmax_f64_bwd(args);
+  }
   if (args.middle) return softmax_bwd_middle(args);
   const Backward b(args);
   const bool as_bf16 = b.y.dtype() == DType::bf16 && b.dy.dtype() == DType::bf16;
@@ -86,6 +93,7 @@ void softmax_bwd(const SoftmaxBwd& args) {
       };
       as_bf16 ? run.template operator()<bf16>() : run.template operator()<float>();
     });
+    if (b.stream) stream_end();
   });
 }
 

@@ -18,11 +18,17 @@ namespace {
 using torch::headeronly::ScalarType;
 
 /// A call that is being put together: x sets the device and the shape of the rest, `dim` how it is
-/// seen: as rows of its last dimension but for ones behind, or as (A, N, C).
+/// seen: as rows of its last dimension but for ones behind, or as (A, N, C). `real`: f64 is taken
+/// on the CPU.
 class Call {
  public:
-  Call(const char* op, const Tensor& x, std::int64_t dim, const char* x_name = "x")
-      : op_(op), x_name_(x_name), x_(ref_of(x, op, x_name)), device_(device_of(x)) {
+  Call(const char* op, const Tensor& x, std::int64_t dim, const char* x_name = "x",
+       bool real = true)
+      : op_(op),
+        x_name_(x_name),
+        real_(real),
+        x_(real ? real_ref_of(x, op, x_name) : ref_of(x, op, x_name)),
+        device_(device_of(x)) {
     FK_CHECK(x_.ndim >= 1, op, ": ", x_name,
              " must have at least one dimension, got a scalar of shape ()");
     FK_CHECK(dim >= -x_.ndim && dim < x_.ndim, op, ": dim must be between ", -x_.ndim, " and ",
@@ -37,14 +43,14 @@ class Call {
 
   /// An operand of the shape of x.
   TensorRef like_x(const Tensor& t, const char* argument) const {
-    const TensorRef ref = ref_of(t, op_, argument);
+    const TensorRef ref = operand(t, argument);
     check_shape(ref, x_.sizes.data(), x_.ndim, op_, argument);
     check_device(t, device_, op_, argument, x_name_);
     return ref;
   }
   /// One number for each row: of the shape of x without the dimension.
   TensorRef row_numbers(const Tensor& t, const char* argument) const {
-    const TensorRef ref = ref_of(t, op_, argument);
+    const TensorRef ref = operand(t, argument);
     const TensorRef expected = without_dim(false);
     check_shape(ref, expected.sizes.data(), expected.ndim, op_, argument);
     check_device(t, device_, op_, argument, x_name_);
@@ -107,6 +113,9 @@ class Call {
   std::int64_t rows() const { return without_dim(false).numel(); }
 
  private:
+  TensorRef operand(const Tensor& t, const char* argument) const {
+    return real_ ? real_ref_of(t, op_, argument) : ref_of(t, op_, argument);
+  }
   TensorRef without_dim(bool keepdim) const {
     TensorRef shape = x_;
     if (keepdim) {
@@ -126,6 +135,7 @@ class Call {
 
   const char* op_;
   const char* x_name_;
+  bool real_;
   TensorRef x_;
   Device device_;
   int dim_ = 0;
@@ -178,7 +188,7 @@ Tensor softmax(const Tensor& x, std::int64_t dim, OptionalType dtype) {
   args.op = kKind == SoftmaxKind::softmax ? "fastkern::softmax" : "fastkern::log_softmax";
   args.kind = kKind;
   const Call call(args.op, x, dim);
-  const DType out = float_type(dtype, call.x().dtype, args.op, "dtype");
+  const DType out = real_type(dtype, call.x().dtype, call.device(), args.op, "dtype");
   args.middle = call.middle();
   args.x = call.x();
   const OptionalTensor copy = call.readable(x, args.x);
@@ -193,7 +203,7 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y, std::int64_t dim, Optional
   args.op = kKind == SoftmaxKind::softmax ? "fastkern::softmax_bwd" : "fastkern::log_softmax_bwd";
   args.kind = kKind;
   const Call call(args.op, y, dim, "y");
-  const DType out = float_type(x_dtype, call.x().dtype, args.op, "x_dtype");
+  const DType out = real_type(x_dtype, call.x().dtype, call.device(), args.op, "x_dtype");
   args.middle = call.middle();
   args.y = call.x();
   args.dy = call.like_x(dy, "dy");
@@ -241,7 +251,7 @@ Tensor masked(const char* op, const Tensor& x, const OptionalTensor* mask, bool 
   args.masked = true;
   args.causal = causal;
   args.scale = scale;
-  const Call call(args.op, x, -1);
+  const Call call(args.op, x, -1, "x", false);
   FK_CHECK(!causal || call.x().ndim >= 2, op, ": x must have at least two dimensions, got shape ",
            call.x().shape());
   check_scale(scale, op);
@@ -271,7 +281,7 @@ Tensor masked_bwd(const Tensor& dy, const Tensor& y, double scale) {
   args.op = kCausal ? "fastkern::causal_softmax_bwd" : "fastkern::masked_softmax_bwd";
   args.causal = kCausal;
   args.scale = scale;
-  const Call call(args.op, y, -1, "y");
+  const Call call(args.op, y, -1, "y", false);
   FK_CHECK(!kCausal || call.x().ndim >= 2, args.op,
            ": y must have at least two dimensions, got shape ", call.x().shape());
   args.y = call.x();

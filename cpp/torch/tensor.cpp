@@ -37,6 +37,8 @@ std::int32_t scalar_type(DType dtype) {
       return number_of(ScalarType::Float8_e4m3fn);
     case DType::i8:
       return number_of(ScalarType::Char);
+    case DType::f64:
+      return number_of(ScalarType::Double);
   }
   fail("fastkern: no torch dtype for ", name_of(dtype));
 }
@@ -54,6 +56,11 @@ DType float_of(std::int32_t type, const char* op, const char* argument) {
   if (type == number_of(ScalarType::Float)) return DType::f32;
   fail(op, ": ", argument, " must be torch.float32, torch.float16 or torch.bfloat16, got ",
        type_text(type));
+}
+
+DType real_of(std::int32_t type, Device device, const char* op, const char* argument) {
+  const bool wide = type == number_of(ScalarType::Double) && !device.is_cuda;
+  return wide ? DType::f64 : float_of(type, op, argument);
 }
 
 void set_dense_strides(TensorRef& ref) {
@@ -164,6 +171,17 @@ TensorRef ref_of(const Tensor& t, const char* op, const char* argument) {
   TensorRef ref = view_of(t, op, argument);
   ref.dtype = float_of(type_of(t), op, argument);
   return ref;
+}
+
+TensorRef real_ref_of(const Tensor& t, const char* op, const char* argument) {
+  TensorRef ref = view_of(t, op, argument);
+  ref.dtype = real_of(type_of(t), device_of(t), op, argument);
+  return ref;
+}
+
+DType real_type(OptionalType type, DType otherwise, Device device, const char* op,
+                const char* argument) {
+  return type ? real_of(type->number, device, op, argument) : otherwise;
 }
 
 DType float_type(OptionalType type, DType otherwise, const char* op, const char* argument) {

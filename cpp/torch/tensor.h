@@ -46,6 +46,11 @@ TensorRef view_of(const Tensor& t, const char* op, const char* argument);
 /// A view of `t`; fail() unless its dtype is one of fastkern's and its rank is supported.
 TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
 
+/// The same for operators that take f64 on the CPU.
+TensorRef real_ref_of(const Tensor& t, const char* op, const char* argument);
+DType real_type(OptionalType type, DType otherwise, Device device, const char* op,
+                const char* argument);
+
 /// The dtype asked for; fail() unless it is f32, f16 or bf16. Without one: `otherwise`.
 DType float_type(OptionalType type, DType otherwise, const char* op, const char* argument);
 /// The dtype asked for; fail() unless it is f8e4m3 or i8. Without one: f8e4m3.

@@ -13,13 +13,13 @@
 
 namespace fastkern {
 
-enum class DType : std::uint8_t { f32, f16, bf16, f8e4m3, i8 };
+enum class DType : std::uint8_t { f32, f16, bf16, f8e4m3, i8, f64 };
 
 /// What computing operands may be; the others are for quantised results.
 constexpr bool is_float(DType dtype) { return dtype <= DType::bf16; }
 
 constexpr std::int64_t size_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : is_float(dtype) ? 2 : 1;
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : is_float(dtype) ? 2 : 1;
 }
 
 constexpr const char* name_of(DType dtype) {
@@ -34,6 +34,8 @@ constexpr const char* name_of(DType dtype) {
       return "f8e4m3";
     case DType::i8:
       return "i8";
+    case DType::f64:
+      return "f64";
   }
   return "unknown";
 }

@@ -48,6 +48,19 @@ def float_tensor(op: str, name: str, t: Tensor) -> None:
         raise RuntimeError(f"fastkern::{op}: {name} must be {_FLOATS_TEXT}, got {t.dtype}")
 
 
+def real_tensor(op: str, name: str, t: Tensor) -> None:
+    """For operators that take float64 on the CPU."""
+    defined(op, name, t)
+    if t.dtype != torch.float64 or t.device.type == "cuda":
+        float_tensor(op, name, t)
+
+
+def real_dtype(op: str, name: str, dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    if dtype == torch.float64 and x.device.type != "cuda":
+        return dtype
+    return float_dtype(op, name, dtype, x.dtype)
+
+
 def same_dtype(op: str, name: str, t: Tensor, x: Tensor) -> None:
     if t.dtype != x.dtype:
         raise RuntimeError(f"fastkern::{op}: {name} must be {x.dtype} like x, got {t.dtype}")

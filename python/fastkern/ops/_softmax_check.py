@@ -14,17 +14,17 @@ from fastkern.ops import _check, _schema
 _MASKS = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
 
 
-def begin(op: str, x: Tensor, dim: int, name: str = "x") -> None:
-    """What every operator of the family begins with."""
-    _check.float_tensor(op, name, x)
+def begin(op: str, x: Tensor, dim: int, name: str = "x", real: bool = True) -> None:
+    """What every operator of the family begins with; ``real``: it takes float64 on the CPU."""
+    (_check.real_tensor if real else _check.float_tensor)(op, name, x)
     _check.at_least_one_dimension(op, name, x.dim())
     if not -x.dim() <= dim < x.dim():
         raise RuntimeError(f"fastkern::{op}: dim must be between {-x.dim()} and {x.dim() - 1}, got {dim}")
 
 
-def like(op: str, y: Tensor, dy: Tensor) -> None:
+def like(op: str, y: Tensor, dy: Tensor, real: bool = True) -> None:
     """The gradient that comes in."""
-    _check.float_tensor(op, "dy", dy)
+    (_check.real_tensor if real else _check.float_tensor)(op, "dy", dy)
     _check.shape(op, "dy", dy, y.shape)
     _check.device(op, "dy", dy, y, "y")
 
@@ -33,11 +33,11 @@ def begin_masked(
     op: str, x: Tensor, mask: Tensor | None, scale: float, causal: bool, name: str = "x", dy: Tensor | None = None
 ) -> None:
     """What the masked ones begin with."""
-    begin(op, x, -1, name)
+    begin(op, x, -1, name, real=False)
     if causal and x.dim() < 2:
         raise RuntimeError(f"fastkern::{op}: {name} must have at least two dimensions, got shape {tuple(x.shape)}")
     if dy is not None:
-        like(op, x, dy)
+        like(op, x, dy, real=False)
     if not abs(scale) <= torch.finfo(torch.float32).max:
         raise RuntimeError(f"fastkern::{op}: scale must be finite in float32, got {scale}")
     if mask is None:

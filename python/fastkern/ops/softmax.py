@@ -27,15 +27,16 @@ def softmax(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tenso
     autograd wrapper when no gradient is needed.
 
     Args:
-        x: at least one dimension, float32, float16 or bfloat16, on the CPU or a CUDA device. Any strides and storage
-            offset. Over the last dimension rows are read in place when that is dense and the leading ones merge into at
-            most two strides; over another one a row-major tensor is read in place. Otherwise a dense copy is made.
+        x: at least one dimension, float32, float16 or bfloat16, on the CPU or a CUDA device; on the CPU float64 too, by
+            plain loops. Any strides and storage offset. Over the last dimension rows are read in place when that is
+            dense and the leading ones merge into at most two strides; over another one a row-major tensor is read in
+            place. Otherwise a dense copy is made.
         dim: the dimension; negative ones count from the end.
-        dtype: float32, float16 or bfloat16, the dtype that ``x`` is converted to first, in the same kernel; None: its
-            own. So ``dtype=torch.float32`` on a 16-bit ``x`` costs no conversion.
+        dtype: float32, float16 or bfloat16 (on the CPU float64), the dtype that ``x`` is converted to first, in the
+            same kernel; None: its own. So ``dtype=torch.float32`` on a 16-bit ``x`` costs no conversion.
 
     Returns:
-        The shape of ``x``, contiguous, of ``dtype``. Computed in float32 and rounded once.
+        The shape of ``x``, contiguous, of ``dtype``. Computed in float32, with float64 in float64, and rounded once.
 
     Raises:
         RuntimeError: a dtype, shape or ``dim`` other than the above; the message names the argument.
@@ -156,9 +157,14 @@ def causal_softmax(x: Tensor, scale: float = 1.0) -> Tensor:
 # ---- softmax, log_softmax --------------------------------------------------------------------------------------------
 
 
+def _wide(t: Tensor) -> Tensor:
+    """In the type that is computed in."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def _softmax_grad(kind: str, dy: Tensor, y: Tensor, dim: int) -> Tensor:
-    """In differentiable torch operations, in float32."""
-    dy, y = dy.float(), y.float()
+    """In differentiable torch operations, in float32 or float64."""
+    dy, y = _wide(dy), _wide(y)
     if kind == "softmax":
         return y * (dy - (dy * y).sum(dim, keepdim=True))
     return dy - y.exp() * dy.sum(dim, keepdim=True)
@@ -170,12 +176,12 @@ def _register(op: str, torch_function: Callable[..., Tensor]) -> Any:
 
     def fake(x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
         _own.begin(op, x, dim)
-        return _own.empty(x, _check.float_dtype(op, "dtype", dtype, x.dtype))
+        return _own.empty(x, _check.real_dtype(op, "dtype", dtype, x))
 
     def fake_bwd(dy: Tensor, y: Tensor, dim: int, x_dtype: torch.dtype | None) -> Tensor:
         _own.begin(f"{op}_bwd", y, dim, "y")
         _own.like(f"{op}_bwd", y, dy)
-        return _own.empty(y, _check.float_dtype(f"{op}_bwd", "x_dtype", x_dtype, y.dtype))
+        return _own.empty(y, _check.real_dtype(f"{op}_bwd", "x_dtype", x_dtype, y))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.dim, ctx.x_dtype = inputs[1], inputs[0].dtype
@@ -216,7 +222,7 @@ def _logsumexp_bwd_fake(dy: Tensor, x: Tensor, lse: Tensor, dim: int) -> Tensor:
     _own.begin(op, x, dim)
     expected = _own.without(x, dim, keepdim=False)
     for name, t in (("dy", dy), ("lse", lse)):
-        _check.float_tensor(op, name, t)
+        _check.real_tensor(op, name, t)
         _check.shape(op, name, t, expected)
         _check.device(op, name, t, x)
     return _own.empty(x, x.dtype)
@@ -232,14 +238,14 @@ def _logsumexp_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.keepdim:
         dy, lse = dy.squeeze(ctx.dim), lse.squeeze(ctx.dim)
     if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
-        dy32, lse32 = dy.float().unsqueeze(ctx.dim), lse.float().unsqueeze(ctx.dim)
-        return (dy32 * (x.float() - lse32).exp()).to(x.dtype), None, None
+        dy, lse = _wide(dy).unsqueeze(ctx.dim), _wide(lse).unsqueeze(ctx.dim)
+        return (dy * (_wide(x) - lse).exp()).to(x.dtype), None, None
     return _ops.logsumexp_bwd(dy, x, lse, ctx.dim), None, None
 
 
 def _logsumexp_composite(x: Tensor, dim: int, keepdim: bool) -> Tensor:
     _logsumexp_fake(x, dim, keepdim)
-    return torch.logsumexp(x.float(), dim, keepdim).to(x.dtype)
+    return torch.logsumexp(_wide(x), dim, keepdim).to(x.dtype)
 
 
 for _name in ("logsumexp", "logsumexp_fwd"):
