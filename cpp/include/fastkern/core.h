@@ -13,31 +13,53 @@
 
 namespace fastkern {
 
-enum class DType : std::uint8_t { f32, f16, bf16, f8e4m3, i8, f64 };
+enum class DType : std::uint8_t {
+  f32,
+  f16,
+  bf16,
+  f8e4m3,
+  i8,
+  f64,
+  u8,
+  i16,
+  i32,
+  i64,
+  boolean,  // a byte, 0 or 1
+  c64,      // two f32: real and imaginary part
+  c128,     // two f64
+};
 
-/// What computing operands may be; the others are for quantised results.
+/// What computing operands may be. The others are for quantised results, and for elementwise.h.
 constexpr bool is_float(DType dtype) { return dtype <= DType::bf16; }
 
 constexpr std::int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : is_float(dtype) ? 2 : 1;
+  switch (dtype) {
+    case DType::f8e4m3:
+    case DType::i8:
+    case DType::u8:
+    case DType::boolean:
+      return 1;
+    case DType::f16:
+    case DType::bf16:
+    case DType::i16:
+      return 2;
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::f64:
+    case DType::i64:
+    case DType::c64:
+      return 8;
+    case DType::c128:
+      return 16;
+  }
+  return 1;
 }
 
 constexpr const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::f32:
-      return "f32";
-    case DType::f16:
-      return "f16";
-    case DType::bf16:
-      return "bf16";
-    case DType::f8e4m3:
-      return "f8e4m3";
-    case DType::i8:
-      return "i8";
-    case DType::f64:
-      return "f64";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"f32", "f16", "bf16", "f8e4m3",  "i8",  "f64", "u8",
+                                    "i16", "i32", "i64",  "boolean", "c64", "c128"};
+  return dtype <= DType::c128 ? kNames[static_cast<int>(dtype)] : "unknown";
 }
 
 inline constexpr int kMaxDims = 16;
