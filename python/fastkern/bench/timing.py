@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -89,10 +90,21 @@ class Clock:
             return Measurement(timer.blocked_autorange(min_run_time=0.01 if quick else 0.1).median * 1e6, TIMER)
         from triton.testing import do_bench
 
+        self._make_room()
         replay = self._captured(prepare) if capture else None
         call = replay or prepare()
         milliseconds = do_bench(call, warmup=5 if quick else 25, rep=10 if quick else 80, return_mode="median")
         return Measurement(milliseconds * 1e3, REPLAY if replay else EVENTS)
+
+    def _make_room(self) -> None:
+        """Give back what torch's allocator keeps, for other streams than the next one's, if that is much.
+
+        While a graph is captured it cannot do so itself, and fails.
+        """
+        free, total = torch.cuda.mem_get_info(self.device)
+        if free < total // 2:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _captured(self, prepare: Prepare) -> Call | None:
         """The replay of a graph of the call; None of a call that cannot be captured.

@@ -130,7 +130,8 @@ def _step(function: Callable[..., Any], hidden: Tensor, weight: Tensor, target: 
 
 
 def _plain(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), target)
+    loss = F.cross_entropy(F.linear(hidden, weight), target)
+    return loss if loss.dtype == torch.float64 else loss.float()  # as ours: what is compared has one type
 
 
 def _plain_wide(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
