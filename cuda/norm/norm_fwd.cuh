@@ -10,22 +10,24 @@
 //   cost     reads and writes each operand once: 2 · M · N elements, with a residual stream 4
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include "dispatch.h"
 #include "fastkern/norm.h"
 #include "launch.cuh"
 #include "norm/norm_launch.h"
 #include "tile/dropout.cuh"
 #include "tile/pack.cuh"
+#include "tile/quantise.cuh"
 #include "tile/team.cuh"
 
 namespace fastkern::cuda::norm_detail {
 
 using tile::ColumnView;
+using tile::kLargestF8;
+using tile::kLargestI8;
 using tile::kVector;
 using tile::Pack;
 using tile::RowView;
+using tile::store_quantised;
 using tile::Team;
 
 template <class T>
@@ -215,34 +217,6 @@ __device__ __forceinline__ float rowscale_of(const ColumnView& rowscale, std::in
   return v[0];
 }
 
-inline constexpr float kLargestF8 = 448.0f, kLargestI8 = 127.0f;
-
-/// Rounds to nearest even, saturates; NaN is NaN in f8e4m3 and 0 in i8.
-template <int kCount>
-__device__ __forceinline__ void quantise(const float (&v)[kCount], float inverse, DType dtype,
-                                         std::uint32_t (&words)[kCount / 4]) {
-  if (dtype == DType::i8) {
-#pragma unroll
-    for (int w = 0; w < kCount / 4; ++w) {
-      words[w] = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = __float2int_rn(v[4 * w + j] * inverse);  // saturates, NaN gives 0
-        words[w] |= (static_cast<std::uint32_t>(max(-127, min(127, i))) & 255u) << 8 * j;
-      }
-    }
-    return;
-  }
-#pragma unroll
-  for (int w = 0; w < kCount / 4; ++w) {
-    const auto pair = [&](int at) -> std::uint32_t {
-      return __nv_cvt_float2_to_fp8x2({v[at] * inverse, v[at + 1] * inverse}, __NV_SATFINITE,
-                                      __NV_E4M3);
-    };
-    words[w] = pair(4 * w) | pair(4 * w + 2) << 16;
-  }
-}
-
 /// The factor before rounding, from the largest magnitude of a row; `owner` writes the row's scale.
 template <class T>
 __device__ __forceinline__ float dynamic_scale(const Forward<T>& p, float largest, std::int64_t row,
@@ -251,27 +225,6 @@ __device__ __forceinline__ float dynamic_scale(const Forward<T>& p, float larges
   if (owner) p.scale[row] = largest / limit;
   if (largest == 0.0f) return 0.0f;
   return largest == largest ? fminf(limit / largest, 3.402823466e38f) : largest;
-}
-
-template <class T, class Column>
-__device__ __forceinline__ void store_quantised(const RowView<T>& y, char* row, Column column,
-                                                Column n, const float (&v)[kVector<T>],
-                                                float inverse) {
-  constexpr int kV = kVector<T>;
-  std::uint32_t words[kV / 4];
-  quantise<kV>(v, inverse, y.dtype, words);
-  if (y.whole && column + kV <= n) {
-    if constexpr (kV == 8) {
-      ptx::st_global_8(row + column, {words[0], words[1]});
-    } else {
-      *reinterpret_cast<std::uint32_t*>(row + column) = words[0];
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kV; ++j) {
-    if (column + j < n) row[column + j] = static_cast<char>(words[j / 4] >> 8 * (j % 4));
-  }
 }
 
 /// Shared memory of norm_fwd_kernel: two exchanges.

@@ -14,7 +14,13 @@ struct DropoutView {
   /// Drops and scales kCount elements (a multiple of 4) from index `first` on.
   template <int kCount>
   __device__ __forceinline__ void apply(std::int64_t first, float (&v)[kCount]) const {
-    const std::uint64_t s = *seed, o = *offset, e = first;
+    apply(*seed, *offset, first, v);
+  }
+  /// The same where seed and offset have been read before.
+  template <int kCount>
+  __device__ __forceinline__ void apply(std::uint64_t s, std::uint64_t o, std::int64_t first,
+                                        float (&v)[kCount]) const {
+    const std::uint64_t e = first;
     if (e % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {

@@ -7,5 +7,6 @@
 namespace fastkern::ptx {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
 
 }  // namespace fastkern::ptx
