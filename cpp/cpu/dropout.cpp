@@ -142,11 +142,11 @@ DropoutRows::DropoutRows(double p, const std::int64_t* seed_at, const std::int64
       seed(active ? static_cast<std::uint64_t>(*seed_at) : 0),
       offset(active ? static_cast<std::uint64_t>(*offset_at) : 0) {}
 
-float* DropoutRows::factors(std::int64_t r, std::int64_t n, float* scratch) const {
+float* DropoutRows::factors_from(std::int64_t first, std::int64_t count, float* scratch) const {
   static const Factors run = best_factors();
-  const std::uint64_t first = static_cast<std::uint64_t>(r) * static_cast<std::uint64_t>(n);
-  const std::int64_t skipped = static_cast<std::int64_t>(first % 4);
-  run({seed, offset, first / 4, threshold, scale}, (skipped + n + 3) / 4, scratch);
+  const std::int64_t skipped = first % 4;
+  run({seed, offset, static_cast<std::uint64_t>(first) / 4, threshold, scale},
+      (skipped + count + 3) / 4, scratch);
   return scratch + skipped;
 }
 

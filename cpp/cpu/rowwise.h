@@ -289,7 +289,11 @@ struct DropoutRows {
   DropoutRows(double p, const std::int64_t* seed_at, const std::int64_t* offset_at);
 
   /// The factors of row r, somewhere in `scratch`, a row of Scratch.
-  float* factors(std::int64_t r, std::int64_t n, float* scratch) const;
+  float* factors(std::int64_t r, std::int64_t n, float* scratch) const {
+    return factors_from(r * n, n, scratch);
+  }
+  /// The factors of `count` elements from number `first` on.
+  float* factors_from(std::int64_t first, std::int64_t count, float* scratch) const;
 
   bool active;
   std::uint32_t threshold;
