@@ -71,7 +71,8 @@ TensorRef RopeCall::weight(const OptionalTensor& t, const char* argument) const 
   return ref;
 }
 
-void RopeCall::check_norm(double eps, double weight_offset) const {
+void RopeCall::check_norm(double eps, double weight_offset) {
+  normed_ = true;
   constexpr double kMost = 3.4028234663852886e38;
   FK_CHECK(q_.sizes[q_.ndim - 1] <= kQkNormMost, op_, ": q must have a head dimension of at most ",
            kQkNormMost, ", got shape ", q_.shape());
@@ -88,6 +89,9 @@ void RopeCall::tables(const Tensor& cos, const Tensor& sin, const RopeOptions& o
   FK_CHECK(a.rotary_dim >= 2 && a.rotary_dim <= n && a.rotary_dim % 2 == 0, op_,
            ": rotary_dim must be even, at least 2 and at most the head dimension of q, ", n,
            ", got ", a.rotary_dim);
+
+  FK_CHECK(!normed_ || n <= kQkNormMost - 16 || a.rotary_dim % 16 == 0, op_,
+           ": rotary_dim must be a multiple of 16 in heads of ", n, " columns, got ", a.rotary_dim);
 
   a.cos = ref_of(cos, op_, "cos");
   const bool per_token = a.cos.ndim == 3 && q_.ndim == 4;

@@ -39,7 +39,7 @@ class RopeCall {
   /// fail() unless it is a weight of the head dimension.
   TensorRef weight(const OptionalTensor& t, const char* argument) const;
   /// fail() unless they are what a norm takes, and the heads no larger.
-  void check_norm(double eps, double weight_offset) const;
+  void check_norm(double eps, double weight_offset);
   void tables(const Tensor& cos, const Tensor& sin, const RopeOptions& options);
   /// fail() if t cannot be written where it lies.
   void check_writable(const TensorRef& t, const char* argument) const;
@@ -72,6 +72,7 @@ class RopeCall {
   const char* op_;
   TensorRef q_, k_;
   Device device_;
+  bool normed_ = false;
   RopeAngles angles_;
   TensorRef cu_seqlens_;
   std::array<OptionalTensor, 9> copies_;

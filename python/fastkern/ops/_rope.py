@@ -131,7 +131,7 @@ def _check_norm(
 ) -> None:
     _rope_check.heads(op, q, k)
     _rope_check.norm(op, q, eps, weight_offset, q_weight=q_weight, k_weight=k_weight)
-    _rope_check.tables(op, q, cos, sin, Options(*options))
+    _rope_check.tables(op, q, cos, sin, Options(*options), normed=True)
 
 
 def _norm_fake(q: Tensor, k: Tensor | None, *arguments: Any) -> Pair:

@@ -77,7 +77,7 @@ def like_heads(op: str, name: str, t: Tensor, like: Tensor, q: Tensor) -> None:
     _check.device(op, name, t, q, "q")
 
 
-def tables(op: str, q: Tensor, cos: Tensor, sin: Tensor, o: Options) -> None:
+def tables(op: str, q: Tensor, cos: Tensor, sin: Tensor, o: Options, normed: bool = False) -> None:
     """Tables that have a row for every token, or for some positions."""
     n, tokens = q.shape[-1], q.shape[-3]
     rotary_dim = n if o.rotary_dim is None else o.rotary_dim
@@ -85,6 +85,8 @@ def tables(op: str, q: Tensor, cos: Tensor, sin: Tensor, o: Options) -> None:
         raise _fail(
             op, "rotary_dim", f"be even, at least 2 and at most the head dimension of q, {n}", rotary_dim
         )
+    if normed and n > MOST_OF_A_NORM - 16 and rotary_dim % 16 != 0:
+        raise _fail(op, "rotary_dim", f"be a multiple of 16 in heads of {n} columns", rotary_dim)
     _check.float_tensor(op, "cos", cos)
     per_token = cos.dim() == 3 and q.dim() == 4
     fits = cos.dim() == 2 or per_token

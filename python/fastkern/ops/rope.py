@@ -151,7 +151,7 @@ def qk_norm_rope(
         weight_offset: added to the weights in float32, where they are given: 1.0 for Gemma.
         positions: as in :func:`rope`.
         interleaved: as in :func:`rope`.
-        rotary_dim: as in :func:`rope`. The norm is over all of D.
+        rotary_dim: as in :func:`rope`; a multiple of 16 where D is above 496. The norm is over all of D.
         cu_seqlens: as in :func:`rope`.
 
     Returns:
