@@ -41,6 +41,7 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
+from fastkern.ops.rope import qk_norm_rope, rope, rope_  # noqa: E402
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,
     log_softmax,
@@ -76,9 +77,12 @@ __all__ = [
     "logsumexp",
     "masked_softmax",
     "merge_attention",
+    "qk_norm_rope",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
+    "rope",
+    "rope_",
     "softmax",
 ]
 
