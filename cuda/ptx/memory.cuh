@@ -38,6 +38,7 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
+<<<<<<< ours
 /// 16 bytes, or the first 8 of them, or none if `bytes` is 0, of memory that the kernel also writes;
 /// what is not read is undefined. Not kept in L1.
 __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
@@ -49,6 +50,35 @@ __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(p), "r"(bytes)
       : "memory");
+=======
+/// 16, 8, 4, 2 and 1 bytes that this thread may write afterwards. Volatile: they are asked for in
+/// the order of the source.
+__device__ __forceinline__ uint4 ld_global(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint2 ld_global_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t ld_global_4(const void* p) {
+  std::uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t ld_global_2(const void* p) {
+  std::uint16_t v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t ld_global_1(const void* p) {
+  std::uint32_t v;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p));
+>>>>>>> theirs
   return v;
 }
 
@@ -71,6 +101,16 @@ __device__ __forceinline__ void st_global(void* p, uint4 v) {
 
 __device__ __forceinline__ void st_global_8(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void st_global_4(void* p, std::uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void st_global_2(void* p, std::uint32_t v) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(static_cast<std::uint16_t>(v)) : "memory");
+}
+__device__ __forceinline__ void st_global_1(void* p, std::uint32_t v) {
+  asm volatile("st.global.u8 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 /// 16 bytes through L2 alone: what other multiprocessors write, or read.
