@@ -38,7 +38,6 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
-<<<<<<< ours
 /// 16 bytes, or the first 8 of them, or none if `bytes` is 0, of memory that the kernel also writes;
 /// what is not read is undefined. Not kept in L1.
 __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
@@ -50,7 +49,9 @@ __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(p), "r"(bytes)
       : "memory");
-=======
+  return v;
+}
+
 /// 16, 8, 4, 2 and 1 bytes that this thread may write afterwards. Volatile: they are asked for in
 /// the order of the source.
 __device__ __forceinline__ uint4 ld_global(const void* p) {
@@ -78,7 +79,6 @@ __device__ __forceinline__ std::uint32_t ld_global_2(const void* p) {
 __device__ __forceinline__ std::uint32_t ld_global_1(const void* p) {
   std::uint32_t v;
   asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p));
->>>>>>> theirs
   return v;
 }
 
