@@ -8,26 +8,9 @@
 #include <utility>
 
 #include "tensor.h"
+#include "text.h"
 
 namespace fastkern::torch_layer {
-
-/// An argument of schema type str, owned by the call. torch's own conversion to std::string (2.10
-/// to 2.13) leaks one string a call.
-struct Text {
-  std::string value;
-};
-
-template <>
-inline Text boxing::take<Text>(StableIValue value) {
-  const auto handle = torch::stable::detail::to<StringHandle>(value);
-  const char* data = nullptr;
-  std::size_t length = 0;
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  Text text{std::string(data, length)};
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return text;
-}
 
 namespace {
 
