@@ -41,6 +41,9 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
+from fastkern.ops import pointwise as _pointwise  # noqa: E402
+from fastkern.ops.pointwise import *  # noqa: E402, F403
+from fastkern.ops.pointwise import abs, pow  # noqa: A004, E402
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,
     log_softmax,
@@ -81,6 +84,7 @@ __all__ = [
     "rms_norm_static_quant",
     "softmax",
 ]
+__all__ += _pointwise.__all__
 
 
 def get_library_dir() -> str:

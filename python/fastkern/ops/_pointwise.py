@@ -161,6 +161,8 @@ class Route:
         rest = schema[len(arguments) :]
         filled = (*arguments, *(named.get(a.name, a.default_value) for a in rest))
         tensors = [(a.name, v) for a, v in zip(schema, filled, strict=True) if isinstance(v, Tensor)]
+        if self.name == "triu":
+            check_rank(self.name, tensors[0][1].dim())
         check_broadcast(self.name, tensors)
         try:
             return self._torch_function(*filled)

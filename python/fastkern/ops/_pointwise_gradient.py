@@ -67,7 +67,7 @@ def _silu(dy: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.ops.fastkern.silu_bwd(dy, x)
     s = F.sigmoid(x)
-    return F.mul(dy, F.mul(s, F.add(F.mul(x, F.sub(1.0 + F.mul(s, 0.0), s)), 1.0)))
+    return F.mul(dy, F.mul(s, F.add(F.sub(x, F.mul(x, s)), 1.0)))
 
 
 def _sigmoid(dy: Tensor, y: Tensor) -> Tensor:
@@ -80,6 +80,12 @@ def _tanh(dy: Tensor, y: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.ops.fastkern.tanh_bwd(dy, y)
     return F.sub(dy, F.mul(dy, F.mul(y, y)))
+
+
+def _relu(dy: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.fastkern.relu_bwd(dy, y)
+    return F.where(F.le(y, 0), 0.0, dy)
 
 
 def _rsqrt(dy: Tensor, y: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ FORMULAS: dict[str, Formula] = {
     "sin": _of_input(lambda dy, x: F.mul(dy, F.cos(x))),
     "tanh": _of_output(_tanh),
     "sigmoid": _of_output(_sigmoid),
-    "relu": _of_output(lambda dy, y: F.where(F.le(y, 0), 0.0, dy)),
+    "relu": _of_output(_relu),
     "gelu": _of_input(_gelu),
     "silu": _of_input(_silu),
     "triu": _triu(),
