@@ -77,7 +77,7 @@ struct PointwiseCall {
   TensorRef out;                               // may be an input, exactly; else no element of one
   std::array<Operand, kMaxInputs> in;          // the first pointwise_info(function).inputs of them
   std::array<Number, kMaxScalars> scalars{1};  // alpha of add, sub and rsub
-  DType compute = DType::f32;                  // f32 | f64 | i64 | boolean | c64 | c128
+  DType compute = DType::f32;  // f32 | f64 | i64 | boolean (of what i64 has) | c64 | c128
 };
 
 /// out = x on and above diagonal number `diagonal` of each matrix, 0 below it; of one type, any.
@@ -87,6 +87,17 @@ struct Triangle {
   TensorRef out;  // (..., M, N), may be x
   std::int64_t diagonal = 0;
 };
+
+/// The first column of a row that is kept.
+constexpr std::int64_t triangle_start(std::int64_t row, std::int64_t columns,
+                                      std::int64_t diagonal) {
+  // Far diagonals must not overflow.
+  if (diagonal >= columns) return columns;
+  const std::int64_t start = row + diagonal;
+  return start < 0 ? 0 : start > columns ? columns : start;
+}
+/// Throws where the matrices do not match or share memory.
+FASTKERN_API void check_triangle(const Triangle& args);
 
 namespace cpu {
 /// A division of integers by zero (div_trunc, div_floor) is an Error.

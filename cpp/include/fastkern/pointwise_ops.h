@@ -52,9 +52,9 @@ inline constexpr unsigned kFloat = 1, kInt = 2, kComplex = 4;
   op(isinf,       1, always_bool,      kFloat,                   math::isinf(a))
 
 #define FASTKERN_POINTWISE_BINARY(op)                                                             \
-  op(add,         2, standard,         kFloat | kInt | kComplex, a + math::scaled(s(0), b))       \
-  op(sub,         2, standard,         kFloat | kInt | kComplex, a - math::scaled(s(0), b))       \
-  op(rsub,        2, standard,         kFloat | kInt | kComplex, b - math::scaled(s(0), a))       \
+  op(add,         2, standard,         kFloat | kInt | kComplex, math::add(a, math::mul(s(0), b))) \
+  op(sub,         2, standard,         kFloat | kInt | kComplex, math::sub(a, math::mul(s(0), b))) \
+  op(rsub,        2, standard,         kFloat | kInt | kComplex, math::sub(b, math::mul(s(0), a))) \
   op(mul,         2, standard,         kFloat | kInt | kComplex, math::mul(a, b))                 \
   op(div,         2, int_to_float,     kFloat,                   a / b)                           \
   op(div_trunc,   2, standard,         kFloat | kInt,            math::div_trunc(a, b))           \
@@ -69,7 +69,7 @@ inline constexpr unsigned kFloat = 1, kInt = 2, kComplex = 4;
   op(logical_and, 2, always_bool,      kFloat | kInt | kComplex, math::truth(a) & math::truth(b)) \
   op(logical_or,  2, always_bool,      kFloat | kInt | kComplex, math::truth(a) | math::truth(b)) \
   op(eq,          2, always_bool,      kFloat | kInt | kComplex, a == b)                          \
-  op(ne,          2, always_bool,      kFloat | kInt | kComplex, a != b)                          \
+  op(ne,          2, always_bool,      kFloat | kInt | kComplex, !(a == b))                       \
   op(lt,          2, always_bool,      kFloat | kInt,            a < b)                           \
   op(le,          2, always_bool,      kFloat | kInt,            a <= b)                          \
   op(gt,          2, always_bool,      kFloat | kInt,            a > b)                           \

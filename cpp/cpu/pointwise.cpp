@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pointwise functions on the CPU. Threads share the elements in the order of the plan. A thread
+// goes through its part in blocks that fit the first cache: inputs that are no dense run of the
+// compute type are converted into one, the function is a loop over dense runs, and the result is
+// converted on its way out. So a function is compiled once for each compute type, whatever the
+// types and strides of its operands.
+#include "pointwise.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <memory>
+#include <span>
+
+#include "fastkern/pointwise_plan.h"
+
+namespace fastkern::cpu {
+namespace {
+
+constexpr std::int64_t kBlockBytes = 8192;
+
+/// A place in the elements of a plan.
+struct Place {
+  std::array<std::int64_t, kMaxDims> at{};
+
+  Place(const PointwisePlan& plan, std::int64_t element) {
+    for (int d = 0; d < plan.ndim; ++d) {
+      at[d] = element % plan.sizes[d];
+      element /= plan.sizes[d];
+    }
+  }
+  std::int64_t offset(const PointwisePlan& plan, const PointwiseView& view) const {
+    std::int64_t bytes = 0;
+    for (int d = 0; d < plan.ndim; ++d) bytes += at[d] * view.strides[d];
+    return bytes;
+  }
+  /// On by `count` elements, at most to the end of a row.
+  void advance(const PointwisePlan& plan, std::int64_t count) {
+    at[0] += count;
+    for (int d = 0; d + 1 < plan.ndim && at[d] == plan.sizes[d]; ++d) {
+      at[d] = 0;
+      ++at[d + 1];
+    }
+  }
+};
+
+/// f(address, elements before, elements) for each row, or part of one, of n elements from `place`.
+template <class F>
+void each_run(const PointwisePlan& plan, const PointwiseView& view, Place place, std::int64_t n,
+              const F& f) {
+  for (std::int64_t done = 0; done < n;) {
+    const std::int64_t count = std::min(n - done, plan.sizes[0] - place.at[0]);
+    f(view.data + place.offset(plan, view), done, count);
+    place.advance(plan, count);
+    done += count;
+  }
+}
+
+template <class T>
+class Worker {
+ public:
+  Worker(const PointwisePlan& plan, Evaluate evaluate, const Number* scalars, DType type)
+      : plan_(plan),
+        evaluate_(evaluate),
+        scalars_(scalars),
+        type_(type),
+        buffers_(new T[4 * kBlock]) {
+    for (int i = 0; i < plan.inputs; ++i) {
+      const PointwiseView& v = plan.in[i];
+      const bool single = v.data && std::all_of(v.strides.begin(), v.strides.begin() + plan.ndim,
+                                                [](std::int64_t stride) { return stride == 0; });
+      filled_[i] = !v.data || single;
+      if (!v.data) std::fill_n(buffer(i), kBlock, number_as<T>(v.number));
+      if (single) load_block<T>(v.dtype, v.data, 0, kBlock, buffer(i));
+    }
+  }
+
+  /// False as Evaluate says.
+  bool run(std::int64_t begin, std::int64_t end) {
+    // Long rows one by one, for runs that need no copy; several short ones together.
+    const bool by_rows = plan_.sizes[0] >= kBlock / 4;
+    bool good = true;
+    Place place(plan_, begin);
+    for (std::int64_t at = begin; at < end;) {
+      std::int64_t n = std::min(kBlock, end - at);
+      if (by_rows) n = std::min(n, plan_.sizes[0] - place.at[0]);
+      good &= block(place, n, n <= plan_.sizes[0] - place.at[0]);
+      at += n;
+      if (by_rows) {
+        place.advance(plan_, n);
+      } else {
+        place = Place(plan_, at);
+      }
+    }
+    return good;
+  }
+
+ private:
+  static constexpr std::int64_t kBlock = kBlockBytes / sizeof(T);
+
+  T* buffer(int i) const { return buffers_.get() + i * kBlock; }
+  bool direct(const PointwiseView& v, bool one_row) const {
+    return one_row && v.dtype == type_ && v.strides[0] == static_cast<std::int64_t>(sizeof(T)) &&
+           reinterpret_cast<std::uintptr_t>(v.data) % alignof(T) == 0;
+  }
+
+  bool block(const Place& place, std::int64_t n, bool one_row) const {
+    const void* in[kMaxInputs] = {};
+    for (int i = 0; i < plan_.inputs; ++i) {
+      const PointwiseView& v = plan_.in[i];
+      if (direct(v, one_row)) {
+        in[i] = v.data + place.offset(plan_, v);
+        continue;
+      }
+      in[i] = buffer(i);
+      if (filled_[i]) continue;
+      each_run(plan_, v, place, n, [&](const char* from, std::int64_t done, std::int64_t count) {
+        load_block<T>(v.dtype, from, v.strides[0], count, buffer(i) + done);
+      });
+    }
+    const PointwiseView& out = plan_.out;
+    if (direct(out, one_row))
+      return evaluate_(in, scalars_, out.data + place.offset(plan_, out), n);
+    T* const result = buffer(kMaxInputs);
+    const bool good = evaluate_(in, scalars_, result, n);
+    each_run(plan_, out, place, n, [&](char* to, std::int64_t done, std::int64_t count) {
+      store_block<T>(out.dtype, result + done, count, to, out.strides[0]);
+    });
+    return good;
+  }
+
+  const PointwisePlan& plan_;
+  Evaluate evaluate_;
+  const Number* scalars_;
+  DType type_;
+  std::unique_ptr<T[]> buffers_;
+  bool filled_[kMaxInputs] = {};
+};
+
+template <class T>
+void run(const PointwiseCall& call, const PointwisePlan& plan, Evaluate evaluate, DType type) {
+  FK_CHECK(evaluate, call.op, ": ", pointwise_info(call.function).name, " is not computed in ",
+           name_of(call.compute));
+  if (plan.path == PointwisePath::empty) return;
+  std::atomic<bool> good{true};
+  parallel_for(plan.numel, 32768, [&](std::int64_t begin, std::int64_t end) {
+    Worker<T> worker(plan, evaluate, call.scalars.data(), type);
+    if (!worker.run(begin, end)) good = false;
+  });
+  FK_CHECK(good, call.op, ": divisor must not be 0 where integers are divided");
+}
+
+}  // namespace
+
+void pointwise(const PointwiseCall& original) {
+  const PointwiseCall call = pointwise_simplified(original);
+  const PointwisePlan plan = pointwise_plan(
+      call.op, call.out, std::span(call.in.data(), pointwise_info(call.function).inputs));
+  switch (call.compute) {
+    case DType::f32:
+      return run<float>(call, plan, evaluate_f32(call.function), DType::f32);
+    case DType::f64:
+      return run<double>(call, plan, evaluate_f64(call.function), DType::f64);
+    case DType::i64:
+      return run<std::int64_t>(call, plan, evaluate_i64(call.function), DType::i64);
+    case DType::c64:
+      return run<Complex<float>>(call, plan, evaluate_c64(call.function), DType::c64);
+    case DType::c128:
+      return run<Complex<double>>(call, plan, evaluate_c128(call.function), DType::c128);
+    default:
+      fail(call.op, ": compute must be f32, f64, i64, boolean, c64 or c128, got ",
+           name_of(call.compute));
+  }
+}
+
+}  // namespace fastkern::cpu

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks of the compute type from memory of any type, and back.
+#include <cstring>
+#include <type_traits>
+
+#include "pointwise.h"
+
+namespace fastkern::cpu {
+namespace {
+
+/// A byte that says yes or no.
+struct Bool {
+  std::uint8_t byte;
+};
+
+template <class F>
+FASTKERN_INLINE void dispatch_any(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f16:
+      return f.template operator()<f16>();
+    case DType::bf16:
+      return f.template operator()<bf16>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::i8:
+      return f.template operator()<std::int8_t>();
+    case DType::u8:
+      return f.template operator()<std::uint8_t>();
+    case DType::i16:
+      return f.template operator()<std::int16_t>();
+    case DType::i32:
+      return f.template operator()<std::int32_t>();
+    case DType::i64:
+      return f.template operator()<std::int64_t>();
+    case DType::boolean:
+      return f.template operator()<Bool>();
+    case DType::c64:
+      return f.template operator()<Complex<float>>();
+    case DType::c128:
+      return f.template operator()<Complex<double>>();
+    case DType::f8e4m3:
+      break;
+  }
+  fail("fastkern: no pointwise functions of ", name_of(dtype));
+}
+
+template <class T>
+inline constexpr bool kIsComplex = false;
+template <class R>
+inline constexpr bool kIsComplex<Complex<R>> = true;
+
+/// An element as a number of the language; of a complex one the real part.
+template <class S>
+FASTKERN_INLINE auto plain(S v) {
+  if constexpr (std::is_same_v<S, f16> || std::is_same_v<S, bf16>) {
+    return to_float(v);
+  } else if constexpr (std::is_same_v<S, Bool>) {
+    return static_cast<std::int32_t>(v.byte != 0);
+  } else if constexpr (kIsComplex<S>) {
+    return v.re;
+  } else {
+    return v;
+  }
+}
+
+template <class To, class From>
+FASTKERN_INLINE To converted(From v) {
+  if constexpr (std::is_same_v<To, From>) {
+    return v;
+  } else if constexpr (kIsComplex<To>) {
+    using R = decltype(To::re);
+    if constexpr (kIsComplex<From>) {
+      return {static_cast<R>(v.re), static_cast<R>(v.im)};
+    } else {
+      return To(static_cast<R>(plain(v)));
+    }
+  } else if constexpr (std::is_same_v<To, f16> || std::is_same_v<To, bf16>) {
+    return from_float<To>(static_cast<float>(plain(v)));
+  } else if constexpr (std::is_same_v<To, Bool>) {
+    return {static_cast<std::uint8_t>(math::truth(v))};
+  } else if constexpr (std::is_integral_v<To> && std::is_floating_point_v<decltype(plain(v))>) {
+    return static_cast<To>(static_cast<std::int64_t>(plain(v)));
+  } else {
+    return static_cast<To>(plain(v));
+  }
+}
+
+/// n elements, one of each lying dense; the other's stride in bytes. Elements of any alignment.
+template <class To, class From>
+void convert(const char* from, std::int64_t from_stride, char* to, std::int64_t to_stride,
+             std::int64_t n) {
+  const auto element = [](const char* p, char* q) __attribute__((always_inline)) {
+    From in;
+    std::memcpy(&in, p, sizeof in);
+    const To out = converted<To>(in);
+    std::memcpy(q, &out, sizeof out);
+  };
+  if (from_stride == sizeof(From) && to_stride == sizeof(To)) {
+    with_best_isa([&]() __attribute__((always_inline)) {
+#pragma GCC ivdep
+      for (std::int64_t i = 0; i < n; ++i)
+        element(from + i * static_cast<std::int64_t>(sizeof(From)),
+                to + i * static_cast<std::int64_t>(sizeof(To)));
+    });
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i) element(from + i * from_stride, to + i * to_stride);
+}
+
+}  // namespace
+
+template <class T>
+void load_block(DType dtype, const char* from, std::int64_t stride, std::int64_t n, T* to) {
+  char* const block = reinterpret_cast<char*>(to);
+  dispatch_any(dtype, [&]<class S>() {
+    if (stride != 0) return convert<T, S>(from, stride, block, sizeof(T), n);
+    convert<T, S>(from, sizeof(S), block, sizeof(T), 1);
+    for (std::int64_t i = 1; i < n; ++i) to[i] = to[0];
+  });
+}
+
+template <class T>
+void store_block(DType dtype, const T* from, std::int64_t n, char* to, std::int64_t stride) {
+  dispatch_any(dtype, [&]<class S>() {
+    convert<S, T>(reinterpret_cast<const char*>(from), sizeof(T), to, stride, n);
+  });
+}
+
+#define FASTKERN_BLOCKS(T)                                                         \
+  template void load_block<T>(DType, const char*, std::int64_t, std::int64_t, T*); \
+  template void store_block<T>(DType, const T*, std::int64_t, char*, std::int64_t)
+FASTKERN_BLOCKS(float);
+FASTKERN_BLOCKS(double);
+FASTKERN_BLOCKS(std::int64_t);
+FASTKERN_BLOCKS(Complex<float>);
+FASTKERN_BLOCKS(Complex<double>);
+#undef FASTKERN_BLOCKS
+
+}  // namespace fastkern::cpu
