@@ -12,13 +12,22 @@ extern "C" {
 // libstdc++ skips atomics where this says "one thread". Zero is always right.
 char __libc_single_threaded = 0;
 
-// glibc 2.29 gave these new versions, which differ in what errno says.
+// glibc 2.29 (fmod: 2.38) gave these new versions, which differ in what errno says.
 double old_exp(double);
 double old_log(double);
+double old_pow(double, double);
+double old_fmod(double, double);
+float old_fmodf(float, float);
 __asm__(".symver old_exp,exp@GLIBC_2.2.5");
 __asm__(".symver old_log,log@GLIBC_2.2.5");
+__asm__(".symver old_pow,pow@GLIBC_2.2.5");
+__asm__(".symver old_fmod,fmod@GLIBC_2.2.5");
+__asm__(".symver old_fmodf,fmodf@GLIBC_2.2.5");
 double exp(double x) { return old_exp(x); }
 double log(double x) { return old_log(x); }
+double pow(double x, double y) { return old_pow(x, y); }
+double fmod(double x, double y) { return old_fmod(x, y); }
+float fmodf(float x, float y) { return old_fmodf(x, y); }
 }
 
 namespace std {

@@ -101,11 +101,13 @@ FASTKERN_HD bool isinf(T a) {
 /// A NaN of either is the result.
 template <class T>
 FASTKERN_HD T max(T a, T b) {
-  return (a > b) | (a != a) ? a : b;
+  const T larger = a > b ? a : b;
+  return a != a ? a : larger;
 }
 template <class T>
 FASTKERN_HD T min(T a, T b) {
-  return (a < b) | (a != a) ? a : b;
+  const T smaller = a < b ? a : b;
+  return a != a ? a : smaller;
 }
 
 FASTKERN_HD float abs(float a) {
@@ -280,15 +282,16 @@ FASTKERN_HD float pow(float a, float b) {
   p = p * r + 0.9999999999616812;
   const double power = std::bit_cast<double>((std::bit_cast<std::uint64_t>(shifted) + 1023u) << 52);
   float result = static_cast<float>(p * power);
-  // Every f32 from 2^24 on is an even integer.
-  const double most = abs(y) > 0x1p24 ? 0x1p24 : abs(y), half = most * 0.5;
-  const bool whole = (most + kOnes) - kOnes == most, odd = whole & ((half + kOnes) - kOnes != half);
-  const bool negative = std::bit_cast<std::uint32_t>(a) >> 31 != 0;
-  const std::uint32_t sign = negative & odd ? 0x80000000u : 0u;
-  result = std::bit_cast<float>(std::bit_cast<std::uint32_t>(result) | sign);
+  // Conditions in f32 alone: one that mixed the two would keep the loop from becoming vectors.
+  constexpr float kBeyond = std::numeric_limits<float>::infinity();
+  const float size = abs(a), half = 0.5f * b;
+  const float lost = abs(b - std::trunc(b)), odd = abs(half - std::trunc(half));
   result =
-      (a < 0.0f) & !whole & (x != kInfinity) ? std::numeric_limits<float>::quiet_NaN() : result;
-  result = (x == 1.0) & (abs(y) == kInfinity) ? 1.0f : result;
+      a < 0.0f && size < kBeyond && lost > 0.0f ? std::numeric_limits<float>::quiet_NaN() : result;
+  const float signed_result = std::bit_cast<float>(std::bit_cast<std::uint32_t>(result) ^
+                                                   (std::bit_cast<std::uint32_t>(a) & 0x80000000u));
+  result = lost == 0.0f && odd > 0.0f ? signed_result : result;
+  result = size == 1.0f && abs(b) == kBeyond ? 1.0f : result;
   return (a == 1.0f) | (b == 0.0f) ? 1.0f : result;
 }
 #endif
@@ -397,6 +400,16 @@ struct Scalars {
   FASTKERN_HD T operator()(int i) const { return value[i]; }
 };
 
+/// A result as T; a comparison's in a form that becomes a vector.
+template <class T, class R>
+FASTKERN_HD T as(R v) {
+  if constexpr (std::is_same_v<R, bool>) {
+    return v ? T(1) : T(0);
+  } else {
+    return v;
+  }
+}
+
 /// functor::name: the formula of a line of the table, for any compute type. Results of a comparison
 /// are 0 or 1.
 namespace functor {
@@ -407,7 +420,7 @@ namespace functor {
     template <class T>                                                                           \
     static FASTKERN_HD T apply([[maybe_unused]] T a, [[maybe_unused]] T b, [[maybe_unused]] T c, \
                                [[maybe_unused]] const Scalars<T>& s) {                           \
-      return static_cast<T>(__VA_ARGS__);                                                        \
+      return as<T>(__VA_ARGS__);                                                                 \
     }                                                                                            \
   };
 FASTKERN_POINTWISE_OPS(FASTKERN_FUNCTOR)
