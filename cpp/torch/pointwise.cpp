@@ -7,9 +7,7 @@
 // number stays on the host.
 #include <algorithm>
 #include <initializer_list>
-#include <span>
 
-#include "fastkern/pointwise_plan.h"
 #include "pointwise_forms.h"
 
 namespace fastkern::torch_layer {
@@ -166,11 +164,8 @@ void triu_into(const char* op, const Tensor& input, const Tensor& out, const cha
 
 Tensor triu(const Tensor& input, std::int64_t diagonal) {
   constexpr const char* kOp = "fastkern::triu";
-  TensorRef layout = number_ref_of(input, kOp, "input");
-  FK_CHECK(layout.ndim >= 2, kOp, ": input must have at least two dimensions, got ", layout.ndim);
-  const TensorRef like = layout;
-  layout_like(layout, std::span(&like, 1));
-  Tensor out = new_strided(layout, layout.dtype, device_of(input));
+  const TensorRef like = number_ref_of(input, kOp, "input");
+  Tensor out = new_like(like, device_of(input));
   triu_into(kOp, input, out, "out", diagonal);
   return out;
 }

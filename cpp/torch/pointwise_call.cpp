@@ -51,13 +51,101 @@ Number read(const TensorRef& ref) {
   }
 }
 
-/// As torch compares: a number takes the type of the tensor first.
-Number rounded(Number v, DType type) {
+/// A number in the common type, as torch takes it: integers always, floats where they are compared.
+Number as_common(Number v, DType type) {
   const float f = static_cast<float>(v.real);
-  return Number(type == DType::f16 ? to_float(from_float<f16>(f)) : to_float(from_float<bf16>(f)));
+  switch (type) {
+    case DType::f16:
+      return to_float(from_float<f16>(f));
+    case DType::bf16:
+      return to_float(from_float<bf16>(f));
+    case DType::u8:
+      return static_cast<std::int64_t>(static_cast<std::uint8_t>(v.integer));
+    case DType::i8:
+      return static_cast<std::int64_t>(static_cast<std::int8_t>(v.integer));
+    case DType::i16:
+      return static_cast<std::int64_t>(static_cast<std::int16_t>(v.integer));
+    case DType::i32:
+      return static_cast<std::int64_t>(static_cast<std::int32_t>(v.integer));
+    default:
+      return v;
+  }
 }
 
-bool is_16_bit(DType type) { return type == DType::f16 || type == DType::bf16; }
+bool is_row_major(const TensorRef& t) {
+  std::int64_t stride = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.sizes[d] != 1 && t.strides[d] != stride) return false;
+    stride *= t.sizes[d];
+  }
+  return true;
+}
+
+/// Every address between the first and the last element holds one element.
+bool is_packed(const TensorRef& t) {
+  std::array<int, kMaxDims> order;
+  int count = 0;
+  for (int d = 0; d < t.ndim; ++d) {
+    if (t.sizes[d] != 1) order[count++] = d;
+  }
+  std::sort(order.begin(), order.begin() + count,
+            [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  std::int64_t stride = 1;
+  for (int i = 0; i < count; ++i) {
+    if (t.strides[order[i]] != stride) return false;
+    stride *= t.sizes[order[i]];
+  }
+  return true;
+}
+
+void make_row_major(TensorRef& layout) {
+  std::int64_t stride = 1;
+  for (int d = layout.ndim - 1; d >= 0; --d) {
+    layout.strides[d] = stride;
+    stride *= std::max<std::int64_t>(layout.sizes[d], 1);
+  }
+}
+
+/// Of a 4-dimensional tensor, as torch says channels_last.
+bool is_channels_last(const TensorRef& t) {
+  if (t.ndim != 4) return false;
+  std::int64_t stride = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (t.sizes[d] != 1 && t.strides[d] != stride) return false;
+    stride *= t.sizes[d];
+  }
+  return true;
+}
+
+/// torch's short ways for operands of one shape, which decide about dimensions of size 1 too:
+/// row-major; channels_last; all alike and without gaps.
+bool layout_of_one_shape(TensorRef& layout, std::span<const TensorRef> operands) {
+  const auto all = [&](auto&& holds) { return std::all_of(operands.begin(), operands.end(), holds); };
+  const TensorRef& first = operands[0];
+  const auto begin = layout.sizes.begin(), end = begin + layout.ndim;
+  if (!all([&](const TensorRef& t) {
+        return t.ndim == layout.ndim && std::equal(begin, end, t.sizes.begin());
+      })) {
+    return false;
+  }
+  if (all(is_row_major)) return make_row_major(layout), true;
+  if (all(is_channels_last)) {
+    std::int64_t stride = 1;
+    for (const int d : {1, 3, 2, 0}) {
+      layout.strides[d] = stride;
+      stride *= layout.sizes[d];
+    }
+    return true;
+  }
+  const auto strides_begin = first.strides.begin(), strides_end = strides_begin + first.ndim;
+  if (!all([&](const TensorRef& t) {
+        return std::equal(strides_begin, strides_end, t.strides.begin()) && is_packed(t);
+      })) {
+    return false;
+  }
+  layout.strides = first.strides;
+  return true;
+}
 
 /// Functions that mean nothing for booleans, and that torch refuses for them.
 bool refuses_boolean(Pointwise f) {
@@ -203,10 +291,11 @@ void PointwiseArguments::prepare() {
   check_types();
   find_device();
   broadcast();
-  if (types_.result == DType::boolean && is_16_bit(types_.common)) {
+  if (pointwise_info(function_).promotion == Promotion::always_bool ||
+      category_of(types_.common) == TypeCategory::integer) {
     for (int i = 0; i < count_; ++i) {
       Argument& a = arguments_[i];
-      if (!a.tensor) a.number = rounded(a.number, types_.common);
+      if (!a.tensor) a.number = as_common(a.number, types_.common);
     }
   }
 }
@@ -215,10 +304,14 @@ TensorRef PointwiseArguments::new_layout() const {
   std::array<TensorRef, kMaxInputs> like;
   std::size_t count = 0;
   for (int i = 0; i < count_; ++i) {
-    if (arguments_[i].tensor) like[count++] = with_dimensions(arguments_[i].ref);
+    if (arguments_[i].tensor) like[count++] = arguments_[i].ref;
   }
   TensorRef layout = shape_;
-  if (layout.ndim > 0) layout_like(layout, std::span(like.data(), count));
+  if (layout.ndim == 0) return layout;
+  const std::span operands(like.data(), count);
+  if (static_cast<int>(count) == count_ && layout_of_one_shape(layout, operands)) return layout;
+  for (TensorRef& t : operands) t = with_dimensions(t);
+  layout_like(layout, operands);
   return layout;
 }
 

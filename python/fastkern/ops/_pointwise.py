@@ -274,6 +274,9 @@ def into(name: str, overload: str, out: Tensor, *arguments: Any) -> Tensor:
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         if out.shape != shape:
             out.resize_(shape)
+    if out.is_conj() or out.is_neg():  # torch's way around such views is for results that are new
+        plain = torch.empty_like(out, memory_format=torch.preserve_format)
+        return out.copy_(into(name, overload, plain, *arguments))
     ending = f"{overload}_out" if overload else "out"
     getattr(getattr(torch.ops.fastkern, name), ending)(*arguments, out=out)
     _written(out)
@@ -285,6 +288,8 @@ def inplace(name: str, overload: str, run: Callable[..., Tensor], input: Tensor,
     if not torch.compiler.is_compiling() and (
         _functorch_active()
         or forward_ad._current_level >= 0
+        or input.is_conj()
+        or input.is_neg()
         or (torch._C.is_grad_enabled() and torch._C._any_requires_grad(input, *arguments))
     ):
         result = run(input, *arguments)

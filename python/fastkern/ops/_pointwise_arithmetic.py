@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkern.ops._pointwise import Number, Route, inplace, into
-from fastkern.ops._pointwise_functions import Operand, finish_in_place, number, refuse
+from fastkern.ops._pointwise_functions import Operand, finish_in_place, number, number_first, refuse
 
 Rounding = Literal["trunc", "floor"]
 
@@ -75,14 +75,14 @@ def _scaled(name: str, input: Tensor, other: Any, alpha: Any) -> tuple[Any, floa
     return other, float(alpha)
 
 
-def add(input: Tensor, other: Operand, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
+def add(input: Operand, other: Operand, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
     """``input + alpha * other``; of bool, or.
 
     The same operator is ``torch.ops.fastkern.add``; in torch: ``torch.add``.
 
     Args:
         input: bool, integers, floating-point and complex types; any strides.
-        other: the same, or a number; the two broadcast.
+        other: the same; the two broadcast. One of them may be a number.
         alpha: a number; an integer where the operands are.
         out: as of :func:`mul`.
 
@@ -96,6 +96,8 @@ def add(input: Tensor, other: Operand, *, alpha: Number = 1, out: Tensor | None 
     Notes:
         What is said of :func:`mul` holds here. Integers wrap around.
     """
+    if not isinstance(input, Tensor):
+        input = number_first("add", input, other)
     kind, value = _operand("add", input, other)
     factor = 1.0
     if alpha != 1 or type(alpha) is not int:
@@ -105,12 +107,14 @@ def add(input: Tensor, other: Operand, *, alpha: Number = 1, out: Tensor | None 
     return _run_add[kind](input, value, factor)
 
 
-def sub(input: Tensor, other: Operand, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
+def sub(input: Operand, other: Operand, *, alpha: Number = 1, out: Tensor | None = None) -> Tensor:
     """``input - alpha * other``.
 
     The same operator is ``torch.ops.fastkern.sub``; in torch: ``torch.sub``. Arguments, result and errors are those of
     :func:`add`, but bool is refused: what is meant there is mostly ``bitwise_not`` or ``ne``.
     """
+    if not isinstance(input, Tensor):
+        input = number_first("sub", input, other)
     kind, value = _operand("sub", input, other)
     factor = 1.0
     if alpha != 1 or type(alpha) is not int:
@@ -121,7 +125,7 @@ def sub(input: Tensor, other: Operand, *, alpha: Number = 1, out: Tensor | None 
 
 
 def div(
-    input: Tensor, other: Operand, *, rounding_mode: Rounding | None = None, out: Tensor | None = None
+    input: Operand, other: Operand, *, rounding_mode: Rounding | None = None, out: Tensor | None = None
 ) -> Tensor:
     """``input / other``, exactly or rounded to an integer.
 
@@ -129,7 +133,7 @@ def div(
 
     Args:
         input: bool, integers and floating-point types; any strides.
-        other: the same, or a number; the two broadcast.
+        other: the same; the two broadcast. One of them may be a number.
         rounding_mode: None: the quotient. "trunc": rounded towards 0. "floor": rounded down, as Python's ``//``.
         out: as of :func:`mul`.
 
@@ -144,6 +148,8 @@ def div(
     Notes:
         What is said of :func:`mul` holds here. With a rounding mode the gradient is 0.
     """
+    if not isinstance(input, Tensor):
+        input = number_first("div", input, other)
     kind, value = _operand("div", input, other)
     if out is not None:
         return into("div", kind, out, input, value, rounding_mode)

@@ -30,7 +30,7 @@ class UnaryInPlace(Protocol):
 class Binary(Protocol):
     """A function of two operands."""
 
-    def __call__(self, input: Tensor, other: Operand, *, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, input: Operand, other: Operand, *, out: Tensor | None = None) -> Tensor: ...
 
 
 class BinaryOfTensors(Protocol):
@@ -119,12 +119,25 @@ def number(name: str, argument: str, like: Tensor, value: Any) -> tuple[str, Any
     if kind is bool:
         return ("", torch.tensor(value)) if like.dtype == torch.bool else ("int", int(value))
     if isinstance(value, complex):
-        return "", torch.tensor(value, dtype=torch.result_type(like, value))
+        dtype = torch.result_type(like, value)
+        if dtype == torch.complex32:
+            raise RuntimeError(
+                f"fastkern::{name}: {argument} must not be complex where the other operand is torch.float16: "
+                "there is no complex32"
+            )
+        return "", torch.tensor(value, dtype=dtype)
     if isinstance(value, (float, torch.SymFloat)):
         return "float", value
     if isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__"):
         return "int", value if isinstance(value, torch.SymInt) else int(value)
     raise TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {kind.__name__}")
+
+
+def number_first(name: str, input: Any, other: Any) -> Tensor:
+    """A number in front of a tensor, as a CPU tensor without dimensions that changes no type."""
+    if not isinstance(other, Tensor) or not isinstance(input, (int, float, complex)):
+        raise refuse(name, input=input)
+    return torch.tensor(input, dtype=torch.result_type(other, input))
 
 
 def refuse(name: str, **arguments: object) -> TypeError:
@@ -195,15 +208,18 @@ def binary(
     result: str,
     gradient: bool = True,
     numbers: tuple[str, ...] = ("int", "float"),
+    either: bool = False,
 ) -> tuple[Binary, dict[str, Route]]:
-    """A function of a tensor and a tensor or number, and its routes by overload."""
+    """A function of a tensor and a tensor or number, ``either`` of which may be the number; its routes by overload."""
     routes = {kind: Route(name, kind, ("input", "other"), torch_function, gradient) for kind in ("", *numbers)}
     runs = {kind: route.run for kind, route in routes.items()}
     run = runs[""]
 
-    def function(input: Tensor, other: Operand, *, out: Tensor | None = None) -> Tensor:
+    def function(input: Operand, other: Operand, *, out: Tensor | None = None) -> Tensor:
         if not isinstance(input, Tensor):
-            raise refuse(name, input=input)
+            if not either:
+                raise refuse(name, input=input)
+            input = number_first(name, input, other)
         if isinstance(other, Tensor):
             return run(input, other) if out is None else into(name, "", out, input, other)
         kind, value = number(name, "other", input, other)

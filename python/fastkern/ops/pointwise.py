@@ -143,7 +143,7 @@ logical_not_ = unary_in_place(_logical_not)
 
 # ---- two operands ----------------------------------------------------------------------------------------------------
 
-mul, _mul = binary("mul", "``input * other``; of bool, and.", ANY, torch.mul, _COMMON)
+mul, _mul = binary("mul", "``input * other``; of bool, and.", ANY, torch.mul, _COMMON, either=True)
 eq, _eq = binary("eq", "``input == other``.", ANY, torch.eq, _BOOL, gradient=False)
 ne, _ne = binary("ne", "``input != other``.", ANY, torch.ne, _BOOL, gradient=False)
 lt, _lt = binary("lt", "``input < other``.", REAL, torch.lt, _BOOL, gradient=False)
@@ -151,9 +151,9 @@ le, _le = binary("le", "``input <= other``.", REAL, torch.le, _BOOL, gradient=Fa
 gt, _gt = binary("gt", "``input > other``.", REAL, torch.gt, _BOOL, gradient=False)
 ge, _ge = binary("ge", "``input >= other``.", REAL, torch.ge, _BOOL, gradient=False)
 bitwise_and, _bitwise_and = binary("bitwise_and", "``input & other``.", INTEGER, torch.bitwise_and, _COMMON,
-                                   gradient=False, numbers=("int",))  # fmt: skip
+                                   gradient=False, numbers=("int",), either=True)  # fmt: skip
 bitwise_or, _bitwise_or = binary("bitwise_or", "``input | other``.", INTEGER, torch.bitwise_or, _COMMON,
-                                 gradient=False, numbers=("int",))  # fmt: skip
+                                 gradient=False, numbers=("int",), either=True)  # fmt: skip
 logical_and = binary_of_tensors("logical_and", "Whether both operands are other than 0.", ANY, torch.logical_and,
                                 _BOOL, gradient=False)  # fmt: skip
 logical_or = binary_of_tensors("logical_or", "Whether an operand is other than 0.", ANY, torch.logical_or,
