@@ -263,11 +263,15 @@ def _written(t: Tensor) -> None:
         torch.autograd.graph.increment_version(t)
 
 
+def _wants_gradient(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def into(name: str, overload: str, out: Tensor, *arguments: Any) -> Tensor:
     """``out=``: the overload for it, called with the functional one's arguments."""
     if not isinstance(out, Tensor):
         raise _check.not_a_tensor(name, out=out)
-    if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*arguments, out):
+    if _wants_gradient(*arguments, out):
         raise RuntimeError(f"fastkern::{name}: out must be None where an argument requires grad: it has no gradient")
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     if out.numel() == 0:  # as torch: a place for results that has no elements takes their shape
@@ -285,12 +289,11 @@ def into(name: str, overload: str, out: Tensor, *arguments: Any) -> Tensor:
 
 def inplace(name: str, overload: str, run: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
     """``<name>_``: over ``input``. Where a gradient is wanted, the result of the functional way is copied there."""
-    if not torch.compiler.is_compiling() and (
-        _functorch_active()
-        or forward_ad._current_level >= 0
+    if (
+        _wants_gradient(input, *arguments)
         or input.is_conj()
         or input.is_neg()
-        or (torch._C.is_grad_enabled() and torch._C._any_requires_grad(input, *arguments))
+        or (not torch.compiler.is_compiling() and (_functorch_active() or forward_ad._current_level >= 0))
     ):
         result = run(input, *arguments)
         if result.shape != input.shape:

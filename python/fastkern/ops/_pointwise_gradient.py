@@ -148,13 +148,11 @@ def _pow(dy: Tensor, a: Sequence[Any], y: Any, needs: Needs) -> Grads:
             dx = F.mul(dy, F.mul(F.pow(x, exponent - 1), exponent))
     if needs[1]:
         if isinstance(x, Tensor):
-            log = torch.log(x)
-            flat = F.logical_and(F.eq(x, 0), F.ge(exponent, 0))
+            slope = F.mul(dy, F.mul(y, torch.log(x.to(y.dtype))))
+            de = F.where(F.logical_and(F.eq(x, 0), F.ge(exponent, 0)), 0.0, slope)
         else:
-            log = torch.log(torch.tensor(float(x), dtype=y.dtype))
-            flat = F.ge(exponent, 0) if x == 0 else None
-        slope = F.mul(dy, F.mul(y, log))
-        de = slope if flat is None else F.where(flat, 0.0, slope)
+            slope = F.mul(y, torch.log(torch.tensor(float(x), dtype=y.dtype)))
+            de = F.mul(dy, F.where(F.ge(exponent, 0), 0.0, slope) if x == 0 else slope)
     return dx, de
 
 
