@@ -295,6 +295,15 @@ PointwiseCall pointwise_simplified(const PointwiseCall& call) {
     other.compute = DType::i64;
     if (call.function == Pointwise::bitwise_not) other.function = Pointwise::logical_not;
   }
+  const auto swapped = [&](Pointwise f) {
+    other.function = f;
+    std::swap(other.in[0], other.in[1]);
+  };
+  if (call.function == Pointwise::rsub) swapped(Pointwise::sub);
+  if (call.function == Pointwise::gt) swapped(Pointwise::lt);
+  if (call.function == Pointwise::ge) swapped(Pointwise::le);
+  if (call.function == Pointwise::clamp_min) other.function = Pointwise::maximum;
+  if (call.function == Pointwise::clamp_max) other.function = Pointwise::minimum;
   const bool floats = call.compute == DType::f32 || call.compute == DType::f64;
   if (call.function == Pointwise::pow && floats && !call.in[1].tensor.given()) {
     const double exponent = call.in[1].number.real;

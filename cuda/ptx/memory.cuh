@@ -38,6 +38,36 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
+/// 16, 8, 4, 2 and 1 bytes that this thread may write afterwards. Volatile: they are asked for in
+/// the order of the source.
+__device__ __forceinline__ uint4 ld_global(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint2 ld_global_8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t ld_global_4(const void* p) {
+  std::uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t ld_global_2(const void* p) {
+  std::uint16_t v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ std::uint32_t ld_global_1(const void* p) {
+  std::uint32_t v;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 /// 16 bytes of shared memory. Volatile: where the source reads twice, it is read twice instead of
 /// kept in registers.
 __device__ __forceinline__ uint4 ld_shared(const void* p) {
@@ -57,6 +87,16 @@ __device__ __forceinline__ void st_global(void* p, uint4 v) {
 
 __device__ __forceinline__ void st_global_8(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void st_global_4(void* p, std::uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void st_global_2(void* p, std::uint32_t v) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(static_cast<std::uint16_t>(v)) : "memory");
+}
+__device__ __forceinline__ void st_global_1(void* p, std::uint32_t v) {
+  asm volatile("st.global.u8 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 /// 16 bytes through L2 alone: what other multiprocessors write, or read.

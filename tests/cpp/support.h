@@ -11,6 +11,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "fastkern/core.h"
@@ -94,19 +95,35 @@ class Tensor {
   TensorRef ref() { return ref(bytes_.data()); }
 
   /// Elements are counted in row-major order whatever the strides.
-  double get(std::int64_t i) const {
+  double get(std::int64_t i) const { return get_part(i, 0); }
+  /// Part 0 is the number, or the real part of a complex one; part 1 the imaginary part.
+  double get_part(std::int64_t i, int part) const {
     double value = 0.0;
-    dispatch_stored(dtype(), [&]<class T>() {
+    stored([&]<class T>(int parts) {
+      if (part >= parts) return;
       T element;
-      std::memcpy(&element, &bytes_[byte_of(i)], sizeof(T));
-      value = to_float(element);
+      std::memcpy(&element, &bytes_[byte_of(i) + part * sizeof(T)], sizeof(T));
+      if constexpr (requires { to_float(element); } && !std::is_integral_v<T>) {
+        value = to_float(element);
+      } else {
+        value = static_cast<double>(element);
+      }
     });
     return value;
   }
-  void set(std::int64_t i, double value) {
-    dispatch_stored(dtype(), [&]<class T>() {
-      const T element = from_float<T>(static_cast<float>(value));
-      std::memcpy(&bytes_[byte_of(i)], &element, sizeof(T));
+  void set(std::int64_t i, double value, double imag = 0.0) {
+    stored([&]<class T>(int parts) {
+      const double both[] = {value, imag};
+      for (int part = 0; part < parts; ++part) {
+        T element;
+        if constexpr (std::is_same_v<T, i8> || !std::is_arithmetic_v<T>) {
+          element = from_float<T>(static_cast<float>(both[part]));
+        } else {
+          // An integer that is not set yet: any.
+          element = std::is_integral_v<T> && std::isnan(value) ? T(91) : static_cast<T>(both[part]);
+        }
+        std::memcpy(&bytes_[byte_of(i) + part * sizeof(T)], &element, sizeof(T));
+      }
     });
   }
   std::vector<double> values() const {
@@ -157,6 +174,30 @@ class Tensor {
   }
 
  private:
+  /// f<T>(parts) for elements that are so many T.
+  template <class F>
+  void stored(const F& f) const {
+    switch (dtype()) {
+      case DType::f64:
+        return f.template operator()<double>(1);
+      case DType::u8:
+      case DType::boolean:
+        return f.template operator()<std::uint8_t>(1);
+      case DType::i16:
+        return f.template operator()<std::int16_t>(1);
+      case DType::i32:
+        return f.template operator()<std::int32_t>(1);
+      case DType::i64:
+        return f.template operator()<std::int64_t>(1);
+      case DType::c64:
+        return f.template operator()<float>(2);
+      case DType::c128:
+        return f.template operator()<double>(2);
+      default:
+        dispatch_stored(dtype(), [&]<class T>() { f.template operator()<T>(1); });
+    }
+  }
+
   std::int64_t byte_of(std::int64_t i) const {
     std::int64_t element = offset_ + (dense_ ? i : 0);
     for (int d = ref_.ndim - 1; d >= 0 && i > 0 && !dense_; --d) {

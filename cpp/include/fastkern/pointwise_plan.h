@@ -54,8 +54,9 @@ struct PointwisePlan {
 FASTKERN_API PointwisePlan pointwise_plan(const char* op, const TensorRef& out,
                                           std::span<const Operand> in);
 
-/// The same call as a cheaper function: pow with a number that is 2, 1/2, -1/2, 1 or -1 in floats.
-/// What is computed of booleans is computed as of integers.
+/// The same call as one of fewer functions: pow of floats with a number that is 2, 1/2, -1/2, 1 or
+/// -1 is something cheaper; rsub, gt, ge, clamp_min and clamp_max are others with their inputs
+/// swapped or not; booleans are computed as integers.
 FASTKERN_API PointwiseCall pointwise_simplified(const PointwiseCall& call);
 
 /// The shape that the operands broadcast to; throws where they do not. Strides are row-major.

@@ -23,6 +23,20 @@ inline uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
+template <class T>
+inline T plain_load(const void* p) {
+  emulator::check_load(p, sizeof(T));
+  emulator::may_switch();
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline uint4 ld_global(const void* p) { return plain_load<uint4>(p); }
+inline uint2 ld_global_8(const void* p) { return plain_load<uint2>(p); }
+inline std::uint32_t ld_global_4(const void* p) { return plain_load<std::uint32_t>(p); }
+inline std::uint32_t ld_global_2(const void* p) { return plain_load<std::uint16_t>(p); }
+inline std::uint32_t ld_global_1(const void* p) { return plain_load<std::uint8_t>(p); }
+
 inline uint4 ld_shared(const void* p) {
   emulator::check_aligned(p, 16);
   emulator::may_switch();
@@ -41,6 +55,15 @@ inline void st_global_8(void* p, uint2 v) {
   emulator::check_store(p, 8);
   std::memcpy(p, &v, 8);
 }
+
+template <class T>
+inline void plain_store(void* p, T v) {
+  emulator::check_store(p, sizeof v);
+  std::memcpy(p, &v, sizeof v);
+}
+inline void st_global_4(void* p, std::uint32_t v) { plain_store(p, v); }
+inline void st_global_2(void* p, std::uint32_t v) { plain_store(p, static_cast<std::uint16_t>(v)); }
+inline void st_global_1(void* p, std::uint32_t v) { plain_store(p, static_cast<std::uint8_t>(v)); }
 
 #define __threadfence() static_cast<void>(0)
 inline float4 ld_global_cg(const float4* p) {

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pointwise functions of one and of three inputs in f32: pointwise_kernel.cuh for each line.
+#include "pointwise_table.cuh"
+
+#define FASTKERN_TYPE float
+#define FASTKERN_KIND kFloat
+
+namespace fastkern::pointwise_detail {
+
+Launcher launcher_f32_unary(Pointwise f) {
+  switch (f) {
+    FASTKERN_POINTWISE_UNARY(FASTKERN_CASE)
+    FASTKERN_POINTWISE_TERNARY(FASTKERN_CASE)
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace fastkern::pointwise_detail

@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of every pointwise function: one for a formula F and a compute type T, whatever the
+// types, strides and addresses of the operands.
+//
+//   out[i] = F(in[0][i], in[1][i], in[2][i])
+//
+//   work     a thread has kGroups groups of 16 / sizeof(T) elements that follow one another in the
+//            result. The last blocks have single elements: those in front of the first aligned
+//            group and behind the last, or all of a result that has no groups (pointwise_layout.h).
+//            Groups are those of one dimension, or of rows of whole groups, or `flat`: counted
+//            through all dimensions of a dense result, where operands that are not dense with it
+//            are gathered.
+//   index    one division by multiplication for each dimension and group, not for each element
+//   memory   a group of a dense operand is one access of 4, 8 or 16 bytes, by its own type; two
+//            `paired` groups of types half as wide as T are one of 16 bytes. An operand repeated
+//            along the row is one access a group. All loads of a thread are under way before the
+//            first conversion: 32 to 64 bytes an input.
+//   types    a switch over the type of memory, for all groups at once; elements stay in the
+//            registers that they were loaded into. Groups know the few types that matter, single
+//            elements all of them: code that nobody runs would have to be compiled for each F.
+//   cost     reads and writes each operand once
+#pragma once
+
+#include <cstdint>
+
+#include "../launch.cuh"
+#include "../ptx/cluster.cuh"
+#include "fastkern/pointwise_layout.h"
+#include "pointwise_words.cuh"
+
+namespace fastkern::pointwise_detail {
+
+/// Functions that take long: fewer elements a thread, for code that fits the instruction cache.
+template <class F>
+inline constexpr bool kLong =
+    std::is_same_v<F, functor::pow> || std::is_same_v<F, functor::sin> ||
+    std::is_same_v<F, functor::cos> || std::is_same_v<F, functor::div_floor>;
+
+template <class F, class T>
+struct Shape {
+  static constexpr bool kIsLong =
+      kLong<F> || (std::is_same_v<T, double> && (F::kTypes & kInt) == 0);
+  static constexpr int kVector = 16 / sizeof(T);
+  static constexpr int kGroups = kIsLong ? 1 : F::kInputs == 1 ? 4 : 2;
+  static constexpr int kElements = kIsLong || sizeof(T) == 16 ? 1 : 2;
+  static constexpr int kBlocks = F::kInputs == 3 || kIsLong ? 4
+                                 : F::kInputs == 1          ? 5
+                                                            : 6;  // of a multiprocessor
+  static constexpr PointwiseShape value() {
+    return {kVector,
+            kGroups,
+            kElements,
+            static_cast<int>(sizeof(T)),
+            GroupTypes<T>::kIn,
+            GroupTypes<T>::kOut};
+  }
+};
+
+template <class T>
+struct Params {
+  PointwiseLayout layout;
+  T numbers[kMaxInputs];
+  Scalars<T> scalars;
+  std::uint32_t group_blocks;
+};
+
+__device__ __forceinline__ std::uint32_t divide(std::uint32_t n, const Divider& by) {
+  return (__umulhi(n, by.multiplier) + n) >> by.shift;
+}
+
+/// Element `at` of an operand, from its first one; may be negative.
+template <int kSize, class Byte>
+__device__ __forceinline__ Byte* place(Byte* data, std::uint32_t at) {
+  return data + static_cast<std::int64_t>(static_cast<std::int32_t>(at)) * kSize;
+}
+__device__ __forceinline__ const char* place(const PointwiseAccess& a, std::uint32_t at) {
+  return a.data + (static_cast<std::int64_t>(static_cast<std::int32_t>(at)) << a.log_size);
+}
+
+/// K groups of the result and of the inputs.
+template <class F, class T, int K>
+struct Groups {
+  static constexpr int kIn = F::kInputs, N = Shape<F, T>::kVector;
+  std::uint32_t out[K], in[kIn][K];  // from the first element
+  std::uint32_t index[K];            // of the first element; where they are flat
+  bool inside[K];
+  Words<T, N> words[kIn][K];
+
+  __device__ __forceinline__ void locate(const PointwiseLayout& p) {
+    std::uint32_t rest[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const std::uint32_t block = blockIdx.x * (kPointwiseThreads * K);
+      rest[k] = p.paired ? block + k / 2 * (2 * kPointwiseThreads) + 2 * threadIdx.x + k % 2
+                         : block + k * kPointwiseThreads + threadIdx.x;
+      inside[k] = rest[k] < p.groups;
+      index[k] = p.head + rest[k] * N;
+      out[k] = p.head;  // where it is not 0, groups have one dimension
+#pragma unroll
+      for (int i = 0; i < kIn; ++i) in[i][k] = p.head * (p.in[i].group_stride / N);
+    }
+    std::uint32_t out_stride = p.out.group_stride, in_stride[kIn];
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) in_stride[i] = p.in[i].group_stride;
+    const int last = p.flat ? 0 : p.ndim - 1;
+#pragma unroll 1
+    for (int d = 0; d < last; ++d) {
+      const Divider by = d == 0 ? p.inner_groups : p.dims[d];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const std::uint32_t next = divide(rest[k], by), at = rest[k] - next * by.size;
+        out[k] += at * out_stride;
+#pragma unroll
+        for (int i = 0; i < kIn; ++i) in[i][k] += at * in_stride[i];
+        rest[k] = next;
+      }
+      out_stride = p.out.strides[d + 1];
+#pragma unroll
+      for (int i = 0; i < kIn; ++i) in_stride[i] = p.in[i].strides[d + 1];
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      out[k] += rest[k] * out_stride;
+#pragma unroll
+      for (int i = 0; i < kIn; ++i) in[i][k] += rest[k] * in_stride[i];
+    }
+  }
+
+  template <int kSize>
+  __device__ __forceinline__ void load_packs(int i, const char* p, bool paired) {
+    if constexpr (kSize * 2 == sizeof(T) && K % 2 == 0) {
+      if (paired) {
+#pragma unroll
+        for (int k = 0; k < K; k += 2) {
+          if (!inside[k]) continue;
+          Words<std::uint32_t, 4> both;
+          load_pack<16>(place<kSize>(p, in[i][k]), both);
+          words[i][k].w[0] = both.w[0], words[i][k].w[1] = both.w[1];
+          words[i][k + 1].w[0] = both.w[2], words[i][k + 1].w[1] = both.w[3];
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (inside[k]) load_pack<kSize * N>(place<kSize>(p, in[i][k]), words[i][k]);
+  }
+
+  /// Where the elements of group k are in an operand that has its own order.
+  __device__ __forceinline__ void gather(const PointwiseLayout& p, const PointwiseAccess& a, int k,
+                                         std::uint32_t (&at)[N]) const {
+    std::uint32_t rest[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) rest[n] = index[k] + n, at[n] = 0;
+#pragma unroll 1
+    for (int d = 0; d < p.ndim; ++d) {
+      const Divider by = p.dims[d];
+      const std::uint32_t stride = a.strides[d];
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const std::uint32_t next = divide(rest[n], by);
+        at[n] += (rest[n] - next * by.size) * stride;
+        rest[n] = next;
+      }
+    }
+  }
+
+  /// Elements one by one, each in a word (or two) of its own; then together as a pack has them.
+  __device__ __forceinline__ void load_each(const PointwiseLayout& p, int i,
+                                            const PointwiseAccess& a) {
+    constexpr int kWordsOfOne = sizeof(T) / 4;
+    const bool repeated = a.access == Access::repeated;
+    const std::uint32_t stride = p.flat && p.ndim > 1 ? 1 : a.strides[0];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (!inside[k]) continue;
+      std::uint32_t at[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) at[n] = in[i][k] + n * stride;
+      if (a.access == Access::gathered) gather(p, a, k, at);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (n > 0 && repeated) continue;
+        std::uint32_t* const to = &words[i][k].w[n * kWordsOfOne];
+        const char* const from = place(a, at[n]);
+        to[0] = load_word(from);
+        if constexpr (kWordsOfOne == 2) {
+          if (a.log_size == 3) to[1] = ptx::ld_global_4(from + 4);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      std::uint32_t (&w)[kWords<T, N>] = words[i][k].w;
+      if (a.log_size == 0) {
+        std::uint32_t together = w[0] & 0xffu;
+#pragma unroll
+        for (int n = 1; n < N; ++n) together |= (w[n * kWordsOfOne] & 0xffu) << (8 * n);
+        w[0] = together;
+      } else if (a.log_size == 1) {
+#pragma unroll
+        for (int n = 0; n < N; n += 2)
+          w[n / 2] = (w[n * kWordsOfOne] & 0xffffu) | w[(n + 1) * kWordsOfOne] << 16;
+      } else if (a.log_size == 2 && kWordsOfOne == 2) {
+        w[1] = w[2];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const PointwiseLayout& p, int i) {
+    const PointwiseAccess& a = p.in[i];
+    if (a.access == Access::number) return;
+    if (a.access != Access::packs) return load_each(p, i, a);
+    if (a.log_size == 0) return load_packs<1>(i, a.data, p.paired);
+    if constexpr (sizeof(T) == 4) {
+      if (a.log_size == 1) return load_packs<2>(i, a.data, p.paired);
+    }
+    if (a.log_size == 2) return load_packs<4>(i, a.data, p.paired);
+    if constexpr (sizeof(T) == 8) {
+      if (a.log_size == 3) return load_packs<8>(i, a.data, p.paired);
+    }
+  }
+
+  /// Input i becomes T, from the words of memory.
+  __device__ __forceinline__ void convert(const Params<T>& params, int i) {
+    const PointwiseAccess& a = params.layout.in[i];
+    if (a.access == Access::number) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) put(words[i][k], n, params.numbers[i]);
+      }
+      return;
+    }
+    with_type<GroupTypes<T>::kIn>(a.dtype, [&]<class S>(S) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) widen<S>(words[i][k]);
+    });
+    if (a.access == Access::repeated) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int n = 1; n < N; ++n) put(words[i][k], n, element<T>(words[i][k], 0));
+      }
+    }
+  }
+
+  /// The result takes the place of the first input.
+  __device__ __forceinline__ void evaluate(const Params<T>& params) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const T a = element<T>(words[0][k], n);
+        const T b = kIn > 1 ? element<T>(words[kIn > 1 ? 1 : 0][k], n) : a;
+        const T c = kIn > 2 ? element<T>(words[kIn > 2 ? 2 : 0][k], n) : a;
+        put(words[0][k], n, F::template apply<T>(a, b, c, params.scalars));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const PointwiseLayout& p) {
+    char* const to = p.out.data;
+    with_type<GroupTypes<T>::kOut>(p.out.dtype, [&]<class S>(S) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) narrow<S>(words[0][k]);
+      if constexpr (sizeof(S) * 2 == sizeof(T) && K % 2 == 0) {
+        if (p.paired) {
+#pragma unroll
+          for (int k = 0; k < K; k += 2) {
+            const Words<std::uint32_t, 4> both{
+                {words[0][k].w[0], words[0][k].w[1], words[0][k + 1].w[0], words[0][k + 1].w[1]}};
+            if (inside[k]) store_pack<16>(place<sizeof(S)>(to, out[k]), both);
+          }
+          return;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (inside[k]) store_pack<N * sizeof(S)>(place<sizeof(S)>(to, out[k]), words[0][k]);
+    });
+  }
+};
+
+/// K single elements, of any type.
+template <class F, class T, int K>
+struct Singles {
+  static constexpr int kIn = F::kInputs;
+  using Raw = Words<std::uint32_t, kIsComplex<T> ? 4 : 2>;
+  std::uint32_t out[K], in[kIn][K];  // from the first element
+  bool inside[K];
+  Raw words[kIn][K];
+
+  __device__ __forceinline__ void locate(const Params<T>& params) {
+    const PointwiseLayout& p = params.layout;
+    const std::uint32_t block = (blockIdx.x - params.group_blocks) * (kPointwiseThreads * K);
+    std::uint32_t rest[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const std::uint32_t e = block + k * kPointwiseThreads + threadIdx.x;
+      rest[k] = e < p.head ? e : e - p.head + p.tail;
+      inside[k] = e < p.elements;
+      out[k] = 0;
+#pragma unroll
+      for (int i = 0; i < kIn; ++i) in[i][k] = 0;
+    }
+#pragma unroll 1
+    for (int d = 0; d < p.ndim; ++d) {
+      const Divider by = p.dims[d];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const std::uint32_t next = divide(rest[k], by), at = rest[k] - next * by.size;
+        out[k] += at * p.out.strides[d];
+#pragma unroll
+        for (int i = 0; i < kIn; ++i) in[i][k] += at * p.in[i].strides[d];
+        rest[k] = next;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const PointwiseLayout& p, int i) {
+    const PointwiseAccess& a = p.in[i];
+    if (a.access == Access::number) return;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (!inside[k]) continue;
+      const char* const at = place(a, in[i][k]);
+      words[i][k].w[0] = load_word(at);
+      if (a.log_size >= 3) words[i][k].w[1] = ptx::ld_global_4(at + 4);
+      if constexpr (kIsComplex<T>) {
+        if (a.log_size == 4) {
+          words[i][k].w[2] = ptx::ld_global_4(at + 8);
+          words[i][k].w[3] = ptx::ld_global_4(at + 12);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void convert(const Params<T>& params, int i, T (&to)[K]) {
+    const PointwiseAccess& a = params.layout.in[i];
+    if (a.access == Access::number) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) to[k] = params.numbers[i];
+      return;
+    }
+    with_type<kReadable<T>>(a.dtype, [&]<class S>(S) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) to[k] = to_compute<T>(element<S>(words[i][k], 0));
+    });
+  }
+
+  __device__ __forceinline__ void store(const PointwiseLayout& p, const T (&values)[K]) {
+    with_type<kWritable<T>>(p.out.dtype, [&]<class S>(S) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (inside[k])
+          *reinterpret_cast<S*>(place<sizeof(S)>(p.out.data, out[k])) = to_stored<S>(values[k]);
+      }
+    });
+  }
+};
+
+template <class F, class T>
+__global__ void __launch_bounds__(kPointwiseThreads, Shape<F, T>::kBlocks)
+    pointwise_kernel(const __grid_constant__ Params<T> params) {
+  const PointwiseLayout& p = params.layout;
+  constexpr int kIn = F::kInputs;
+  ptx::grid_wait();
+  if constexpr (sizeof(T) < 16) {
+    if (blockIdx.x < params.group_blocks) {
+      Groups<F, T, Shape<F, T>::kGroups> groups;
+      groups.locate(p);
+#pragma unroll
+      for (int i = 0; i < kIn; ++i) groups.load(p, i);
+#pragma unroll
+      for (int i = 0; i < kIn; ++i) groups.convert(params, i);
+      groups.evaluate(params);
+      groups.store(p);
+      return;
+    }
+  }
+  constexpr int K = Shape<F, T>::kElements;
+  Singles<F, T, K> singles;
+  singles.locate(params);
+#pragma unroll
+  for (int i = 0; i < kIn; ++i) singles.load(p, i);
+  T values[3][K] = {};
+#pragma unroll
+  for (int i = 0; i < kIn; ++i) singles.convert(params, i, values[i]);
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    values[0][k] = F::template apply<T>(values[0][k], values[1][k], values[2][k], params.scalars);
+  singles.store(p, values[0]);
+}
+
+template <class T>
+T number_as(const Number& v) {
+  if constexpr (kIsComplex<T>) {
+    using R = decltype(T::re);
+    return T(static_cast<R>(v.real), static_cast<R>(v.imag));
+  } else if constexpr (std::is_same_v<T, std::int64_t>) {
+    return v.integer;
+  } else {
+    return static_cast<T>(v.real);
+  }
+}
+
+/// Launches F in T for every part of a plan that 32 bits can number.
+template <class F, class T>
+void launch_pointwise(const char* op, const PointwisePlan& plan, const Number (&scalars)[2],
+                      Stream stream) {
+  using S = Shape<F, T>;
+  if (plan.path == PointwisePath::empty) return;
+  split_plan(plan, [&](const PointwisePlan& part) {
+    Params<T> params;
+    params.layout = pointwise_layout(op, part, S::value());
+    const PointwiseLayout& p = params.layout;
+    for (int i = 0; i < kMaxInputs; ++i) params.numbers[i] = number_as<T>(part.in[i].number);
+    params.scalars = {{number_as<T>(scalars[0]), number_as<T>(scalars[1])}};
+    const std::int64_t blocks = cuda::ceil_div(p.groups, kPointwiseThreads * S::kGroups);
+    params.group_blocks = static_cast<std::uint32_t>(blocks);
+    const cuda::Launch shape{
+        .op = op,
+        .grid = blocks + cuda::ceil_div(p.elements, kPointwiseThreads * S::kElements),
+        .block = kPointwiseThreads,
+        .overlap = true};
+    cuda::launch(pointwise_kernel<F, T>, shape, stream, params);
+  });
+}
+
+}  // namespace fastkern::pointwise_detail
