@@ -338,11 +338,16 @@ TensorRef broadcast_shape(const char* op, std::span<const TensorRef> inputs) {
 
 void layout_like(TensorRef& out, std::span<const TensorRef> inputs) {
   const int n = out.ndim;
+  // Only what is repeated has no say; a dimension that is 1 in all operands has its stride.
+  const auto stride_of = [&](const TensorRef& t, int d) {
+    const int own = d - (n - t.ndim);
+    return own < 0 || (t.sizes[own] == 1 && out.sizes[d] != 1) ? 0 : t.strides[own];
+  };
   // Whether dimension a belongs inside of b: 1; outside: -1; 0: the inputs do not say.
   const auto compare = [&](int a, int b) {
     for (const TensorRef& t : inputs) {
       if (!t.given()) continue;
-      const std::int64_t of_a = stride_in(t, out, a), of_b = stride_in(t, out, b);
+      const std::int64_t of_a = stride_of(t, a), of_b = stride_of(t, b);
       if (of_a == 0 || of_b == 0) continue;
       if (of_a != of_b) return of_a < of_b ? 1 : -1;
       if (out.sizes[b] > out.sizes[a]) return 1;

@@ -90,7 +90,11 @@ struct Box<kFunction> {
              " arguments, its kernel ", kArguments);
     const StableIValue* at = stack;  // braces: from left to right
     const std::tuple<std::decay_t<Args>...> values{Parameter<std::decay_t<Args>>::next(at)...};
-    give(stack, std::apply(kFunction, values));
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(kFunction, values);
+    } else {
+      give(stack, std::apply(kFunction, values));
+    }
   }
 };
 

@@ -25,20 +25,19 @@ std::string device_text(Device device) {
 // know.
 std::int32_t number_of(ScalarType type) { return static_cast<std::int32_t>(type); }
 
+constexpr std::pair<DType, ScalarType> kTypes[] = {
+    {DType::f32, ScalarType::Float},       {DType::f16, ScalarType::Half},
+    {DType::bf16, ScalarType::BFloat16},   {DType::f8e4m3, ScalarType::Float8_e4m3fn},
+    {DType::i8, ScalarType::Char},         {DType::f64, ScalarType::Double},
+    {DType::u8, ScalarType::Byte},         {DType::i16, ScalarType::Short},
+    {DType::i32, ScalarType::Int},         {DType::i64, ScalarType::Long},
+    {DType::boolean, ScalarType::Bool},    {DType::c64, ScalarType::ComplexFloat},
+    {DType::c128, ScalarType::ComplexDouble},
+};
+
 std::int32_t scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::f32:
-      return number_of(ScalarType::Float);
-    case DType::f16:
-      return number_of(ScalarType::Half);
-    case DType::bf16:
-      return number_of(ScalarType::BFloat16);
-    case DType::f8e4m3:
-      return number_of(ScalarType::Float8_e4m3fn);
-    case DType::i8:
-      return number_of(ScalarType::Char);
-    case DType::f64:
-      return number_of(ScalarType::Double);
+  for (const auto& [ours, torchs] : kTypes) {
+    if (ours == dtype) return number_of(torchs);
   }
   fail("fastkern: no torch dtype for ", name_of(dtype));
 }
@@ -184,6 +183,21 @@ DType real_type(OptionalType type, DType otherwise, Device device, const char* o
   return type ? real_of(type->number, device, op, argument) : otherwise;
 }
 
+TensorRef number_ref_of(const Tensor& t, const char* op, const char* argument) {
+  TensorRef ref = view_of(t, op, argument);
+  const std::int32_t type = type_of(t);
+  for (const auto& [ours, torchs] : kTypes) {
+    if (number_of(torchs) == type && ours != DType::f8e4m3) {
+      ref.dtype = ours;
+      return ref;
+    }
+  }
+  fail(op, ": ", argument,
+       " must be bool, an integer of up to 64 bits with a sign or 8 without, float16, bfloat16, "
+       "float32, float64, complex64 or complex128, got ",
+       type_text(type));
+}
+
 DType float_type(OptionalType type, DType otherwise, const char* op, const char* argument) {
   return type ? float_of(type->number, op, argument) : otherwise;
 }
@@ -213,18 +227,31 @@ OptionalTensor make_dense(MaybeTensor t, TensorRef& ref) {
   return dense_copy(*t, ref);
 }
 
+namespace {
+
+Tensor allocate(const TensorRef& layout, std::int32_t type, Device device) {
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError status =
+      aoti_torch_empty_strided(layout.ndim, layout.sizes.data(), layout.strides.data(), type,
+                               device.type, device.index, &handle);
+  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ",
+           layout.shape(), " and ", type_text(type), " on ", device_text(device),
+           " (out of memory?)");
+  return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor new_strided(const TensorRef& layout, DType dtype, Device device) {
+  return allocate(layout, scalar_type(dtype), device);
+}
+
 Tensor new_dense(const std::int64_t* sizes, int ndim, std::int32_t type, Device device) {
   TensorRef shape;
   shape.ndim = ndim;
   std::copy(sizes, sizes + ndim, shape.sizes.begin());
   set_dense_strides(shape);
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError status = aoti_torch_empty_strided(ndim, sizes, shape.strides.data(), type,
-                                                         device.type, device.index, &handle);
-  FK_CHECK(status == AOTI_TORCH_SUCCESS, "fastkern: could not allocate a tensor of shape ",
-           shape.shape(), " and ", type_text(type), " on ", device_text(device),
-           " (out of memory?)");
-  return Tensor(handle);
+  return allocate(shape, type, device);
 }
 
 Tensor new_dense(const std::int64_t* sizes, int ndim, DType dtype, Device device) {

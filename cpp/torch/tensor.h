@@ -50,6 +50,8 @@ TensorRef ref_of(const Tensor& t, const char* op, const char* argument);
 TensorRef real_ref_of(const Tensor& t, const char* op, const char* argument);
 DType real_type(OptionalType type, DType otherwise, Device device, const char* op,
                 const char* argument);
+/// A view of `t`; fail() unless its dtype is a number's (f8e4m3 is none) and its rank is supported.
+TensorRef number_ref_of(const Tensor& t, const char* op, const char* argument);
 
 /// The dtype asked for; fail() unless it is f32, f16 or bf16. Without one: `otherwise`.
 DType float_type(OptionalType type, DType otherwise, const char* op, const char* argument);
@@ -73,6 +75,8 @@ inline Tensor new_like(const TensorRef& like, Device device) {
 inline Tensor new_like(const TensorRef& like, DType dtype, Device device) {
   return new_dense(like.sizes.data(), like.ndim, dtype, device);
 }
+/// Uninitialised, with the sizes and strides of `layout`.
+Tensor new_strided(const TensorRef& layout, DType dtype, Device device);
 void set_zero(const Tensor& t);
 /// One int64 that is 0.
 Tensor new_zero(Device device);

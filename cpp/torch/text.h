@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of schema type str.
+// Arguments of schema types str and str?.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "box.h"
@@ -12,6 +13,7 @@ namespace fastkern::torch_layer {
 struct Text {
   std::string value;
 };
+using OptionalText = std::optional<Text>;
 
 template <>
 inline Text boxing::take<Text>(StableIValue value) {
@@ -23,6 +25,13 @@ inline Text boxing::take<Text>(StableIValue value) {
   Text text{std::string(data, length)};
   TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return text;
+}
+
+template <>
+inline OptionalText boxing::take<OptionalText>(StableIValue value) {
+  const auto handle = torch::stable::detail::to<std::optional<StringHandle>>(value);
+  if (!handle) return std::nullopt;
+  return take<Text>(torch::stable::detail::from(*handle));
 }
 
 }  // namespace fastkern::torch_layer

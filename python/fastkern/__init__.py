@@ -42,6 +42,9 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_static_quant,
 )
 from fastkern.ops.rope import qk_norm_rope, rope, rope_  # noqa: E402
+from fastkern.ops import pointwise as _pointwise  # noqa: E402
+from fastkern.ops.pointwise import *  # noqa: E402, F403
+from fastkern.ops.pointwise import abs, pow  # noqa: A004, E402
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,
     log_softmax,
@@ -85,6 +88,7 @@ __all__ = [
     "rope_",
     "softmax",
 ]
+__all__ += _pointwise.__all__
 
 
 def get_library_dir() -> str:
