@@ -25,7 +25,7 @@ struct NormParams {
 };
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, kWhole ? 2 : 1) qk_norm_rope_kernel(const NormParams p) {
+__global__ void __launch_bounds__(kBlock, kWhole ? 4 : 1) qk_norm_rope_kernel(const NormParams p) {
   constexpr int kMost = kHeads<T>;
   ptx::grid_wait();
   ptx::grid_launch_next();
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kBlock, kWhole ? 2 : 1) qk_norm_rope_kernel(co
     unpack(first[i], x);
     unpack(second[i], y);
     squares[i] = dot(y, y, dot(x, x, 0.0f));
+    keep_packed(first[i]), keep_packed(second[i]);
   }
   sum_lanes(squares, width);
   char* to = out.data + b * out.batch + s * out.token + group * out.head;

@@ -3,11 +3,11 @@
 //
 //   dx = rstd * (g w - xhat * mean(g w xhat)),  dweight = sum over tokens and heads of g xhat
 //
-//   work     as qk_norm_rope.cu, but blocks stay: two a multiprocessor, some of them for q and the
-//            rest for k, as they have heads. A thread walks through tokens with two heads at a time
+//   work     as qk_norm_rope.cu, but blocks stay: three or four a multiprocessor, some of them for
+//            q and the rest for k, as they have heads. A thread walks through tokens with two heads at a time
 //            (f32: one) and keeps the sums of its sixteen columns
 //   memory   rstd is found again from x. Sums of a block go to its row of the workspace, f32; a
-//            second kernel adds up the rows, eight parts of them for each column, then the parts
+//            second kernel adds up the rows, four parts of them for each column, then the parts
 //   sync     shuffles within the threads of a head; one barrier a block at the end, one in the second
 //            kernel; both overlap the launch before them
 //   cost     reads x and dy and writes dx once: 3 * B * S * (H + G) * D elements
@@ -19,7 +19,11 @@ namespace fastkern::cuda {
 namespace rope_detail {
 namespace {
 
-constexpr int kBlocksAProcessor = 2, kWarps = kBlock / 32;
+constexpr int kWarps = kBlock / 32;
+
+/// Registers allow so many; interleaved pairs take a few more.
+template <bool kInterleaved>
+inline constexpr int kBlocks = kInterleaved ? 3 : 4;
 
 template <class T>
 inline constexpr int kHeadsBwd = kHeads<T> / 2;
@@ -75,7 +79,7 @@ __device__ __forceinline__ void store_sums(const Columns& c, int width, int n,
 }
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, kWhole ? 2 : 1)
+__global__ void __launch_bounds__(kBlock, kWhole ? kBlocks<kInterleaved> : 1)
     qk_norm_rope_bwd_kernel(const BwdParams p) {
   constexpr int kMost = kHeadsBwd<T>;
   ptx::grid_wait();
@@ -215,7 +219,7 @@ Blocks blocks_of(const QkNormRopeBwd& a, int width, int device) {
   if (q + k == 0) return {};
   const std::int64_t slots = kBlock / width;
   const std::int64_t all =
-      std::int64_t{kBlocksAProcessor} *
+      std::int64_t{a.angles.interleaved ? kBlocks<true> : kBlocks<false>} *
       device_attribute(cudaDevAttrMultiProcessorCount, device, a.op);
   std::int64_t for_k = k == 0 ? 0 : std::max<std::int64_t>(all * k / (q + k), 1);
   if (q > 0) for_k = std::min(for_k, all - 1);

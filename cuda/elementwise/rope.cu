@@ -26,7 +26,7 @@ struct Params {
 };
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, kWhole ? 3 : 1) rope_kernel(const Params p) {
+__global__ void __launch_bounds__(kBlock, !kWhole ? 1 : kInterleaved ? 5 : 6) rope_kernel(const Params p) {
   constexpr int kMost = kHeads<T>;
   ptx::grid_wait();
   ptx::grid_launch_next();

@@ -24,7 +24,7 @@
 
 namespace fastkern::cuda::rope_detail {
 
-constexpr int kBlock = 256;
+constexpr int kBlock = 128;
 constexpr int kColumns = 8;  // of a pack
 
 /// Division by a number that the host knows, for dividends below 2^31.
@@ -132,6 +132,17 @@ __device__ __forceinline__ Eight<T> pack(const float (&v)[kColumns]) {
     to.bits[i] = tile::pack_of<T>(part).bits;
   }
   return to;
+}
+
+/// See tile::keep_packed.
+template <class T>
+__device__ __forceinline__ void keep_packed(Eight<T>& eight) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
+    tile::Pack<T> pack{eight.bits[i]};
+    tile::keep_packed(pack);
+    eight.bits[i] = pack.bits;
+  }
 }
 
 /// Columns first to first + 7, those before `end`; zeros for others.

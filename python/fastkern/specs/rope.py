@@ -437,7 +437,7 @@ ROPE = OpSpec(
     variants=(
         {},
         _PLACES(rotary=16, full=True, table="same"),
-        {"interleaved": True, "positions": torch.int32, "rotary": 10},
+        {"interleaved": True, "positions": torch.int32, "rotary": 12},
         {"per_token": True, "full": True, "table": _BF16},
         {"interleaved": True, "full": True, "inverse": True},
     ),
