@@ -50,7 +50,7 @@ class Angles {
       }
       for (std::int64_t s = 0; s < tokens; ++s) {
         const std::int64_t at = position(b, s);
-        FK_CHECK((at >= 0 && at < rows_) || at == kNone, op, ": ", culprit,
+        FK_CHECK((at >= 0 && at < rows_) || (at == kNone && !a.positions), op, ": ", culprit,
                  " must give positions between 0 and ", rows_ - 1,
                  ", for which cos has rows; got ", at, " for token ", s);
       }
@@ -69,14 +69,13 @@ class Angles {
   }
 
  private:
-  static constexpr std::int64_t kNone = INT64_MIN;  // no position of int64 that is not refused
+  static constexpr std::int64_t kNone = -1;  // the position of a token of no sequence
 
   std::int64_t position(std::int64_t b, std::int64_t s) const {
     if (a_.positions) {
       const std::int64_t at = b * a_.positions_batch_stride + s * a_.positions_stride;
-      const std::int64_t found = a_.narrow ? static_cast<const std::int32_t*>(a_.positions)[at]
-                                           : static_cast<const std::int64_t*>(a_.positions)[at];
-      return found == kNone ? -1 : found;
+      return a_.narrow ? static_cast<const std::int32_t*>(a_.positions)[at]
+                       : static_cast<const std::int64_t*>(a_.positions)[at];
     }
     if (!a_.cu_seqlens) return s;
     const std::int32_t* const end = a_.cu_seqlens + a_.sequences + 1;

@@ -45,6 +45,7 @@ from fastkern.ops.rope import qk_norm_rope, rope, rope_  # noqa: E402
 from fastkern.ops import pointwise as _pointwise  # noqa: E402
 from fastkern.ops.pointwise import *  # noqa: E402, F403
 from fastkern.ops.pointwise import abs, pow  # noqa: A004, E402
+from fastkern.ops.rope_table import mrope_table, rope_table, rope_table_from_config  # noqa: E402
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,
     log_softmax,
@@ -80,12 +81,15 @@ __all__ = [
     "logsumexp",
     "masked_softmax",
     "merge_attention",
+    "mrope_table",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
     "rope",
     "rope_",
+    "rope_table",
+    "rope_table_from_config",
     "softmax",
 ]
 __all__ += _pointwise.__all__

@@ -99,7 +99,7 @@ def _inplace_fake(q: Tensor, k: Tensor | None, *arguments: Any) -> None:
     _check("rope_", q, k, *arguments)
 
 
-def _inplace_vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[tuple[()], tuple[()]]:
+def _inplace_vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[None, None]:
     """Entry by entry."""
     for name, t, dim in zip(("q", "k"), given, in_dims, strict=False):
         if t is not None and dim is None:
@@ -107,7 +107,7 @@ def _inplace_vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tu
     for i in range(info.batch_size):
         entry = (t if dim is None else t.select(dim, i) for t, dim in zip(given, in_dims, strict=True))
         _ops.rope_.default(*entry)
-    return (), ()
+    return None, None
 
 
 _schema.register_fake("rope_", _inplace_fake)
