@@ -198,6 +198,7 @@ PointwiseLayout pointwise_layout(const char* op, const PointwisePlan& plan,
   const auto view = [&](PointwiseAccess& a, const PointwiseView& v) {
     a.data = v.data;
     a.dtype = v.dtype;
+    a.access = v.data ? Access::each : Access::number;
     a.log_size =
         static_cast<std::uint8_t>(std::countr_zero(static_cast<unsigned>(size_of(v.dtype))));
     bool natural = !v.data || aligned(v.data, bytes_of(a));
