@@ -10,15 +10,6 @@
 namespace fastkern {
 namespace {
 
-Divider divider(std::int64_t size) {
-  const auto d = static_cast<std::uint32_t>(size);
-  Divider result{d, 1, 0};
-  result.shift = static_cast<std::uint32_t>(std::bit_width(d - 1));  // 2^shift >= d
-  const std::uint64_t power = std::uint64_t{1} << result.shift;
-  result.multiplier = static_cast<std::uint32_t>(((power - d) << 32) / d + 1);
-  return result;
-}
-
 std::int64_t bytes_of(const PointwiseAccess& a) { return std::int64_t{1} << a.log_size; }
 
 bool aligned(const char* p, std::int64_t bytes) {
@@ -198,6 +189,7 @@ PointwiseLayout pointwise_layout(const char* op, const PointwisePlan& plan,
   const auto view = [&](PointwiseAccess& a, const PointwiseView& v) {
     a.data = v.data;
     a.dtype = v.dtype;
+    a.access = v.data ? Access::each : Access::number;
     a.log_size =
         static_cast<std::uint8_t>(std::countr_zero(static_cast<unsigned>(size_of(v.dtype))));
     bool natural = !v.data || aligned(v.data, bytes_of(a));

@@ -64,10 +64,6 @@ struct Params {
   std::uint32_t group_blocks;
 };
 
-__device__ __forceinline__ std::uint32_t divide(std::uint32_t n, const Divider& by) {
-  return (__umulhi(n, by.multiplier) + n) >> by.shift;
-}
-
 /// Element `at` of an operand, from its first one; may be negative.
 template <int kSize, class Byte>
 __device__ __forceinline__ Byte* place(Byte* data, std::uint32_t at) {

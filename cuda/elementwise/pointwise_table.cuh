@@ -2,8 +2,8 @@
 // A part of the table as a switch over launchers.
 #pragma once
 
-#include "pointwise_kernel.cuh"
 #include "pointwise_launch.h"
+#include "pointwise_packs.cuh"
 
 namespace fastkern::pointwise_detail {
 
@@ -17,7 +17,7 @@ inline constexpr bool kNeverAsked =
 template <class F, class T, unsigned kKind>
 Launcher launcher_of() {
   if constexpr ((F::kTypes & kKind) != 0 && !kNeverAsked<F>) {
-    return launch_pointwise<F, T>;
+    return launch_function<F, T>;
   } else {
     return nullptr;
   }

@@ -7,6 +7,7 @@
 // no groups.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "fastkern/pointwise_plan.h"
@@ -23,10 +24,16 @@ enum class Access : std::uint8_t {
   staged,    // through a tile in shared memory
 };
 
-/// n / size for n < 2^31 without a division.
+/// n / size for n < 2^31 without a division: (high half of n * multiplier + n) >> shift.
 struct Divider {
   std::uint32_t size = 1, multiplier = 1, shift = 0;
 };
+constexpr Divider divider(std::int64_t size) {
+  const auto d = static_cast<std::uint32_t>(size);
+  const auto shift = static_cast<std::uint32_t>(std::bit_width(d - 1));  // 2^shift >= d
+  const std::uint64_t over = (std::uint64_t{1} << shift) - d;
+  return {d, static_cast<std::uint32_t>((over << 32) / d + 1), shift};
+}
 
 /// Strides count elements.
 struct PointwiseAccess {

@@ -417,6 +417,7 @@ namespace functor {
   struct name {                                                                                  \
     static constexpr int kInputs = inputs;                                                       \
     static constexpr unsigned kTypes = types;                                                    \
+    static constexpr bool kTruth = Promotion::promotion == Promotion::always_bool;               \
     template <class T>                                                                           \
     static FASTKERN_HD T apply([[maybe_unused]] T a, [[maybe_unused]] T b, [[maybe_unused]] T c, \
                                [[maybe_unused]] const Scalars<T>& s) {                           \
