@@ -49,13 +49,13 @@ template <class F, class S, class O, class T>
 struct Packs {
   static constexpr int kIn = F::kInputs, V = 16 / sizeof(S);
   static constexpr int kPacks = kLong<F> ? 1 : kIn == 1 ? 4 : 2;
-  static constexpr int kBlocks = kLong<F> ? 3 : kIn == 1 ? 6 : kIn == 2 ? 5 : 4;
+  static constexpr int kBlocks = kLong<F> ? 3 : 4;  // of a multiprocessor
   template <int kInput>
   using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
 
   std::uint32_t column[kPacks], index[kOuterDims][kPacks];
   bool inside[kPacks];
-  Words<T, V> words[kIn][kPacks];
+  Words<std::uint32_t, 4> words[kIn][kPacks];  // as they are stored
 
   __device__ __forceinline__ void locate(const PackParams<T>& p) {
 #pragma unroll
@@ -115,21 +115,21 @@ struct Packs {
     }
   }
 
+  /// Pack k of an input as T: one pack at a time, so that the others stay as small as they came.
   template <int kInput>
-  __device__ __forceinline__ void convert(const PackParams<T>& p) {
+  __device__ __forceinline__ Words<T, V> values(const PackParams<T>& p, int k) const {
     using I = In<kInput>;
     const PackAccess& a = p.in[kInput];
+    Words<T, V> to;
     if (!a.number && a.inner != 0) {
 #pragma unroll
-      for (int k = 0; k < kPacks; ++k) widen<I>(words[kInput][k]);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
+      for (int n = 0; n < V; ++n) put(to, n, to_compute<T>(element<I>(words[kInput][k], n)));
+    } else {
       const T v = a.number ? p.numbers[kInput] : to_compute<T>(element<I>(words[kInput][k], 0));
 #pragma unroll
-      for (int n = 0; n < V; ++n) put(words[kInput][k], n, v);
+      for (int n = 0; n < V; ++n) put(to, n, v);
     }
+    return to;
   }
 
   __device__ __forceinline__ void run(const PackParams<T>& p) {
@@ -137,21 +137,17 @@ struct Packs {
     load<0>(p);
     if constexpr (kIn > 1) load<1>(p);
     if constexpr (kIn > 2) load<2>(p);
-    convert<0>(p);
-    if constexpr (kIn > 1) convert<1>(p);
-    if constexpr (kIn > 2) convert<2>(p);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
+      Words<T, V> a = values<0>(p, k), b = a, c = a;
+      if constexpr (kIn > 1) b = values<1>(p, k);
+      if constexpr (kIn > 2) c = values<2>(p, k);
 #pragma unroll
-      for (int n = 0; n < V; ++n) {
-        const T a = element<T>(words[0][k], n);
-        const T b = kIn > 1 ? element<T>(words[kIn > 1 ? 1 : 0][k], n) : a;
-        const T c = kIn > 2 ? element<T>(words[kIn > 2 ? 2 : 0][k], n) : a;
-        put(words[0][k], n, F::template apply<T>(a, b, c, p.scalars));
-      }
-      narrow<O>(words[0][k]);
-      if (inside[k])
-        store_pack<V * sizeof(O)>(place<sizeof(O)>(p.out.data, at(p, p.out, k)), words[0][k]);
+      for (int n = 0; n < V; ++n)
+        put(a, n, F::template apply<T>(element<T>(a, n), element<T>(b, n), element<T>(c, n),
+                                       p.scalars));
+      narrow<O>(a);
+      if (inside[k]) store_pack<V * sizeof(O)>(place<sizeof(O)>(p.out.data, at(p, p.out, k)), a);
     }
   }
 
@@ -168,8 +164,10 @@ struct Packs {
   static __device__ __forceinline__ void run_edges(const PackParams<T>& p) {
     if (blockIdx.x > 0 || threadIdx.x >= p.edges) return;
     const std::int64_t e = threadIdx.x < p.head ? threadIdx.x : threadIdx.x - p.head + p.tail;
-    const T a = single<0>(p, e), b = kIn > 1 ? single<kIn > 1 ? 1 : 0>(p, e) : a;
-    const T c = kIn > 2 ? single<kIn > 2 ? 2 : 0>(p, e) : a;
+    const T a = single<0>(p, e);
+    T b = a, c = a;
+    if constexpr (kIn > 1) b = single<1>(p, e);
+    if constexpr (kIn > 2) c = single<2>(p, e);
     reinterpret_cast<O*>(p.out.data)[e - p.head] =
         to_stored<O>(F::template apply<T>(a, b, c, p.scalars));
   }
