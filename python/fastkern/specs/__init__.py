@@ -16,6 +16,7 @@ from fastkern.specs import (
     loss,
     norm,
     norm_quant,
+    pointwise,
     softmax,
 )
 from fastkern.specs._accuracy import assert_accurate, in_float64
@@ -31,6 +32,7 @@ SPECS: tuple[OpSpec, ...] = (
     *softmax.SPECS,
     *loss.SPECS,
     *linear_cross_entropy.SPECS,
+    *pointwise.SPECS,
 )
 
 __all__ = [
