@@ -323,3 +323,21 @@ def test_wrap_around(device: str) -> None:
         compare("neg", (limits,))
         compare("abs", (limits,))
         compare("pow", (limits, 3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_places_in_a_vector(dtype: torch.dtype, device: str) -> None:
+    """An element's result is the same bits wherever it lies: in a vector of the loop, in its rest, or alone."""
+    x, y = (torch.randn(333, device=device) * 2).to(dtype), (torch.rand(333, device=device) + 0.5).to(dtype)
+    ops = torch.ops.fastkern
+    calls = [*((getattr(fastkern, n), (x,)) for n in UNARY if n not in ("bitwise_not", "triu")),
+             *((getattr(fastkern, n), (x, y)) for n in BINARY if not n.startswith("bitwise")),
+             *((getattr(ops, f"{n}_bwd"), (y, x)) for n in ("gelu", "silu", "sigmoid", "tanh", "relu")),
+             (lambda a: fastkern.gelu(a, "tanh"), (x,)), (lambda a, b: ops.gelu_bwd(b, a, "tanh"), (x, y)),
+             (lambda a, b: fastkern.add(a, b, alpha=0.3), (x, y)),
+             (lambda a, b: fastkern.div(a, b, rounding_mode="floor"), (x, y))]  # fmt: skip
+    for function, arguments in calls:
+        whole = function(*arguments)
+        for step in (1, 7):
+            parts = [function(*(a[i : i + step] for a in arguments)) for i in range(0, 333, step)]
+            assert torch.equal(torch.cat(parts).nan_to_num(7), whole.nan_to_num(7)), (function, step)

@@ -369,7 +369,8 @@ FASTKERN_HD T gelu(T x) {
 }
 template <class T>
 FASTKERN_HD T gelu_grad(T x) {
-  const T cdf = T(0.5) * (T(1) + math::erf(x * T(0.70710678118654752440)));
+  // No sum of two products: which one a compiler fuses with the sum differs from loop to loop.
+  const T cdf = T(0.5) + T(0.5) * math::erf(x * T(0.70710678118654752440));
   return cdf + x * (T(0.39894228040143267794) * math::exp(T(-0.5) * x * x));
 }
 /// tanh(sqrt(2 / pi) * (x + 0.044715 x^3))
@@ -385,7 +386,7 @@ template <class T>
 FASTKERN_HD T gelu_tanh_grad(T x) {
   const T t = math::gelu_inner(x);
   const T slope = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * x * x);
-  return T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * slope;
+  return (T(0.5) + T(0.5) * t) + T(0.5) * x * (T(1) - t * t) * slope;
 }
 
 }  // namespace math

@@ -278,7 +278,7 @@ def into(name: str, overload: str, out: Tensor, *arguments: Any) -> Tensor:
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         if out.shape != shape:
             out.resize_(shape)
-    if out.is_conj() or out.is_neg():  # torch's way around such views is for results that are new
+    if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):  # torch's way around such views is for results that are new
         plain = torch.empty_like(out, memory_format=torch.preserve_format)
         return out.copy_(into(name, overload, plain, *arguments))
     ending = f"{overload}_out" if overload else "out"
@@ -291,9 +291,8 @@ def inplace(name: str, overload: str, run: Callable[..., Tensor], input: Tensor,
     """``<name>_``: over ``input``. Where a gradient is wanted, the result of the functional way is copied there."""
     if (
         _wants_gradient(input, *arguments)
-        or input.is_conj()
-        or input.is_neg()
-        or (not torch.compiler.is_compiling() and (_functorch_active() or forward_ad._current_level >= 0))
+        or not torch.compiler.is_compiling()
+        and (_functorch_active() or forward_ad._current_level >= 0 or input.is_conj() or input.is_neg())
     ):
         result = run(input, *arguments)
         if result.shape != input.shape:

@@ -16,6 +16,7 @@ from fastkern.specs import (
     loss,
     norm,
     norm_quant,
+    pointwise,
     rope,
     softmax,
 )
@@ -33,6 +34,7 @@ SPECS: tuple[OpSpec, ...] = (
     *loss.SPECS,
     *linear_cross_entropy.SPECS,
     *rope.SPECS,
+    *pointwise.SPECS,
 )
 
 __all__ = [
