@@ -20,13 +20,14 @@ done
 stage=$build/stage
 rm -rf "$stage"
 mkdir -p "$stage/norm" "$stage/attention" "$stage/softmax" "$stage/loss" "$stage/elementwise" \
-  "$stage/tile"
+  "$stage/rope" "$stage/tile"
 cp cuda/dispatch.h "$stage"
 cp cuda/tile/*.cuh "$stage/tile"
 cp cuda/norm/* "$stage/norm"
 cp cuda/attention/* "$stage/attention"
 cp cuda/softmax/* "$stage/softmax"
 cp cuda/loss/* "$stage/loss"
+cp cuda/rope/* "$stage/rope"
 cp cuda/elementwise/* "$stage/elementwise"
 # asm without instructions, which only hides values from nvcc; shared memory, dynamic and static;
 # what headers that are installed include by their place

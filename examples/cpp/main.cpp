@@ -117,6 +117,39 @@ void check_softmax(torch::Device device, torch::Dtype dtype, double tolerance) {
   both("causal_softmax", fastkern::causal_softmax(x, 0.5), masked());
 }
 
+/// Rotary embeddings, alone and behind a norm of each head, against the formula.
+void check_rope(torch::Device device) {
+  const auto leaf = [&](at::IntArrayRef shape) {
+    return torch::randn(shape, torch::TensorOptions().device(device)).requires_grad_();
+  };
+  const torch::Tensor q = leaf({2, 7, 6, 64}), k = leaf({2, 7, 2, 64}), weight = leaf({64});
+  const torch::Tensor pairs = torch::arange(32, torch::TensorOptions().device(device));
+  const torch::Tensor angles = torch::arange(7, pairs.options()).unsqueeze(1) *
+                               torch::pow(1e4, pairs.to(torch::kFloat) / -32.0);
+  const torch::Tensor cos = angles.cos(), sin = angles.sin();
+  const auto turned = [&](const torch::Tensor& x) {
+    const torch::Tensor a = x.slice(-1, 0, 32), b = x.slice(-1, 32);
+    const torch::Tensor c = cos.unsqueeze(1), s = sin.unsqueeze(1);
+    return torch::cat({a * c - b * s, b * c + a * s}, -1);
+  };
+  const auto both = [&](const std::string& what, const torch::Tensor& found,
+                        const torch::Tensor& expected, const std::vector<torch::Tensor>& wrt) {
+    compare(what, found.detach(), expected.detach(), 1e-5);
+    const torch::Tensor dy = torch::randn_like(found);
+    const auto grads = torch::autograd::grad({found}, wrt, {dy});
+    const auto truth = torch::autograd::grad({expected}, wrt, {dy});
+    for (std::size_t i = 0; i < wrt.size(); ++i)
+      compare(what + ", gradient " + std::to_string(i), grads[i], truth[i], 5e-5);
+  };
+  const auto [q_turned, k_turned] = fastkern::rope(q, k, cos, sin);
+  both("rope of q", q_turned, turned(q), {q});
+  both("rope of k", k_turned, turned(k), {k});
+  const auto [normed, none] =
+      fastkern::qk_norm_rope(q, std::nullopt, weight, std::nullopt, cos, sin, kEps);
+  both("qk_norm_rope", normed, turned(plain_rms_norm(q, weight)), {q, weight});
+  report("no k", !none.defined());
+}
+
 /// Layer norm, and both norms behind a residual add with dropout: all gradients against torch's
 /// own.
 void check_other_gradients(torch::Device device, torch::Dtype dtype, double tolerance) {
@@ -245,6 +278,7 @@ int main() {
   check_gradients(device, torch::kBFloat16, 1.6e-2);
   check_softmax(device, torch::kFloat, 2e-5);
   check_softmax(device, torch::kBFloat16, 3.2e-2);
+  check_rope(device);
   check_other_gradients(device, torch::kFloat, 2e-5);
   check_other_gradients(device, torch::kBFloat16, 3.2e-2);
   check_quantised(device);

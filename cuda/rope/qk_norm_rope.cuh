@@ -3,7 +3,7 @@
 #pragma once
 
 #include "dispatch.h"
-#include "elementwise/rope.cuh"
+#include "rope/rope.cuh"
 #include "tile/team.cuh"
 
 namespace fastkern::cuda::rope_detail {

@@ -7,7 +7,7 @@
 //            thread are issued before the first use
 //   sync     shuffles within the threads of a head; overlaps the launch before it
 //   cost     as rope.cu: reads and writes q and k once
-#include "elementwise/qk_norm_rope.cuh"
+#include "rope/qk_norm_rope.cuh"
 
 namespace fastkern::cuda {
 namespace rope_detail {

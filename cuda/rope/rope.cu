@@ -10,7 +10,7 @@
 //   cost     reads and writes q and k once, the table once for all heads: 2 * B * S * (H + G) * D
 //            elements
 #include "dispatch.h"
-#include "elementwise/rope.cuh"
+#include "rope/rope.cuh"
 
 namespace fastkern::cuda {
 namespace rope_detail {

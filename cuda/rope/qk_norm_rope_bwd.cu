@@ -13,7 +13,7 @@
 //   cost     reads x and dy and writes dx once: 3 * B * S * (H + G) * D elements
 #include <algorithm>
 
-#include "elementwise/qk_norm_rope.cuh"
+#include "rope/qk_norm_rope.cuh"
 
 namespace fastkern::cuda {
 namespace rope_detail {
