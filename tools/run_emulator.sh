@@ -19,16 +19,11 @@ done
 # The kernels as C++ that g++ takes. Whatever a rule here misses is an error of the compiler.
 stage=$build/stage
 rm -rf "$stage"
-mkdir -p "$stage/norm" "$stage/attention" "$stage/softmax" "$stage/loss" "$stage/elementwise" \
-  "$stage/rope" "$stage/tile"
+mkdir -p "$stage"
 cp cuda/dispatch.h "$stage"
-cp cuda/tile/*.cuh "$stage/tile"
-cp cuda/norm/* "$stage/norm"
-cp cuda/attention/* "$stage/attention"
-cp cuda/softmax/* "$stage/softmax"
-cp cuda/loss/* "$stage/loss"
-cp cuda/rope/* "$stage/rope"
-cp cuda/elementwise/* "$stage/elementwise"
+for room in cuda/*/; do
+  [ "$room" = cuda/ptx/ ] || cp -r "$room" "$stage"
+done
 # asm without instructions, which only hides values from nvcc; shared memory, dynamic and static;
 # what headers that are installed include by their place
 sed -i -E \

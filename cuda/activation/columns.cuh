@@ -90,9 +90,9 @@ __device__ __forceinline__ void column_values(const Columns<T>& p, const float (
 }
 
 template <class T, ColumnOp kOp, bool kPlain>
-__global__ void __launch_bounds__(kColumnThreads, kPlain && !drops(kOp) ? 3 : 2)
+__global__ void __launch_bounds__(kColumnThreads, kPlain && !drops(kOp) && ptx::kHasClusters ? 3 : 2)
     columns_kernel(const __grid_constant__ Columns<T> p) {
-  constexpr int kV = kVector<T>, kRows = at_once(kOp);
+  constexpr int kV = kVector<T>, kRows = at_once(kOp), kSecondRows = has_second(kOp) ? kRows : 1;
   constexpr bool kSums = sums_up(kOp), kSecond = has_second(kOp);
   const int lane = threadIdx.x & ((1 << p.shift) - 1), groups = kColumnThreads >> p.shift;
   const unsigned slice = blockIdx.x / static_cast<unsigned>(p.strips);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kColumnThreads, kPlain && !drops(kOp) ? 3 : 2)
   const auto run = [&]<ActivationKind kKind>() {
     for (std::int64_t row = begin + (threadIdx.x >> p.shift); row < end; row += kRows * groups) {
       Pack<T> a[kRows][1];
-      [[maybe_unused]] Pack<T> b[kSecond ? kRows : 1][1];
+      [[maybe_unused]] Pack<T> b[kSecondRows][1];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const std::int64_t r = row + i * groups;

@@ -45,14 +45,20 @@ __device__ __forceinline__ void with_kind(ActivationKind kind, const F& f) {
   }
 }
 
-/// Whether 64 registers are enough for backward, or a few more are taken.
+/// Blocks on a multiprocessor that registers are kept for. What would spill gets more of them, which
+/// before sm_90 is more of the kernels.
 template <int kOnly>
-inline constexpr bool kFit =
-    kOnly != kAnyKind && kOnly != static_cast<int>(ActivationKind::clamped_silu);
+inline constexpr int kForwardBlocks =
+    kOnly == static_cast<int>(ActivationKind::gelu) && !ptx::kHasClusters ? 3 : 4;
+template <int kOnly>
+inline constexpr int kBackwardBlocks =
+    kOnly != kAnyKind && kOnly != static_cast<int>(ActivationKind::clamped_silu) ? 4
+    : ptx::kHasClusters                                                          ? 3
+                                                                                 : 2;
 
 /// kPlain: rows are plain(), of one kind; kQuant: y has 8 bits.
 template <class T, bool kPlain, bool kQuant, int kOnly>
-__global__ void __launch_bounds__(kMostThreads, 4)
+__global__ void __launch_bounds__(kMostThreads, kForwardBlocks<kOnly>)
     gated_fwd_kernel(const __grid_constant__ Gated<T> p) {
   constexpr int kPacks = kForwardPacks, kV = kVector<T>;
   const Place<T, kPacks> at(p.extent);
@@ -84,7 +90,7 @@ __global__ void __launch_bounds__(kMostThreads, 4)
 }
 
 template <class T, bool kPlain, int kOnly>
-__global__ void __launch_bounds__(kMostThreads, kFit<kOnly> ? 4 : 3)
+__global__ void __launch_bounds__(kMostThreads, kBackwardBlocks<kOnly>)
     gated_bwd_kernel(const __grid_constant__ Gated<T> p) {
   constexpr int kPacks = kBackwardPacks, kV = kVector<T>;
   const Place<T, kPacks> at(p.extent);

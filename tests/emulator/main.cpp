@@ -83,7 +83,7 @@ int main(int argc, char** argv) {
   catch_signals();
 
   const auto alone = [&](const char* family) {
-    for (const char* other : {"attention", "softmax", "loss", "rope", "pointwise"}) {
+    for (const char* other : {"attention", "softmax", "loss", "rope", "pointwise", "activation"}) {
       if (family != std::string(other) && options.names.count(other) > 0) return false;
     }
     return true;
@@ -100,6 +100,7 @@ int main(int argc, char** argv) {
   add("loss", loss_cases);
   add("rope", rope_cases);
   add("pointwise", pointwise_cases);
+  add("activation", activation_cases);
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

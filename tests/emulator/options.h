@@ -34,22 +34,14 @@ struct Options {
 /// Prints how it is used, and exits, where the arguments make no sense.
 Options parse_options(int argc, char** argv);
 
-<<<<<<< HEAD
-/// The cases of each family, norm_cases.cpp, group_norm.cpp, attention.cpp, softmax.cpp, loss.cpp
-/// and rope.cpp.
-=======
-/// The cases of each family, norm_cases.cpp, group_norm.cpp, attention.cpp, softmax.cpp,
-/// loss.cpp and pointwise.cpp.
->>>>>>> h6-engine
+/// The cases of each family, in the files of these names.
 std::vector<Case> norm_cases(const Options& options);
 std::vector<Case> group_norm_cases(const Options& options);
 std::vector<Case> attention_cases(const Options& options);
 std::vector<Case> softmax_cases(const Options& options);
 std::vector<Case> loss_cases(const Options& options);
-<<<<<<< HEAD
-std::vector<Case> rope_cases(const Options& options);
-=======
+std::vector<Case> activation_cases(const Options& options);
 std::vector<Case> pointwise_cases(const Options& options);
->>>>>>> h6-engine
+std::vector<Case> rope_cases(const Options& options);
 
 }  // namespace emulator
