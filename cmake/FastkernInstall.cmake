@@ -35,6 +35,7 @@ install(
   FILES
     cuda/elementwise/pointwise.cuh
     cuda/elementwise/pointwise_kernel.cuh
+    cuda/elementwise/pointwise_packs.cuh
     cuda/elementwise/pointwise_words.cuh
   DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/elementwise"
 )

@@ -39,17 +39,17 @@ endforeach()
 add_executable(example_pointwise examples/pointwise/main.cpp)
 set(_examples example_pointwise)
 if(FASTKERN_HAS_CUDA)
-  file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern")
+  file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/example_include/fastkern")
   file(
     CREATE_LINK
     "${CMAKE_CURRENT_SOURCE_DIR}/cuda"
-    "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern/cuda"
+    "${CMAKE_CURRENT_BINARY_DIR}/example_include/fastkern/cuda"
     SYMBOLIC
   )
   add_executable(example_pointwise_cuda examples/pointwise/main.cu)
   target_include_directories(
     example_pointwise_cuda
-    PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/installed"
+    PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/example_include"
   )
   target_compile_options(
     example_pointwise_cuda

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pointwise functions of your own on CUDA: FASTKERN_POINTWISE (fastkern/pointwise.h), compiled by
-// your nvcc with -std=c++20 --expt-relaxed-constexpr --extended-lambda. The kernel is the
+// your nvcc with -std=c++20 --expt-relaxed-constexpr --extended-lambda. The kernels are the
 // library's.
 #pragma once
 
 #include "fastkern/pointwise.h"
-#include "pointwise_kernel.cuh"
+#include "pointwise_packs.cuh"
 
 namespace fastkern::cuda {
 
@@ -16,7 +16,7 @@ void pointwise(const TensorRef& out, std::initializer_list<Operand> in, Stream s
   FK_CHECK(in.size() == F::kInputs, F::kName, ": ", F::kInputs, " inputs are needed, got ",
            in.size());
   const PointwisePlan plan = pointwise_plan(F::kName, out, std::span(in.begin(), in.size()));
-  pointwise_detail::launch_pointwise<F, T>(F::kName, plan, scalars, stream);
+  pointwise_detail::launch_function<F, T>(F::kName, plan, scalars, stream);
 }
 
 }  // namespace fastkern::cuda

@@ -3,7 +3,8 @@
 // the result of a comparison) and lie in packs of 16 bytes. What does not goes through
 // pointwise_kernel.cuh, with the same formula and the same bits.
 //
-//   work     a thread has kPacks packs, 256 packs apart, so that a warp's lie side by side. They are
+//   work     a thread has kPacks packs, 256 packs apart, so that a warp's lie side by side. They
+//   are
 //            counted through one dense dimension (`flat`) or through rows of whole packs; a row may
 //            have its own stride, or none, in every operand: a bias, one number for each row
 //   index    rows: a division by multiplication for each dimension and pack
@@ -42,6 +43,15 @@ struct PackParams {
   Divider row, dims[kOuterDims];    // packs of a row; sizes
 };
 
+/// Whether results are booleans.
+template <class F>
+inline constexpr bool kTruth = [] {
+  if constexpr (requires { F::kTruth; }) {
+    return F::kTruth;
+  } else {
+    return false;
+  }
+}();
 template <class F>
 inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
 
@@ -144,8 +154,8 @@ struct Packs {
       if constexpr (kIn > 2) c = values<2>(p, k);
 #pragma unroll
       for (int n = 0; n < V; ++n)
-        put(a, n, F::template apply<T>(element<T>(a, n), element<T>(b, n), element<T>(c, n),
-                                       p.scalars));
+        put(a, n,
+            F::template apply<T>(element<T>(a, n), element<T>(b, n), element<T>(c, n), p.scalars));
       narrow<O>(a);
       if (inside[k]) store_pack<V * sizeof(O)>(place<sizeof(O)>(p.out.data, at(p, p.out, k)), a);
     }
@@ -241,8 +251,8 @@ bool in_packs(const PointwisePlan& plan, int vector, PackParams<T>& p) {
 
 /// Launches F for operands of type S; whether it has.
 template <class F, class S, class O, class T>
-bool launch_packs(const char* op, const PointwisePlan& plan, const Number (&scalars)[2],
-                  Stream stream) {
+bool launch_packs(const char* op, const PointwisePlan& plan,
+                  const std::array<Number, kMaxScalars>& scalars, Stream stream) {
   using P = Packs<F, S, O, T>;
   PackParams<T> p{};
   if (!in_packs(plan, P::V, p)) return false;
@@ -276,13 +286,13 @@ std::optional<DType> common_type(const PointwisePlan& plan) {
 
 /// A part of a plan as packs, if that is possible; whether it was.
 template <class F, class T>
-bool try_packs(const char* op, const PointwisePlan& plan, const Number (&scalars)[2],
-               Stream stream) {
+bool try_packs(const char* op, const PointwisePlan& plan,
+               const std::array<Number, kMaxScalars>& scalars, Stream stream) {
   const std::optional<DType> type = common_type<F>(plan);
   if (!type) return false;
-  if (plan.out.dtype != (F::kTruth ? DType::boolean : *type)) return false;
+  if (plan.out.dtype != (kTruth<F> ? DType::boolean : *type)) return false;
   const auto typed = [&]<class S>(S) {
-    using O = std::conditional_t<F::kTruth, Bool, S>;
+    using O = std::conditional_t<kTruth<F>, Bool, S>;
     return launch_packs<F, S, O, T>(op, plan, scalars, stream);
   };
   if constexpr (std::is_same_v<T, float>) {
@@ -310,8 +320,8 @@ bool try_packs(const char* op, const PointwisePlan& plan, const Number (&scalars
 
 /// Launches F in T for every part of a plan that 32 bits can number: in packs, if it can be.
 template <class F, class T>
-void launch_function(const char* op, const PointwisePlan& plan, const Number (&scalars)[2],
-                     Stream stream) {
+void launch_function(const char* op, const PointwisePlan& plan,
+                     const std::array<Number, kMaxScalars>& scalars, Stream stream) {
   if (plan.path == PointwisePath::empty) return;
   split_plan(plan, [&](const PointwisePlan& part) {
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, std::int64_t>) {
