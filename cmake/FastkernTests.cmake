@@ -75,7 +75,10 @@ foreach(_name IN LISTS _examples)
     set(_labels cuda)
   endif()
   add_test(NAME ${_name} COMMAND ${_name})
-  set_tests_properties(${_name} PROPERTIES LABELS "${_labels}" TIMEOUT 300 SKIP_RETURN_CODE 77)
+  set_tests_properties(
+    ${_name}
+    PROPERTIES LABELS "${_labels}" TIMEOUT 300 SKIP_RETURN_CODE 77
+  )
 endforeach()
 
 # torch.h is for LibTorch users and needs the whole of torch's C++ API.
