@@ -22,6 +22,23 @@ install(
   PATTERN "*.h"
 )
 
+# What fastkern/cuda/elementwise/pointwise.cuh is made of, for kernels that users compile.
+install(
+  FILES cuda/launch.cuh
+  DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda"
+)
+install(
+  FILES cuda/ptx/cluster.cuh cuda/ptx/memory.cuh
+  DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/ptx"
+)
+install(
+  FILES
+    cuda/elementwise/pointwise.cuh
+    cuda/elementwise/pointwise_kernel.cuh
+    cuda/elementwise/pointwise_words.cuh
+  DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/elementwise"
+)
+
 set(_cmake_dir "${FASTKERN_INSTALL_LIBDIR}/cmake/fastkern")
 install(EXPORT fastkernTargets NAMESPACE fastkern:: DESTINATION "${_cmake_dir}")
 configure_package_config_file(

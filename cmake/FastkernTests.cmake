@@ -35,6 +35,49 @@ foreach(_source IN LISTS _tests)
   gtest_discover_tests(${_name} DISCOVERY_MODE PRE_TEST PROPERTIES LABELS "${_labels}" TIMEOUT 300)
 endforeach()
 
+# The example of a pointwise function of one's own, as a user compiles it but for where headers lie.
+add_executable(example_pointwise examples/pointwise/main.cpp)
+set(_examples example_pointwise)
+if(FASTKERN_HAS_CUDA)
+  file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern")
+  file(
+    CREATE_LINK
+    "${CMAKE_CURRENT_SOURCE_DIR}/cuda"
+    "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern/cuda"
+    SYMBOLIC
+  )
+  add_executable(example_pointwise_cuda examples/pointwise/main.cu)
+  target_include_directories(
+    example_pointwise_cuda
+    PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/installed"
+  )
+  target_compile_options(
+    example_pointwise_cuda
+    PRIVATE --extended-lambda --expt-relaxed-constexpr
+  )
+  set_target_properties(
+    example_pointwise_cuda
+    PROPERTIES CUDA_ARCHITECTURES "${FASTKERN_ARCHS_GENERAL}"
+  )
+  list(APPEND _examples example_pointwise_cuda)
+endif()
+foreach(_name IN LISTS _examples)
+  target_link_libraries(${_name} PRIVATE fastkern fastkern_flags)
+  set_target_properties(
+    ${_name}
+    PROPERTIES
+      RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/tests"
+      BUILD_WITH_INSTALL_RPATH ON
+      INSTALL_RPATH "$ORIGIN/../fastkern/lib"
+  )
+  set(_labels cpu)
+  if(_name MATCHES "_cuda$")
+    set(_labels cuda)
+  endif()
+  add_test(NAME ${_name} COMMAND ${_name})
+  set_tests_properties(${_name} PROPERTIES LABELS "${_labels}" TIMEOUT 300 SKIP_RETURN_CODE 77)
+endforeach()
+
 # torch.h is for LibTorch users and needs the whole of torch's C++ API.
 file(
   GLOB _headers

@@ -19,15 +19,19 @@ done
 # The kernels as C++ that g++ takes. Whatever a rule here misses is an error of the compiler.
 stage=$build/stage
 rm -rf "$stage"
-mkdir -p "$stage/norm" "$stage/attention" "$stage/softmax" "$stage/loss" "$stage/tile"
+mkdir -p "$stage/norm" "$stage/attention" "$stage/softmax" "$stage/loss" "$stage/elementwise" \
+  "$stage/tile"
 cp cuda/dispatch.h "$stage"
 cp cuda/tile/*.cuh "$stage/tile"
 cp cuda/norm/* "$stage/norm"
 cp cuda/attention/* "$stage/attention"
 cp cuda/softmax/* "$stage/softmax"
 cp cuda/loss/* "$stage/loss"
-# asm without instructions, which only hides values from nvcc; shared memory, dynamic and static
+cp cuda/elementwise/* "$stage/elementwise"
+# asm without instructions, which only hides values from nvcc; shared memory, dynamic and static;
+# what headers that are installed include by their place
 sed -i -E \
+  -e 's/^#include "\.\.\//#include "/' \
   -e 's/^ *asm volatile\("" : .*;$//' \
   -e 's/extern __shared__ (__align__\(128\) )?(\w+) (\w+)\[\];/\2* const \3 = reinterpret_cast<\2*>(emulator::dynamic_shared());/' \
   -e 's/__shared__ (\w+) (\w+)(\[.*\]);/auto\& \2 = emulator::static_shared<\1\3>([] {});/' \

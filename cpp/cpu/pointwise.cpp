@@ -138,39 +138,67 @@ class Worker {
 };
 
 template <class T>
-void run(const PointwiseCall& call, const PointwisePlan& plan, Evaluate evaluate, DType type) {
-  FK_CHECK(evaluate, call.op, ": ", pointwise_info(call.function).name, " is not computed in ",
-           name_of(call.compute));
+void run(const char* op, const PointwisePlan& plan, Evaluate evaluate,
+         const PointwiseScalars& scalars, DType type) {
   if (plan.path == PointwisePath::empty) return;
   std::atomic<bool> good{true};
   parallel_for(plan.numel, 32768, [&](std::int64_t begin, std::int64_t end) {
-    Worker<T> worker(plan, evaluate, call.scalars.data(), type);
+    Worker<T> worker(plan, evaluate, scalars.data(), type);
     if (!worker.run(begin, end)) good = false;
   });
-  FK_CHECK(good, call.op, ": divisor must not be 0 where integers are divided");
+  FK_CHECK(good, op, ": divisor must not be 0 where integers are divided");
+}
+
+void run(const char* op, const PointwisePlan& plan, Evaluate evaluate,
+         const PointwiseScalars& scalars, DType compute) {
+  switch (compute) {
+    case DType::f32:
+      return run<float>(op, plan, evaluate, scalars, compute);
+    case DType::f64:
+      return run<double>(op, plan, evaluate, scalars, compute);
+    case DType::i64:
+      return run<std::int64_t>(op, plan, evaluate, scalars, compute);
+    case DType::c64:
+      return run<Complex<float>>(op, plan, evaluate, scalars, compute);
+    default:
+      return run<Complex<double>>(op, plan, evaluate, scalars, compute);
+  }
+}
+
+Evaluate evaluate_of(const PointwiseCall& call) {
+  switch (call.compute) {
+    case DType::f32:
+      return evaluate_f32(call.function);
+    case DType::f64:
+      return evaluate_f64(call.function);
+    case DType::i64:
+      return evaluate_i64(call.function);
+    case DType::c64:
+      return evaluate_c64(call.function);
+    case DType::c128:
+      return evaluate_c128(call.function);
+    default:
+      fail(call.op, ": compute must be f32, f64, i64, boolean, c64 or c128, got ",
+           name_of(call.compute));
+  }
 }
 
 }  // namespace
 
 void pointwise(const PointwiseCall& original) {
   const PointwiseCall call = pointwise_simplified(original);
-  const PointwisePlan plan = pointwise_plan(
-      call.op, call.out, std::span(call.in.data(), pointwise_info(call.function).inputs));
-  switch (call.compute) {
-    case DType::f32:
-      return run<float>(call, plan, evaluate_f32(call.function), DType::f32);
-    case DType::f64:
-      return run<double>(call, plan, evaluate_f64(call.function), DType::f64);
-    case DType::i64:
-      return run<std::int64_t>(call, plan, evaluate_i64(call.function), DType::i64);
-    case DType::c64:
-      return run<Complex<float>>(call, plan, evaluate_c64(call.function), DType::c64);
-    case DType::c128:
-      return run<Complex<double>>(call, plan, evaluate_c128(call.function), DType::c128);
-    default:
-      fail(call.op, ": compute must be f32, f64, i64, boolean, c64 or c128, got ",
+  const Evaluate evaluate = evaluate_of(call);
+  FK_CHECK(evaluate, call.op, ": ", pointwise_info(call.function).name, " is not computed in ",
            name_of(call.compute));
-  }
+  const std::span in(call.in.data(), pointwise_info(call.function).inputs);
+  run(call.op, pointwise_plan(call.op, call.out, in), evaluate, call.scalars, call.compute);
+}
+
+void pointwise_loop(const char* op, const TensorRef& out, std::span<const Operand> in,
+                    DType compute, const PointwiseScalars& scalars, Evaluate evaluate) {
+  FK_CHECK(compute == DType::f32 || compute == DType::f64, op, ": compute must be f32 or f64, got ",
+           name_of(compute));
+  run(op, pointwise_plan(op, out, in), evaluate, scalars, compute);
 }
 
 }  // namespace fastkern::cpu

@@ -6,15 +6,12 @@
 #include <cstdint>
 
 #include "fastkern/elementwise.h"
+#include "fastkern/pointwise.h"
 #include "fastkern/pointwise_math.h"
 #include "fastkern/scalar.h"
 #include "parallel.h"
 
 namespace fastkern::cpu {
-
-/// out[i] = f(in[0][i], ...) of n elements of the compute type; `out` may be an input. False if
-/// something was divided by zero that must not be.
-using Evaluate = bool (*)(const void* const* in, const Number* scalars, void* out, std::int64_t n);
 
 /// nullptr where the table has no such line.
 Evaluate evaluate_f32(Pointwise f);

@@ -10,15 +10,6 @@
 namespace fastkern {
 namespace {
 
-Divider divider(std::int64_t size) {
-  const auto d = static_cast<std::uint32_t>(size);
-  Divider result{d, 1, 0};
-  result.shift = static_cast<std::uint32_t>(std::bit_width(d - 1));  // 2^shift >= d
-  const std::uint64_t power = std::uint64_t{1} << result.shift;
-  result.multiplier = static_cast<std::uint32_t>(((power - d) << 32) / d + 1);
-  return result;
-}
-
 std::int64_t bytes_of(const PointwiseAccess& a) { return std::int64_t{1} << a.log_size; }
 
 bool aligned(const char* p, std::int64_t bytes) {
@@ -83,44 +74,41 @@ struct Maker {
     });
     to.paired = pairs && narrow && good && shape.groups % 2 == 0;
     to.groups = static_cast<std::uint32_t>(plan.numel / shape.vector);
-    if (shape.stages) stage();
     return true;
   }
 
-  /// Operands that are dense along another dimension, through tiles.
-  void stage() {
-    int other = 0;
+  /// Operands that are dense along another dimension than the result, through tiles.
+  bool tiles() {
+    constexpr std::int64_t kLeast = 16;  // of a tile's elements in either direction
+    if (!shape.stages || plan.ndim < 2 || !inner_dense(to.out) || plan.sizes[0] < kLeast)
+      return false;
     const auto along = [&](const PointwiseAccess& a) {
-      if (a.access != Access::each) return 0;
+      if (a.strides[0] == 0 || a.strides[0] == 1 || bytes_of(a) > 4) return 0;
       for (int d = 1; d < plan.ndim; ++d)
-        if (a.strides[d] == 1 && plan.sizes[d] >= 16) return d;
+        if (a.strides[d] == 1 && plan.sizes[d] >= kLeast) return d;
       return 0;
     };
+    int other = 0;
     each_input([&](PointwiseAccess& a) {
       if (other == 0) other = along(a);
     });
-    if (other == 0 || plan.sizes[0] < 16) return;
+    if (other == 0) return false;
     each_input([&](PointwiseAccess& a) {
       if (along(a) != other) return;
       a.access = Access::staged;
       ++to.staged;
-      a.tile_packs =
-          plan.sizes[other] % shape.vector == 0 && aligned(a.data, shape.vector * bytes_of(a));
-      for (int d = 0; d < plan.ndim; ++d)
-        a.tile_packs &= d == other || a.strides[d] % shape.vector == 0;
     });
     std::swap(to.dims[1], to.dims[other]);
     std::swap(to.out.strides[1], to.out.strides[other]);
     each_input([&](PointwiseAccess& a) { std::swap(a.strides[1], a.strides[other]); });
-    const auto tiles = [](std::int64_t n, std::int64_t tile) {
-      return static_cast<std::uint32_t>((n + tile - 1) / tile);
-    };
-    to.paired = false;
-    to.tiles[0] = tiles(to.dims[0].size, kTileRow);
-    to.tiles[1] = tiles(to.dims[1].size, 16 * shape.groups);
-    std::int64_t count = std::int64_t{to.tiles[0]} * to.tiles[1];
-    for (int d = 2; d < plan.ndim; ++d) count *= to.dims[d].size;
+    std::int64_t count = 1;
+    for (int d = 0; d < plan.ndim; ++d) {
+      const std::int64_t size = to.dims[d].size, in_tiles = (size + kTile - 1) / kTile;
+      if (d < 2) to.tiles[d] = divider(in_tiles);
+      count *= d < 2 ? in_tiles : size;
+    }
     to.tile_count = static_cast<std::uint32_t>(count);
+    return true;
   }
 
   /// Groups counted through a dense result from the first that is aligned.
@@ -198,6 +186,7 @@ PointwiseLayout pointwise_layout(const char* op, const PointwisePlan& plan,
   const auto view = [&](PointwiseAccess& a, const PointwiseView& v) {
     a.data = v.data;
     a.dtype = v.dtype;
+    a.access = v.data ? Access::each : Access::number;
     a.log_size =
         static_cast<std::uint8_t>(std::countr_zero(static_cast<unsigned>(size_of(v.dtype))));
     bool natural = !v.data || aligned(v.data, bytes_of(a));
@@ -213,6 +202,7 @@ PointwiseLayout pointwise_layout(const char* op, const PointwisePlan& plan,
   for (int d = 0; d < plan.ndim; ++d) layout.dims[d] = divider(plan.sizes[d]);
 
   Maker maker{plan, shape, layout};
+  if (maker.tiles()) return layout;
   bool served = (shape.outputs & types_of(plan.out.dtype)) != 0;
   for (int i = 0; i < plan.inputs; ++i)
     served &= !plan.in[i].data || (shape.inputs & types_of(plan.in[i].dtype)) != 0;

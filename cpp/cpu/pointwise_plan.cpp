@@ -254,7 +254,9 @@ PointwisePlan pointwise_plan(const char* op, const TensorRef& out, std::span<con
   }
   if (plan.ndim == 0) {  // one element
     plan.ndim = 1, plan.sizes[0] = 1;
-    each_view(plan, [&](PointwiseView& v) { v.strides[0] = size_of(v.dtype); });
+    each_view(plan, [&](PointwiseView& v) {
+      if (v.data) v.strides[0] = size_of(v.dtype);
+    });
   }
   reorder(plan);
   coalesce(plan);

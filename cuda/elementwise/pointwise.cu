@@ -42,8 +42,7 @@ void pointwise(const PointwiseCall& original, Stream stream) {
   FK_CHECK(launch, call.op, ": ", pointwise_info(call.function).name, " is not computed in ",
            name_of(call.compute));
   const PointwisePlan plan = pointwise_plan(call.op, call.out, in);
-  const Number scalars[] = {call.scalars[0], call.scalars[1]};
-  launch(call.op, plan, scalars, stream);
+  launch(call.op, plan, call.scalars, stream);
 }
 
 }  // namespace fastkern::cuda

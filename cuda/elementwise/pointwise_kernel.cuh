@@ -21,6 +21,7 @@
 //   cost     reads and writes each operand once
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "../launch.cuh"
@@ -43,16 +44,17 @@ struct Shape {
   static constexpr int kVector = 16 / sizeof(T);
   static constexpr int kGroups = kIsLong ? 1 : F::kInputs == 1 ? 4 : 2;
   static constexpr int kElements = kIsLong || sizeof(T) == 16 ? 1 : 2;
-  static constexpr int kBlocks = F::kInputs == 3 || kIsLong ? 4
-                                 : F::kInputs == 1          ? 5
-                                                            : 6;  // of a multiprocessor
+  // Blocks of a multiprocessor, which limits registers.
+  static constexpr int kBlocks = F::kInputs == 3 || kIsLong ? 4 : F::kInputs == 1 ? 5 : 6;
+  static constexpr bool kStages = !kIsLong && F::kInputs < 3 && sizeof(T) < 16;
   static constexpr PointwiseShape value() {
-    return {kVector,
-            kGroups,
-            kElements,
-            static_cast<int>(sizeof(T)),
-            GroupTypes<T>::kIn,
-            GroupTypes<T>::kOut};
+    return {.vector = kVector,
+            .groups = kGroups,
+            .elements = kElements,
+            .compute_size = static_cast<int>(sizeof(T)),
+            .inputs = GroupTypes<T>::kIn,
+            .outputs = GroupTypes<T>::kOut,
+            .stages = kStages};
   }
 };
 
@@ -63,10 +65,6 @@ struct Params {
   Scalars<T> scalars;
   std::uint32_t group_blocks;
 };
-
-__device__ __forceinline__ std::uint32_t divide(std::uint32_t n, const Divider& by) {
-  return (__umulhi(n, by.multiplier) + n) >> by.shift;
-}
 
 /// Element `at` of an operand, from its first one; may be negative.
 template <int kSize, class Byte>
@@ -259,6 +257,15 @@ struct Groups {
     }
   }
 
+  __device__ __forceinline__ void run(const Params<T>& params) {
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) load(params.layout, i);
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) convert(params, i);
+    evaluate(params);
+    store(params.layout);
+  }
+
   __device__ __forceinline__ void store(const PointwiseLayout& p) {
     char* const to = p.out.data;
     with_type<GroupTypes<T>::kOut>(p.out.dtype, [&]<class S>(S) {
@@ -320,7 +327,7 @@ struct Singles {
 
   __device__ __forceinline__ void load(const PointwiseLayout& p, int i) {
     const PointwiseAccess& a = p.in[i];
-    if (a.access == Access::number) return;
+    if (a.access == Access::number || a.access == Access::staged) return;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (!inside[k]) continue;
@@ -349,6 +356,19 @@ struct Singles {
     });
   }
 
+  __device__ __forceinline__ void run(const Params<T>& params) {
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) load(params.layout, i);
+    T values[3][K] = {};
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) convert(params, i, values[i]);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      values[0][k] = F::template apply<T>(values[0][k], values[1][k], values[2][k], params.scalars);
+    }
+    store(params.layout, values[0]);
+  }
+
   __device__ __forceinline__ void store(const PointwiseLayout& p, const T (&values)[K]) {
     with_type<kWritable<T>>(p.out.dtype, [&]<class S>(S) {
 #pragma unroll
@@ -364,33 +384,96 @@ template <class F, class T>
 __global__ void __launch_bounds__(kPointwiseThreads, Shape<F, T>::kBlocks)
     pointwise_kernel(const __grid_constant__ Params<T> params) {
   const PointwiseLayout& p = params.layout;
-  constexpr int kIn = F::kInputs;
   ptx::grid_wait();
   if constexpr (sizeof(T) < 16) {
     if (blockIdx.x < params.group_blocks) {
       Groups<F, T, Shape<F, T>::kGroups> groups;
       groups.locate(p);
-#pragma unroll
-      for (int i = 0; i < kIn; ++i) groups.load(p, i);
-#pragma unroll
-      for (int i = 0; i < kIn; ++i) groups.convert(params, i);
-      groups.evaluate(params);
-      groups.store(p);
+      groups.run(params);
       return;
     }
   }
-  constexpr int K = Shape<F, T>::kElements;
-  Singles<F, T, K> singles;
+  Singles<F, T, Shape<F, T>::kElements> singles;
   singles.locate(params);
+  singles.run(params);
+}
+
+/// The kernel for operands that are dense along dimension 1, not along dimension 0 as the result.
+///
+///   work     a block has a tile of 64 x 64 elements, a thread 16 of them
+///   memory   those operands are read along dimension 1, and wait in shared memory as they are;
+///            all else is read and written along dimension 0, one element a thread
+///   sync     one barrier, behind the last element in shared memory
+template <class F, class T>
+__global__ void __launch_bounds__(kPointwiseThreads, 4)
+    pointwise_tile_kernel(const __grid_constant__ Params<T> params) {
+  extern __shared__ unsigned shared[];
+  constexpr int kIn = F::kInputs, kAtOnce = 4;
+  constexpr std::uint32_t kStep = kPointwiseThreads / kTile;  // rows that a block has at a time
+  const PointwiseLayout& p = params.layout;
+  ptx::grid_wait();
+  std::uint32_t rest = divide(blockIdx.x, p.tiles[0]);
+  const std::uint32_t first0 = (blockIdx.x - rest * p.tiles[0].size) * kTile;
+  const std::uint32_t other = divide(rest, p.tiles[1]);
+  const std::uint32_t first1 = (rest - other * p.tiles[1].size) * kTile;
+  rest = other;
+  std::uint32_t out = 0, in[kIn] = {};
+#pragma unroll 1
+  for (int d = 2; d < p.ndim; ++d) {
+    const std::uint32_t next = divide(rest, p.dims[d]), at = rest - next * p.dims[d].size;
+    out += at * p.out.strides[d];
 #pragma unroll
-  for (int i = 0; i < kIn; ++i) singles.load(p, i);
-  T values[3][K] = {};
+    for (int i = 0; i < kIn; ++i) in[i] += at * p.in[i].strides[d];
+    rest = next;
+  }
+  const std::uint32_t size0 = p.dims[0].size, size1 = p.dims[1].size;
+  const std::uint32_t lane = threadIdx.x % kTile, row = threadIdx.x / kTile;
+
+  std::uint32_t* tile = shared;
 #pragma unroll
-  for (int i = 0; i < kIn; ++i) singles.convert(params, i, values[i]);
+  for (int i = 0; i < kIn; ++i) {
+    const PointwiseAccess& a = p.in[i];
+    if (a.access != Access::staged) continue;
+    constexpr int kLoads = 8;  // under way at once
+#pragma unroll 1
+    for (std::uint32_t begin = row; begin < kTile; begin += kLoads * kStep) {
+      std::uint32_t words[kLoads];
 #pragma unroll
-  for (int k = 0; k < K; ++k)
-    values[0][k] = F::template apply<T>(values[0][k], values[1][k], values[2][k], params.scalars);
-  singles.store(p, values[0]);
+      for (int j = 0; j < kLoads; ++j) {
+        const std::uint32_t at0 = first0 + begin + j * kStep, at1 = first1 + lane;
+        if (at0 < size0 && at1 < size1)
+          words[j] = load_word(place(a, in[i] + at0 * a.strides[0] + at1));
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) tile[lane * kTilePitch + begin + j * kStep] = words[j];
+    }
+    tile += kTile * kTilePitch;
+  }
+  __syncthreads();
+
+#pragma unroll 1
+  for (std::uint32_t begin = row; begin < kTile; begin += kAtOnce * kStep) {
+    Singles<F, T, kAtOnce> singles;
+    tile = shared;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const std::uint32_t at0 = first0 + lane, at1 = first1 + begin + k * kStep;
+      singles.inside[k] = at0 < size0 && at1 < size1;
+      singles.out[k] = out + at0 + at1 * p.out.strides[1];
+#pragma unroll
+      for (int i = 0; i < kIn; ++i)
+        singles.in[i][k] = in[i] + at0 * p.in[i].strides[0] + at1 * p.in[i].strides[1];
+    }
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) {
+      if (p.in[i].access != Access::staged) continue;
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        singles.words[i][k].w[0] = tile[(begin + k * kStep) * kTilePitch + lane];
+      tile += kTile * kTilePitch;
+    }
+    singles.run(params);
+  }
 }
 
 template <class T>
@@ -407,8 +490,8 @@ T number_as(const Number& v) {
 
 /// Launches F in T for every part of a plan that 32 bits can number.
 template <class F, class T>
-void launch_pointwise(const char* op, const PointwisePlan& plan, const Number (&scalars)[2],
-                      Stream stream) {
+void launch_pointwise(const char* op, const PointwisePlan& plan,
+                      const std::array<Number, kMaxScalars>& scalars, Stream stream) {
   using S = Shape<F, T>;
   if (plan.path == PointwisePath::empty) return;
   split_plan(plan, [&](const PointwisePlan& part) {
@@ -417,6 +500,16 @@ void launch_pointwise(const char* op, const PointwisePlan& plan, const Number (&
     const PointwiseLayout& p = params.layout;
     for (int i = 0; i < kMaxInputs; ++i) params.numbers[i] = number_as<T>(part.in[i].number);
     params.scalars = {{number_as<T>(scalars[0]), number_as<T>(scalars[1])}};
+    if constexpr (S::kStages) {
+      if (p.staged) {
+        const cuda::Launch shape{.op = op,
+                                 .grid = p.tile_count,
+                                 .block = kPointwiseThreads,
+                                 .shared = 4u * p.staged * kTile * kTilePitch,
+                                 .overlap = true};
+        return cuda::launch(pointwise_tile_kernel<F, T>, shape, stream, params);
+      }
+    }
     const std::int64_t blocks = cuda::ceil_div(p.groups, kPointwiseThreads * S::kGroups);
     params.group_blocks = static_cast<std::uint32_t>(blocks);
     const cuda::Launch shape{

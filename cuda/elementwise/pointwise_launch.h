@@ -2,12 +2,14 @@
 // Which launchers the files of the pointwise functions provide.
 #pragma once
 
+#include <array>
+
 #include "fastkern/pointwise_plan.h"
 
 namespace fastkern::pointwise_detail {
 
-using Launcher = void (*)(const char* op, const PointwisePlan& plan, const Number (&scalars)[2],
-                          Stream stream);
+using Launcher = void (*)(const char* op, const PointwisePlan& plan,
+                          const std::array<Number, kMaxScalars>& scalars, Stream stream);
 
 /// nullptr where the table has no such line.
 Launcher launcher_f32_unary(Pointwise f);

@@ -274,6 +274,10 @@ __device__ __forceinline__ void store_pack(char* p, const W& words) {
   }
 }
 
+__device__ __forceinline__ std::uint32_t divide(std::uint32_t n, const Divider& by) {
+  return (__umulhi(n, by.multiplier) + n) >> by.shift;
+}
+
 /// The element of 1, 2 or 4 bytes at p in the low bits of a word, of which the others are anything.
 /// Loads the aligned word around it: one instruction for every size.
 __device__ __forceinline__ std::uint32_t load_word(const char* p) {

@@ -444,6 +444,7 @@ inline std::vector<PointwiseProblem> layout_problems(DType a, DType b, DType out
   add(d({2, 3, 2, 3, 2, 3}), {"permuted", {2, 3, 2, 3, 2, 3}, {1, 2, 6, 12, 36, 72}, 0},
       d({3, 1, 3, 1, 3}));
   add(d({5, 7}), d({1}), {"", {}, {}, 0});
+  add(d({1}), d({1}), {"", {}, {}, 0});
   add(d({5, 8}), {"", {}, {}, 0}, d({5, 8}));
   return all;
 }

@@ -7,6 +7,7 @@
 // no groups.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "fastkern/pointwise_plan.h"
@@ -23,10 +24,16 @@ enum class Access : std::uint8_t {
   staged,    // through a tile in shared memory
 };
 
-/// n / size for n < 2^31 without a division.
+/// n / size for n < 2^31 without a division: (high half of n * multiplier + n) >> shift.
 struct Divider {
   std::uint32_t size = 1, multiplier = 1, shift = 0;
 };
+constexpr Divider divider(std::int64_t size) {
+  const auto d = static_cast<std::uint32_t>(size);
+  const auto shift = static_cast<std::uint32_t>(std::bit_width(d - 1));  // 2^shift >= d
+  const std::uint64_t over = (std::uint64_t{1} << shift) - d;
+  return {d, static_cast<std::uint32_t>((over << 32) / d + 1), shift};
+}
 
 /// Strides count elements.
 struct PointwiseAccess {
@@ -34,7 +41,6 @@ struct PointwiseAccess {
   DType dtype = DType::f32;
   Access access = Access::number;
   std::uint8_t log_size = 0;      // of an element's bytes
-  bool tile_packs = false;        // staged: in aligned packs along dimension 1
   std::int32_t group_stride = 0;  // from a group to the next in the innermost dimension
   std::int32_t strides[kMaxDims]{};
 };
@@ -45,14 +51,14 @@ struct PointwiseLayout {
   Divider dims[kMaxDims];  // innermost first
   Divider inner_groups;    // of the innermost dimension
   int ndim = 1;
-  bool paired = false;           // a thread's groups lie two by two beside each other
-  bool flat = false;             // groups are counted through all dimensions of a dense result
-  int staged = 0;                // operands through shared memory: blocks are tiles
-  std::uint32_t tiles[2]{};      // of dimensions 0 and 1
-  std::uint32_t tile_count = 0;  // of all
-  std::uint32_t groups = 0;      // after the first `head` elements
-  std::uint32_t head = 0;        // single elements before the groups
-  std::uint32_t elements = 0;    // single elements: the first `head`, then those from `tail` on
+  bool paired = false;  // a thread's groups lie two by two beside each other
+  bool flat = false;    // groups are counted through all dimensions of a dense result
+  int staged = 0;       // operands through shared memory: blocks are tiles
+  std::uint32_t tile_count = 0;
+  Divider tiles[2];            // in dimensions 0 and 1
+  std::uint32_t groups = 0;    // after the first `head` elements
+  std::uint32_t head = 0;      // single elements before the groups
+  std::uint32_t elements = 0;  // single elements: the first `head`, then those from `tail` on
   std::uint32_t tail = 0;
 };
 
@@ -70,13 +76,12 @@ struct PointwiseShape {
   int elements = 2;                       // single ones of a thread
   int compute_size = 4;                   // bytes
   std::uint32_t inputs = 0, outputs = 0;  // types that groups may have; all else goes one by one
-  bool stages = false;                    // the kernel has tiles
+  bool stages = false;                    // there is a kernel of tiles
 };
 
 inline constexpr int kPointwiseThreads = 256;
-/// Elements along dimension 0 of a tile; along dimension 1 it has 16 for each group of a thread.
-inline constexpr int kTileRow = 64;
-inline constexpr int kTilePitch = kTileRow + 1;
+/// Elements of a tile along dimensions 0 and 1, and from one row of it to the next.
+inline constexpr int kTile = 64, kTilePitch = kTile + 1;
 
 /// For parts that split_plan() makes.
 FASTKERN_API PointwiseLayout pointwise_layout(const char* op, const PointwisePlan& plan,

@@ -73,6 +73,9 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   return votes;
 }
 inline int __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
+}
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
 // Without -ffast-math and contraction, plain arithmetic rounds each operation to nearest.
