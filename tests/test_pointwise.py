@@ -76,7 +76,9 @@ def test_samples(name: str, device: str) -> None:
                 got = call_of(name)(sample.input, *sample.args, **sample.kwargs)
                 most = tolerance(name, sample.kwargs, dtype)
                 truth = truth_of(info, sample) if most else None
-                assert_like_torch(got, expected, what, most, truth, zeros=name not in UNSIGNED_ZEROS, near=name == "gelu")
+                assert_like_torch(
+                    got, expected, what, most, truth, zeros=name not in UNSIGNED_ZEROS, near=name == "gelu"
+                )
 
 
 @names
@@ -259,7 +261,12 @@ SHAPES = [((5, 7, 3), (5, 7, 3)), ((5, 7, 3), (3,)), ((5, 7, 3), (7, 1)), ((5, 1
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 def test_layouts(shapes: tuple[tuple[int, ...], tuple[int, ...]], device: str) -> None:
     """Strided, transposed, expanded and shifted operands of unlike types: torch's values and strides."""
-    views = {"dense": lambda t: t, **LAYOUTS, "offset 1": lambda t: offset_by(1, t), "offset 7": lambda t: offset_by(7, t)}
+    views = {
+        "dense": lambda t: t,
+        **LAYOUTS,
+        "offset 1": lambda t: offset_by(1, t),
+        "offset 7": lambda t: offset_by(7, t),
+    }
     base = [torch.randn(shape, device=device) for shape in shapes]
     for i, (first, second) in enumerate(itertools.product(views, views)):
         types = (FLOATS[i % 4], FLOATS[(i // 4) % 4])
@@ -281,7 +288,13 @@ def test_layouts(shapes: tuple[tuple[int, ...], tuple[int, ...]], device: str) -
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_memory_formats(memory_format: torch.memory_format, device: str) -> None:
     x = torch.randn(2, 3, 5, 7, device=device).to(memory_format=memory_format)
-    for other in (x, x.contiguous(), x[:1], x.new_ones(3, 1, 1), x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)):
+    for other in (
+        x,
+        x.contiguous(),
+        x[:1],
+        x.new_ones(3, 1, 1),
+        x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2),
+    ):
         for a, b in ((x, other), (other, x)):
             assert_like_torch(fastkern.mul(a, b), torch.mul(a, b), f"strides {a.stride()} and {b.stride()}")
     assert_like_torch(fastkern.triu(x), torch.triu(x), "triu")
@@ -291,8 +304,7 @@ def test_storage_offsets(device: str) -> None:
     """Every pair of misalignments of three types, at odd sizes."""
     for size in (1, 3, 17, 255, 1025):
         for k in range(16):
-            for a, b in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
-                         (torch.uint8, torch.int64)):  # fmt: skip
+            for a, b in zip(TYPES[8:9] + TYPES[7:8] + TYPES[1:2], TYPES[8:9] + TYPES[8:9] + TYPES[5:6], strict=True):
                 x = torch.randn(size + k, device=device).mul(50).to(a)[k:]
                 y = torch.randn(size + 16, device=device).mul(50).to(b)[15 - k : 15 - k + size]
                 assert torch.equal(fastkern.add(x, y), torch.add(x, y)), (size, k, a, b)

@@ -107,7 +107,10 @@ def test_numbers_and_integers(name: str, device: str) -> None:
 
 
 def test_numbers_elsewhere(device: str) -> None:
-    x, condition = torch.rand(5, device=device, dtype=torch.float64).requires_grad_(), torch.arange(5, device=device) > 2
+    x, condition = (
+        torch.rand(5, device=device, dtype=torch.float64).requires_grad_(),
+        torch.arange(5, device=device) > 2,
+    )
     for name, arguments in (("pow", (2, x)), ("pow", (0, x)), ("pow", (-1.5, x)), ("where", (condition, x, 2.0)),
                             ("where", (condition, 1, x)), ("clamp", (x, 0.5)), ("clamp", (x, None, 0.5)),
                             ("clamp", (x, 0, 1)), ("sub", (2, x)), ("div", (2.5, x)), ("mul", (2, x))):  # fmt: skip
@@ -161,7 +164,8 @@ def test_overloads(device: str) -> None:
     ops = torch.ops.fastkern
     for op, arguments in ((ops.add.int, (x, 2, 3.0)), (ops.mul.float, (x, 2.5)), (ops.pow.float_base, (2.5, x)),
                           (ops.where.int_other, (plain > 0.5, x, 1)), (ops.clamp.float, (x, None, 0.5)),
-                          (ops.eq.int, (x, 1)), (ops.gelu_bwd.default, (plain, plain)), (ops.silu_bwd.default, (plain, plain)),
+                          (ops.eq.int, (x, 1)),
+                          (ops.gelu_bwd.default, (plain, plain)), (ops.silu_bwd.default, (plain, plain)),
                           (ops.sigmoid_bwd.default, (plain, plain)), (ops.tanh_bwd.default, (plain, plain)),
                           (ops.relu_bwd.default, (plain, plain))):  # fmt: skip
         torch.library.opcheck(op, arguments)
@@ -195,7 +199,9 @@ def test_functional(name: str, device: str) -> None:
     in_dims = tuple(0 if a.shape[:1] == (5,) else None for a in arguments)
     if name == "triu":
         arguments, in_dims = [torch.rand(3, 5, 7, device=device, dtype=torch.float64)], (1,)
-    assert_close(torch.func.vmap(ours, in_dims)(*arguments), torch.func.vmap(theirs, in_dims)(*arguments), f"vmap of {name}")
+    assert_close(
+        torch.func.vmap(ours, in_dims)(*arguments), torch.func.vmap(theirs, in_dims)(*arguments), f"vmap of {name}"
+    )
     per_sample = torch.func.vmap(torch.func.grad(loss(ours), position), in_dims)(*arguments)
     assert_close(per_sample, torch.func.vmap(torch.func.grad(loss(theirs), position), in_dims)(*arguments), name)
     leaf = arguments[position].clone().requires_grad_()
@@ -206,14 +212,18 @@ def test_functional(name: str, device: str) -> None:
         assert_close(grad, torch.autograd.grad(result, leaf, dy, retain_graph=True)[0], f"batched gradient of {name}")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(arguments[position], torch.ones_like(arguments[position]))
-        assert forward_ad.unpack_dual(ours(*(dual if i == position else a for i, a in enumerate(arguments)))).tangent is not None
+        assert (
+            forward_ad.unpack_dual(ours(*(dual if i == position else a for i, a in enumerate(arguments)))).tangent
+            is not None
+        )
 
 
 def test_vmap_of_scalars(device: str) -> None:
     """An entry without dimensions has the say in types that it has alone."""
     x, y = torch.arange(3, device=device), torch.tensor([1.5, 2.5, 3.5], device=device)
+    h = torch.ones(4, device=device, dtype=torch.bfloat16)
     for a, b, dims in ((x, y, (0, 0)), (x.bfloat16()[:, None], y, (0, 0)), (y.double(), x.bfloat16()[:, None], (0, 0)),
-                       (x, 2.5, (0, None)), (y, torch.ones(4, device=device, dtype=torch.bfloat16), (0, None))):  # fmt: skip
+                       (x, 2.5, (0, None)), (y, h, (0, None))):  # fmt: skip
         got = torch.func.vmap(fastkern.mul, dims)(a, b)
         expected = torch.func.vmap(torch.mul, dims)(a, b)
         assert got.dtype == expected.dtype, (a.dtype, b)

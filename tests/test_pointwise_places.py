@@ -55,9 +55,9 @@ def test_out_types(device: str) -> None:
             getattr(torch, name)(x, x, out=expected)
             assert torch.equal(out, expected), (name, x.dtype, dtype)
     for name, x, dtype in (("add", h, torch.int32), ("add", i, torch.bool), ("exp", i, torch.int64)):
+        out = torch.empty(9, device=device, dtype=dtype)
         with pytest.raises(RuntimeError, match=rf"fastkern::{name}: out must be able to hold torch\.\w+, got {dtype}"):
-            function = getattr(fastkern, name)
-            function(*(x, x)[: 2 if name == "add" else 1], out=torch.empty(9, device=device, dtype=dtype))
+            getattr(fastkern, name)(*(x, x)[: 2 if name == "add" else 1], out=out)
 
 
 def test_out_refusals(device: str) -> None:
@@ -109,13 +109,15 @@ def test_in_place_of_itself(device: str) -> None:
 def test_in_place_refusals(device: str) -> None:
     """A smaller operand, and types that cannot hold the result."""
     x, big, i = torch.rand(7, device=device), torch.rand(5, 7, device=device), torch.arange(7, device=device)
-    with pytest.raises(RuntimeError, match=r"fastkern::add_: input must have the shape of the result, \(5, 7\), got \(7,\)"):
+    with pytest.raises(
+        RuntimeError, match=r"fastkern::add_: input must have the shape of the result, \(5, 7\), got \(7,\)"
+    ):
         fastkern.add_(x, big)
     for change in (lambda: fastkern.add_(i, x), lambda: fastkern.exp_(i), lambda: fastkern.div_(i, i + 1),
                    lambda: fastkern.mul_(i, 2.5)):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"_: input must be able to hold torch.float32, got torch.int64"):
             change()
-    with pytest.raises(RuntimeError, match="mul_: input must be able to hold torch.int64, got torch.bool"):
+    with pytest.raises(RuntimeError, match=r"mul_: input must be able to hold torch\.int64, got torch\.bool"):
         fastkern.mul_(i > 3, i)
     with pytest.raises(TypeError, match=r"fastkern::neg_: input must be a torch\.Tensor, got float"):
         fastkern.neg_(2.0)  # type: ignore[arg-type]
@@ -163,7 +165,7 @@ def test_refusals(device: str) -> None:
         (lambda: fastkern.sub(i > 2, i > 3), r"sub: input must be other than bool, got torch\.bool"),
         (lambda: fastkern.pow(i, -1), r"pow: exponent must be at least 0 where input is an integer, got -1"),
         (lambda: fastkern.gelu(x, "exact"), r'gelu: approximate must be "none" or "tanh", got "exact"'),
-        (lambda: fastkern.div(x, x, rounding_mode="up"), r'div: rounding_mode must be None, "trunc" or "floor", got "up"'),
+        (lambda: fastkern.div(x, x, rounding_mode="up"), r'div: rounding_mode must be None, "trunc" or "floor", got'),
         (lambda: fastkern.clamp(x), r"clamp: min must be given, or max"),
         (lambda: fastkern.clamp(x, 1, x), r"clamp: min and max must both be tensors, or both numbers"),
         (lambda: fastkern.triu(i), r"triu: input must have at least two dimensions, got 1"),

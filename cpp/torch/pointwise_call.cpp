@@ -120,7 +120,9 @@ bool is_channels_last(const TensorRef& t) {
 /// torch's short ways for operands of one shape, which decide about dimensions of size 1 too:
 /// row-major; channels_last; all alike and without gaps.
 bool layout_of_one_shape(TensorRef& layout, std::span<const TensorRef> operands) {
-  const auto all = [&](auto&& holds) { return std::all_of(operands.begin(), operands.end(), holds); };
+  const auto all = [&](auto&& holds) {
+    return std::all_of(operands.begin(), operands.end(), holds);
+  };
   const TensorRef& first = operands[0];
   const auto begin = layout.sizes.begin(), end = begin + layout.ndim;
   if (!all([&](const TensorRef& t) {
@@ -193,8 +195,7 @@ DType PointwiseArguments::common() const {
   for (int i = 0; i < count_; ++i) {
     if (arguments_[i].promotes) found[count++] = arguments_[i].type;
   }
-  const CommonType common =
-      common_type(std::span(found.data(), static_cast<std::size_t>(count)));
+  const CommonType common = common_type(std::span(found.data(), static_cast<std::size_t>(count)));
   FK_CHECK(common.exists, op_, ": ", arguments_[count_ - 1].name,
            " must not be complex where the other operand is torch.float16: there is no complex32");
   return common.dtype;
@@ -216,10 +217,10 @@ void PointwiseArguments::check_types() const {
                           : category == TypeCategory::floating ? kFloat
                                                                : kInt;
   if (!(allowed & wanted)) {
-    refuse_type(allowed == kInt               ? "of an integer type or bool"
-                : !(allowed & kInt)           ? "of a floating-point type"
-                : allowed == (kInt | kFloat)  ? "of a real type"
-                                              : "of another type");
+    refuse_type(allowed == kInt              ? "of an integer type or bool"
+                : !(allowed & kInt)          ? "of a floating-point type"
+                : allowed == (kInt | kFloat) ? "of a real type"
+                                             : "of another type");
   }
   if (types_.common == DType::boolean && refuses_boolean(function_)) refuse_type("other than bool");
   if (types_.compute == DType::boolean && is_division(function_)) refuse_type("other than bool");
@@ -235,7 +236,8 @@ void PointwiseArguments::find_device() {
     const Argument& a = arguments_[i];
     if (!a.tensor) continue;
     const Device device = device_of(*a.tensor);
-    if (!owner || (owner->ref.ndim == 0 && !device_.is_cuda && (device.is_cuda || a.ref.ndim > 0))) {
+    if (!owner ||
+        (owner->ref.ndim == 0 && !device_.is_cuda && (device.is_cuda || a.ref.ndim > 0))) {
       owner = &a;
       device_ = device;
     }
@@ -343,11 +345,11 @@ Tensor PointwiseArguments::result() {
 void PointwiseArguments::write(const Tensor& t, const char* name) {
   prepare();
   TensorRef out = number_ref_of(t, op_, name);
-  FK_CHECK(out.ndim == shape_.ndim &&
-               std::equal(shape_.sizes.begin(), shape_.sizes.begin() + shape_.ndim,
-                          out.sizes.begin()),
-           op_, ": ", name, " must have the shape of the result, ", shape_.shape(), ", got ",
-           out.shape());
+  FK_CHECK(
+      out.ndim == shape_.ndim &&
+          std::equal(shape_.sizes.begin(), shape_.sizes.begin() + shape_.ndim, out.sizes.begin()),
+      op_, ": ", name, " must have the shape of the result, ", shape_.shape(), ", got ",
+      out.shape());
   FK_CHECK(can_cast(types_.result, out.dtype), op_, ": ", name, " must be able to hold ",
            dtype_text(types_.result), ", got ", dtype_text(out.dtype));
   check_device(t, device_, op_, name, arguments_[0].name);

@@ -26,12 +26,18 @@ std::string device_text(Device device) {
 std::int32_t number_of(ScalarType type) { return static_cast<std::int32_t>(type); }
 
 constexpr std::pair<DType, ScalarType> kTypes[] = {
-    {DType::f32, ScalarType::Float},       {DType::f16, ScalarType::Half},
-    {DType::bf16, ScalarType::BFloat16},   {DType::f8e4m3, ScalarType::Float8_e4m3fn},
-    {DType::i8, ScalarType::Char},         {DType::f64, ScalarType::Double},
-    {DType::u8, ScalarType::Byte},         {DType::i16, ScalarType::Short},
-    {DType::i32, ScalarType::Int},         {DType::i64, ScalarType::Long},
-    {DType::boolean, ScalarType::Bool},    {DType::c64, ScalarType::ComplexFloat},
+    {DType::f32, ScalarType::Float},
+    {DType::f16, ScalarType::Half},
+    {DType::bf16, ScalarType::BFloat16},
+    {DType::f8e4m3, ScalarType::Float8_e4m3fn},
+    {DType::i8, ScalarType::Char},
+    {DType::f64, ScalarType::Double},
+    {DType::u8, ScalarType::Byte},
+    {DType::i16, ScalarType::Short},
+    {DType::i32, ScalarType::Int},
+    {DType::i64, ScalarType::Long},
+    {DType::boolean, ScalarType::Bool},
+    {DType::c64, ScalarType::ComplexFloat},
     {DType::c128, ScalarType::ComplexDouble},
 };
 

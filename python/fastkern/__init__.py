@@ -18,6 +18,7 @@ load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
+from fastkern.ops import pointwise as _pointwise  # noqa: E402
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
@@ -41,10 +42,10 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
-from fastkern.ops.rope import qk_norm_rope, rope, rope_  # noqa: E402
-from fastkern.ops import pointwise as _pointwise  # noqa: E402
 from fastkern.ops.pointwise import *  # noqa: E402, F403
-from fastkern.ops.pointwise import abs, pow  # noqa: A004, E402
+from fastkern.ops.pointwise import abs as abs  # noqa: A004, E402
+from fastkern.ops.pointwise import pow as pow  # noqa: A004, E402
+from fastkern.ops.rope import qk_norm_rope, rope, rope_  # noqa: E402
 from fastkern.ops.rope_table import mrope_table, rope_table, rope_table_from_config  # noqa: E402
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,

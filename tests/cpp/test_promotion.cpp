@@ -16,8 +16,7 @@ namespace {
 using enum DType;
 using enum OperandKind;
 
-const std::vector<DType> kTypes = {boolean, u8,   i8,  i16, i32, i64,
-                                   f16,     bf16, f32, f64, c64, c128};
+const std::vector<DType> kTypes = {boolean, u8, i8, i16, i32, i64, f16, bf16, f32, f64, c64, c128};
 
 CommonType of(std::initializer_list<OperandType> operands) {
   return common_type(std::span(operands.begin(), operands.size()));

@@ -187,9 +187,7 @@ def _assert_words(spec: OpSpec, op_name: str, error: Exception) -> None:
         assert own[1] in names, f"{op_name}: the message starts with no argument of {sorted(names)}: {text!r}"
 
 
-def _assert_right(
-    spec: OpSpec, op_name: str, function: Any, arguments: Arguments, result: tuple[Tensor, ...]
-) -> None:
+def _assert_right(spec: OpSpec, op_name: str, function: Any, arguments: Arguments, result: tuple[Tensor, ...]) -> None:
     """An accepted call gives what the same call on dense copies gives, and forward ops what the reference gives."""
     if arguments.get("dropout_p") and arguments.get("seed") is None:
         return  # it drew one
@@ -204,7 +202,9 @@ def _assert_right(
     # A number in place of a tensor is the function's to place: the operator has another overload for it.
     numbers = any(str(a.type) == "Tensor" and not isinstance(copies.get(a.name), Tensor) for a in op._schema.arguments)
     with torch.no_grad():
-        again = as_tuple((function if numbers else op)(**copies))[: len(result)]  # a function may keep what is for backward alone
+        again = as_tuple((function if numbers else op)(**copies))[
+            : len(result)
+        ]  # a function may keep what is for backward alone
         for i, (ours, dense) in enumerate(zip(result, again, strict=True)):
             assert_same(spec, ours, dense, f"{op_name}: result {i} against dense copies")
     if set(arguments) <= set(inspect.signature(spec.reference).parameters) and given[0].numel():

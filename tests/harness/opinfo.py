@@ -110,7 +110,9 @@ def assert_like_torch(
     assert got.device == expected.device, f"{what}: on {got.device}"
     if got.numel() == 0:
         return
-    assert not strides or got.stride() == expected.stride(), f"{what}: strides {got.stride()}, torch gives {expected.stride()}"
+    assert not strides or got.stride() == expected.stride(), (
+        f"{what}: strides {got.stride()}, torch gives {expected.stride()}"
+    )
     if got.is_complex() and most_ulps:
         close = (got - expected).abs() <= most_ulps * torch.finfo(got.dtype).eps * expected.abs()
         assert bool((close | (got == expected) | ~expected.abs().isfinite()).all()), f"{what}: {got} against {expected}"

@@ -69,8 +69,7 @@ constexpr DType promote(DType a, DType b) {
   if (a == b) return a;
   const TypeCategory ca = category_of(a), cb = category_of(b);
   if (ca == TypeCategory::complex || cb == TypeCategory::complex) {
-    const bool wide =
-        a == DType::c128 || b == DType::c128 || a == DType::f64 || b == DType::f64;
+    const bool wide = a == DType::c128 || b == DType::c128 || a == DType::f64 || b == DType::f64;
     return wide ? DType::c128 : DType::c64;
   }
   if (ca != cb) return ca < cb ? b : a;
@@ -134,8 +133,6 @@ constexpr PromotedTypes promoted(Promotion rule, DType common) {
 
 /// Whether torch stores a result of type `from` in an output of type `to`: not complex in real, not
 /// float in integer, nothing but bool in bool.
-constexpr bool can_cast(DType from, DType to) {
-  return category_of(from) <= category_of(to);
-}
+constexpr bool can_cast(DType from, DType to) { return category_of(from) <= category_of(to); }
 
 }  // namespace fastkern

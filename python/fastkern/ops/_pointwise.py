@@ -176,7 +176,13 @@ class Route:
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
         interpreter = retrieve_current_functorch_interpreter()
-        return custom_function_call_vmap_helper(interpreter, self._batching_rule, self.op, *arguments, **named)
+        return custom_function_call_vmap_helper(
+            interpreter,  # type: ignore[arg-type]
+            self._batching_rule,
+            self.op,
+            *arguments,
+            **named,
+        )
 
     def _batching_rule(self, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
         """The batch in front of the dimensions of each entry; an entry without dimensions keeps its say in types."""
@@ -278,7 +284,8 @@ def into(name: str, overload: str, out: Tensor, *arguments: Any) -> Tensor:
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         if out.shape != shape:
             out.resize_(shape)
-    if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):  # torch's way around such views is for results that are new
+    # torch's way around such views is for results that are new.
+    if not torch.compiler.is_compiling() and (out.is_conj() or out.is_neg()):
         plain = torch.empty_like(out, memory_format=torch.preserve_format)
         return out.copy_(into(name, overload, plain, *arguments))
     ending = f"{overload}_out" if overload else "out"
@@ -289,9 +296,8 @@ def into(name: str, overload: str, out: Tensor, *arguments: Any) -> Tensor:
 
 def inplace(name: str, overload: str, run: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
     """``<name>_``: over ``input``. Where a gradient is wanted, the result of the functional way is copied there."""
-    if (
-        _wants_gradient(input, *arguments)
-        or not torch.compiler.is_compiling()
+    if _wants_gradient(input, *arguments) or (
+        not torch.compiler.is_compiling()
         and (_functorch_active() or forward_ad._current_level >= 0 or input.is_conj() or input.is_neg())
     ):
         result = run(input, *arguments)

@@ -28,7 +28,7 @@ def _torch_sub(input: Tensor, other: Any, alpha: float) -> Tensor:
 
 
 def _whole(alpha: float) -> float:
-    """torch takes no floating-point alpha for integers."""
+    """Torch takes no floating-point alpha for integers."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
@@ -124,9 +124,7 @@ def sub(input: Operand, other: Operand, *, alpha: Number = 1, out: Tensor | None
     return _run_sub[kind](input, value, factor)
 
 
-def div(
-    input: Operand, other: Operand, *, rounding_mode: Rounding | None = None, out: Tensor | None = None
-) -> Tensor:
+def div(input: Operand, other: Operand, *, rounding_mode: Rounding | None = None, out: Tensor | None = None) -> Tensor:
     """``input / other``, exactly or rounded to an integer.
 
     The same operator is ``torch.ops.fastkern.div``; in torch: ``torch.div``.
@@ -156,7 +154,7 @@ def div(
     return _run_div[kind](input, value, rounding_mode)
 
 
-def pow(input: Operand, exponent: Operand, *, out: Tensor | None = None) -> Tensor:  # noqa: A001
+def pow(input: Operand, exponent: Operand, *, out: Tensor | None = None) -> Tensor:
     """``input ** exponent``.
 
     The same operator is ``torch.ops.fastkern.pow``; in torch: ``torch.pow``.
@@ -192,24 +190,24 @@ def pow(input: Operand, exponent: Operand, *, out: Tensor | None = None) -> Tens
     return _run_pow[kind](base, value)
 
 
-def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:  # noqa: D103
+def add_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
     kind, value = _operand("add_", input, other)
     value, factor = _scaled("add_", input, value, alpha)
     return inplace("add", kind, _run_add[kind], input, value, factor)
 
 
-def sub_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:  # noqa: D103
+def sub_(input: Tensor, other: Operand, *, alpha: Number = 1) -> Tensor:
     kind, value = _operand("sub_", input, other)
     value, factor = _scaled("sub_", input, value, alpha)
     return inplace("sub", kind, _run_sub[kind], input, value, factor)
 
 
-def div_(input: Tensor, other: Operand, *, rounding_mode: Rounding | None = None) -> Tensor:  # noqa: D103
+def div_(input: Tensor, other: Operand, *, rounding_mode: Rounding | None = None) -> Tensor:
     kind, value = _operand("div_", input, other)
     return inplace("div", kind, _run_div[kind], input, value, rounding_mode)
 
 
-def pow_(input: Tensor, exponent: Operand) -> Tensor:  # noqa: D103
+def pow_(input: Tensor, exponent: Operand) -> Tensor:
     kind, value = _operand("pow_", input, exponent, "exponent")
     return inplace("pow", kind, _run_pow[kind], input, value)
 

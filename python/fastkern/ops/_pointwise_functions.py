@@ -52,8 +52,8 @@ REAL = "bool, integers and floating-point types"
 FLOAT = "floating-point types"
 INTEGER = "bool and integers"
 
-_OUT = """    out: where the result is written, in its own strides; it must have the result's shape, or no elements, and a type
-            that can hold the result's. No argument may want a gradient then. None: a new tensor."""
+_OUT = """    out: where the result is written, in its own strides. It has the result's shape, or no elements, and a
+        type that can hold the result's; no argument may want a gradient then. None: a new tensor."""
 
 _END = """
 Raises:

@@ -25,9 +25,11 @@ OUTPUT = -1  # the position that stands for the output
 
 @dataclass(frozen=True)
 class Formula:
-    """Attributes:
-    grads: ``grads(dy, arguments, output, needs)``.
-    keeps: positions of the tensors it needs: ``keeps(needs, arguments)``.
+    """A gradient and what it needs.
+
+    Attributes:
+        grads: ``grads(dy, arguments, output, needs)``.
+        keeps: positions of the tensors it needs: ``keeps(needs, arguments)``.
     """
 
     grads: Callable[[Tensor, Sequence[Any], Any, Needs], Grads]
@@ -161,7 +163,7 @@ def _pow_keeps(needs: Needs, a: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _extreme(is_other: Callable[..., Tensor]) -> Formula:
-    """maximum and minimum: on a tie each operand gets half."""
+    """Maximum and minimum: on a tie each operand gets half."""
 
     def grads(dy: Tensor, a: Sequence[Any], y: Any, needs: Needs) -> Grads:
         x, other = a
@@ -191,8 +193,9 @@ def _clamp(dy: Tensor, a: Sequence[Any], y: Any, needs: Needs) -> Grads:
     if needs[0]:
         inside = None if low is None else F.ge(x, low)
         below = None if high is None else F.le(x, high)
-        both = inside if below is None else below if inside is None else F.logical_and(inside, below)
-        dx = F.where(both, dy, 0.0)
+        if inside is not None and below is not None:
+            inside = F.logical_and(inside, below)
+        dx = F.where(below if inside is None else inside, dy, 0.0)  # type: ignore[arg-type]
     if needs[1]:
         hits = F.lt(x, low)
         hits = hits if high is None else F.logical_and(hits, F.lt(low, high))

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkern.ops._pointwise import Route, inplace, into
-from fastkern.ops._pointwise_arithmetic import add, add_, div, div_, pow, pow_, sub, sub_  # noqa: A004
+from fastkern.ops._pointwise_arithmetic import add, add_, div, div_, pow_, sub, sub_
+from fastkern.ops._pointwise_arithmetic import pow as pow
 from fastkern.ops._pointwise_functions import (
     ANY,
     FLOAT,
@@ -107,7 +108,7 @@ _COMMON = "The promoted type of the operands."
 
 # ---- one operand -----------------------------------------------------------------------------------------------------
 
-abs, _abs = unary("abs", "The absolute value.", ANY, torch.abs, "The type of ``input``; of complex types the real one.")  # noqa: A001
+abs, _abs = unary("abs", "The absolute value.", ANY, torch.abs, "The type of ``input``; of complex types the real one.")
 neg, _neg = unary("neg", "``-input``.", "integers, floating-point and complex types", torch.neg, _SAME)
 reciprocal, _reciprocal = unary("reciprocal", "``1 / input``.", REAL, torch.reciprocal, _FLOATS)
 sqrt, _sqrt = unary("sqrt", "The square root.", REAL, torch.sqrt, _FLOATS)
@@ -215,7 +216,7 @@ def gelu_(input: Tensor, approximate: Literal["none", "tanh"] = "none") -> Tenso
     return inplace("gelu", "", _gelu, input, approximate)
 
 
-def _torch_clamp(input: Tensor, min: Any, max: Any) -> Tensor:  # noqa: A002
+def _torch_clamp(input: Tensor, min: Any, max: Any) -> Tensor:
     return torch.clamp(input, min, max)
 
 
@@ -236,12 +237,16 @@ def _limits(name: str, input: Tensor, low: Any, high: Any) -> tuple[str, Any, An
     if any(isinstance(v, complex) for v in given):
         raise TypeError(f"fastkern::{name}: min must be real, and max")
     convert = float if "float" in kinds else int
-    limits = [v if v is None or isinstance(v, (torch.SymInt, torch.SymFloat)) else convert(v) for v in (low, high)]
-    return "float" if convert is float else "int", *limits
+    low, high = (v if v is None or isinstance(v, (torch.SymInt, torch.SymFloat)) else convert(v) for v in (low, high))
+    return "float" if convert is float else "int", low, high
 
 
 def clamp(
-    input: Tensor, min: Operand | None = None, max: Operand | None = None, *, out: Tensor | None = None  # noqa: A002
+    input: Tensor,
+    min: Operand | None = None,
+    max: Operand | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``input`` between ``min`` and ``max``: ``minimum(maximum(input, min), max)``, NaN if one of them is.
 
@@ -267,7 +272,7 @@ def clamp(
     return _clamp[kind](input, low, high) if out is None else into("clamp", kind, out, input, low, high)
 
 
-def clamp_(input: Tensor, min: Operand | None = None, max: Operand | None = None) -> Tensor:  # noqa: A002, D103
+def clamp_(input: Tensor, min: Operand | None = None, max: Operand | None = None) -> Tensor:  # noqa: D103
     kind, low, high = _limits("clamp_", input, min, max)
     return inplace("clamp", kind, _clamp[kind], input, low, high)
 
@@ -350,7 +355,7 @@ def triu_(input: Tensor, diagonal: int = 0) -> Tensor:  # noqa: D103
 
 
 for _function in (gelu_, clamp_, triu_):
-    finish_in_place(_function, _function.__name__[:-1])  # type: ignore[attr-defined]
+    finish_in_place(_function, _function.__name__[:-1])
 
 
 def _like_dy(dy: Tensor, x: Tensor, *more: Any) -> Tensor:
