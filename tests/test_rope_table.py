@@ -66,7 +66,8 @@ CASES: list[tuple[dict[str, Any], Tensor, float]] = [
         1.0,
     ),
     (
-        {"rope_type": "llama3", "factor": 32.0, "original_length": 4096, "low_freq_factor": 2.0, "high_freq_factor": 8.0},
+        {"rope_type": "llama3", "factor": 32.0, "original_length": 4096, "low_freq_factor": 2.0,
+         "high_freq_factor": 8.0},
         llama3(32.0, 2.0, 8.0, 4096),
         1.0,
     ),
@@ -189,7 +190,7 @@ def test_configurations_of_several_layers_and_sections() -> None:
     positions = torch.randint(9, (3, 2, 5))
     got = fastkern.rope_table_from_config(config, positions=positions)
     want = fastkern.mrope_table(positions, (12, 10, 10), 64, 1e6, interleaved_sections=True)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.equal(torch.stack(got), torch.stack(want))
     assert torch.equal(fastkern.rope_table_from_config(config)[0], fastkern.rope_table(9, 64, 1e6)[0])
 
 
@@ -203,7 +204,7 @@ def test_configurations_of_several_layers_and_sections() -> None:
         ({"rope_type": "linear"}, "factor must be above 0 for rope_type linear, got None"),
         ({"rope_type": "yarn", "factor": 4.0}, "original_length must be at least 1 for rope_type yarn, got None"),
         ({"rope_type": "longrope", "original_length": 4}, "long_factor must have 4 numbers for rope_type longrope"),
-        ({"faktor": 4.0}, r"scaling must be some of factor, .*, got \['faktor'\]"),
+        ({"strength": 4.0}, r"scaling must be some of factor, .*, got \['strength'\]"),
         (
             {"rope_type": "llama3", "factor": 8.0, "original_length": 9, "low_freq_factor": 4.0},
             "low_freq_factor must be below high_freq_factor, 4.0, got 4.0",

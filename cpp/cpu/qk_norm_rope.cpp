@@ -2,8 +2,8 @@
 // An RMS norm of each head, then rotary embeddings, on the CPU: forward and backward.
 //
 // Backward turns a head's gradient back into f32, takes the two sums of the norm's gradient in one
-// loop over the head, and writes dx and adds to the weight gradient in another. Weight gradients are
-// sums over groups of tokens, whose number depends on that of the tokens alone, then over the
+// loop over the head, and writes dx and adds to the weight gradient in another. Weight gradients
+// are sums over groups of tokens, whose number depends on that of the tokens alone, then over the
 // groups.
 #include <algorithm>
 #include <array>
@@ -22,9 +22,9 @@ struct Norm {
 };
 
 template <class T, bool kInterleaved>
-FASTKERN_INLINE void norm_heads(const Norm& norm, const Heads& in, const Heads& out,
-                                std::int64_t b, std::int64_t s, const float* weight,
-                                const float* cos, const float* sin, float* scratch) {
+FASTKERN_INLINE void norm_heads(const Norm& norm, const Heads& in, const Heads& out, std::int64_t b,
+                                std::int64_t s, const float* weight, const float* cos,
+                                const float* sin, float* scratch) {
   const std::int64_t n = norm.n;
   for (std::int64_t h = 0; h < in.heads(); ++h) {
     const T* const from = in.head<const T>(b, s, h);

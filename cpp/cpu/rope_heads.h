@@ -51,8 +51,8 @@ class Angles {
       for (std::int64_t s = 0; s < tokens; ++s) {
         const std::int64_t at = position(b, s);
         FK_CHECK((at >= 0 && at < rows_) || (at == kNone && !a.positions), op, ": ", culprit,
-                 " must give positions between 0 and ", rows_ - 1,
-                 ", for which cos has rows; got ", at, " for token ", s);
+                 " must give positions between 0 and ", rows_ - 1, ", for which cos has rows; got ",
+                 at, " for token ", s);
       }
     }
   }
@@ -86,9 +86,9 @@ class Angles {
   void load(const TensorRef& table, std::int64_t b, std::int64_t row, float sign,
             float* out) const {
     dispatch(table.dtype, [&]<class T>() {
-      const std::int64_t start = per_token_ ? (table.sizes[0] > 1 ? b * table.strides[0] : 0) +
-                                                  row * table.strides[1]
-                                            : row * table.strides[0];
+      const std::int64_t start =
+          per_token_ ? (table.sizes[0] > 1 ? b * table.strides[0] : 0) + row * table.strides[1]
+                     : row * table.strides[0];
       const T* const in = static_cast<const T*>(table.data) + start;
       const std::int64_t step = step_;
       for_columns(half_, [=](std::int64_t i) __attribute__((always_inline)) {

@@ -15,8 +15,17 @@ bool has_type(const Tensor& t, ScalarType type) {
 }
 
 /// "2 or 1", or "1".
-std::string or_one(std::int64_t size) {
-  return size == 1 ? "1" : std::to_string(size) + " or 1";
+std::string or_one(std::int64_t size) { return size == 1 ? "1" : std::to_string(size) + " or 1"; }
+
+/// Shapes with a value, or a row, for each token of q, in words: `first`, and with a batch what
+/// follows the tokens in `last`.
+std::string token_shapes(const TensorRef& q, const std::string& first, const char* last) {
+  std::string text = first;
+  if (q.ndim == 4) {
+    text.append(" or (").append(or_one(q.sizes[0])).append(", ");
+    text.append(std::to_string(q.sizes[1])).append(last);
+  }
+  return text;
 }
 
 /// A stride of 0 where there is one entry for all.
@@ -47,14 +56,13 @@ RopeCall::RopeCall(const char* op, const Tensor& q, const OptionalTensor& k)
   for (int d = 0; fits && d < q_.ndim; ++d) {
     fits = k_.sizes[d] == q_.sizes[d] || d == q_.ndim - 2;
   }
-  const std::string batch = q_.ndim == 4 ? std::to_string(q_.sizes[0]) + ", " : "";
-  FK_CHECK(fits, op, ": k must have shape (", batch, tokens(), ", G, ", q_.sizes[q_.ndim - 1],
-           "), got ", k_.shape());
+  FK_CHECK(fits, op, ": k must have shape (",
+           q_.ndim == 4 ? std::to_string(q_.sizes[0]).append(", ") : "", tokens(), ", G, ",
+           q_.sizes[q_.ndim - 1], "), got ", k_.shape());
   check_device(*k, device_, op, "k", "q");
 }
 
-TensorRef RopeCall::heads_like(const Tensor& t, const TensorRef& like,
-                               const char* argument) const {
+TensorRef RopeCall::heads_like(const Tensor& t, const TensorRef& like, const char* argument) const {
   const TensorRef ref = ref_of(t, op_, argument);
   FK_CHECK(ref.dtype == like.dtype, op_, ": ", argument, " must be ", dtype_text(like.dtype),
            " like q, got ", dtype_text(ref.dtype));
@@ -77,8 +85,8 @@ void RopeCall::check_norm(double eps, double weight_offset) {
   FK_CHECK(q_.sizes[q_.ndim - 1] <= kQkNormMost, op_, ": q must have a head dimension of at most ",
            kQkNormMost, ", got shape ", q_.shape());
   FK_CHECK(std::isfinite(eps) && eps >= 0.0, op_, ": eps must be finite and >= 0, got ", eps);
-  FK_CHECK(std::abs(weight_offset) <= kMost, op_,
-           ": weight_offset must be finite in float32, got ", weight_offset);
+  FK_CHECK(std::abs(weight_offset) <= kMost, op_, ": weight_offset must be finite in float32, got ",
+           weight_offset);
 }
 
 void RopeCall::tables(const Tensor& cos, const Tensor& sin, const RopeOptions& options) {
@@ -104,11 +112,8 @@ void RopeCall::tables(const Tensor& cos, const Tensor& sin, const RopeOptions& o
     fits = fits && (a.cos.sizes[0] == q_.sizes[0] || a.cos.sizes[0] == 1) &&
            a.cos.sizes[1] == tokens();
   }
-  std::string shapes = "(T, W)";
-  if (q_.ndim == 4)
-    shapes += " or (" + or_one(q_.sizes[0]) + ", " + std::to_string(tokens()) + ", W)";
-  FK_CHECK(fits, op_, ": cos must have shape ", shapes, " with W ", a.rotary_dim / 2, " or ",
-           a.rotary_dim, ", got ", a.cos.shape());
+  FK_CHECK(fits, op_, ": cos must have shape ", token_shapes(q_, "(T, W)", ", W)"), " with W ",
+           a.rotary_dim / 2, " or ", a.rotary_dim, ", got ", a.cos.shape());
   check_device(cos, device_, op_, "cos", "q");
   a.sin = ref_of(sin, op_, "sin");
   FK_CHECK(a.sin.dtype == a.cos.dtype, op_, ": sin must be ", dtype_text(a.cos.dtype),
@@ -131,13 +136,12 @@ void RopeCall::positions(const OptionalTensor& t) {
   FK_CHECK(angles_.cos.ndim == 2, op_,
            ": positions must be None where cos has a row for each token, got shape ", ref.shape());
   const bool batched = ref.ndim == 2 && q_.ndim == 4;
-  const bool fits = (ref.ndim == 1 && ref.sizes[0] == tokens()) ||
-                    (batched && (ref.sizes[0] == q_.sizes[0] || ref.sizes[0] == 1) &&
-                     ref.sizes[1] == tokens());
-  std::string shapes = "(" + std::to_string(tokens()) + ",)";
-  if (q_.ndim == 4)
-    shapes += " or (" + or_one(q_.sizes[0]) + ", " + std::to_string(tokens()) + ")";
-  FK_CHECK(fits, op_, ": positions must have shape ", shapes, ", got ", ref.shape());
+  const bool fits =
+      (ref.ndim == 1 && ref.sizes[0] == tokens()) ||
+      (batched && (ref.sizes[0] == q_.sizes[0] || ref.sizes[0] == 1) && ref.sizes[1] == tokens());
+  FK_CHECK(fits, op_, ": positions must have shape ",
+           token_shapes(q_, std::to_string(tokens()).insert(0, "(").append(",)"), ")"), ", got ",
+           ref.shape());
   check_device(*t, device_, op_, "positions", "q");
   angles_.positions = ref.data;
   angles_.positions_stride = ref.strides[ref.ndim - 1];
@@ -162,9 +166,11 @@ void RopeCall::check_writable(const TensorRef& t, const char* argument) const {
   std::array<std::pair<std::int64_t, std::int64_t>, 4> levels{};  // stride, size
   int count = 0;
   for (int d = 0; d < t.ndim; ++d) {
-    if (t.sizes[d] > 1) levels[count++] = {t.strides[d], t.sizes[d]};
+    if (t.sizes[d] <= 1) continue;
+    int at = count++;  // the nearest first
+    for (; at > 0 && levels[at - 1].first > t.strides[d]; --at) levels[at] = levels[at - 1];
+    levels[at] = {t.strides[d], t.sizes[d]};
   }
-  std::sort(levels.begin(), levels.begin() + count);
   std::int64_t span = 1;
   bool apart = t.sizes[t.ndim - 1] <= 1 || t.strides[t.ndim - 1] == 1;
   for (int i = 0; i < count; ++i) {

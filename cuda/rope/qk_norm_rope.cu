@@ -105,8 +105,8 @@ void qk_norm_rope(const QkNormRopeFwd& args, Stream stream) {
   p.tokens = divider(tokens);
   p.eps = static_cast<float>(args.eps), p.weight_offset = static_cast<float>(args.weight_offset);
   p.count = 1.0f / static_cast<float>(n);
-  const bool packs = in_packs(p.split) && whole(args.q) && whole(args.q_out) && whole(args.k) &&
-                     whole(args.k_out);
+  const bool packs =
+      in_packs(p.split) && whole(args.q) && whole(args.q_out) && whole(args.k) && whole(args.k_out);
   dispatch_heads(args.q.dtype, args.angles.interleaved, packs,
                  [&]<class T, bool kInterleaved, bool kWhole>() {
                    p.of_q = side_of(args.q, args.q_weight, p.split, kHeads<T>);

@@ -4,11 +4,12 @@
 //   dx = rstd * (g w - xhat * mean(g w xhat)),  dweight = sum over tokens and heads of g xhat
 //
 //   work     as qk_norm_rope.cu, but blocks stay: three or four a multiprocessor, some of them for
-//            q and the rest for k, as they have heads. A thread walks through tokens with two heads at a time
-//            (f32: one) and keeps the sums of its sixteen columns
+//            q and the rest for k, as they have heads. A thread walks through tokens with two heads
+//            at a time (f32: one) and keeps the sums of its sixteen columns
 //   memory   rstd is found again from x. Sums of a block go to its row of the workspace, f32; a
 //            second kernel adds up the rows, four parts of them for each column, then the parts
-//   sync     shuffles within the threads of a head; one barrier a block at the end, one in the second
+//   sync     shuffles within the threads of a head; one barrier a block at the end, one in the
+//   second
 //            kernel; both overlap the launch before them
 //   cost     reads x and dy and writes dx once: 3 * B * S * (H + G) * D elements
 #include <algorithm>
@@ -48,8 +49,8 @@ struct BwdParams {
 };
 
 /// Sums of the block's threads with the same columns, to its row of the workspace.
-__device__ __forceinline__ void store_sums(const Columns& c, int width, int n,
-                                           float (&a)[kColumns], float (&b)[kColumns], float* row) {
+__device__ __forceinline__ void store_sums(const Columns& c, int width, int n, float (&a)[kColumns],
+                                           float (&b)[kColumns], float* row) {
   __shared__ float sums[kWarps * 2 * kColumns * 32];
   // Over the heads that a warp works on at the same time.
 #pragma unroll
@@ -188,7 +189,8 @@ __global__ void __launch_bounds__(kBlock)
   float sum = 0.0f;
   if (column < n) {
 #pragma unroll 8
-    for (int i = part; i < blocks; i += kWarps) sum += sums[static_cast<std::int64_t>(i) * n + column];
+    for (int i = part; i < blocks; i += kWarps)
+      sum += sums[static_cast<std::int64_t>(i) * n + column];
   }
   parts[threadIdx.x] = sum;
   __syncthreads();
@@ -205,7 +207,9 @@ struct Blocks {
   std::int64_t q = 0, k = 0;
 };
 
-int heads_a_thread(DType dtype) { return size_of(dtype) == 2 ? kHeadsBwd<__half> : kHeadsBwd<float>; }
+int heads_a_thread(DType dtype) {
+  return size_of(dtype) == 2 ? kHeadsBwd<__half> : kHeadsBwd<float>;
+}
 
 std::int64_t units_of(const QkNormRopeBwd& a, const TensorRef& t, const TensorRef& dx,
                       const TensorRef& dweight) {
@@ -218,9 +222,8 @@ Blocks blocks_of(const QkNormRopeBwd& a, int width, int device) {
   const std::int64_t k = units_of(a, a.k, a.dk, a.dk_weight);
   if (q + k == 0) return {};
   const std::int64_t slots = kBlock / width;
-  const std::int64_t all =
-      std::int64_t{a.angles.interleaved ? kBlocks<true> : kBlocks<false>} *
-      device_attribute(cudaDevAttrMultiProcessorCount, device, a.op);
+  const std::int64_t all = std::int64_t{a.angles.interleaved ? kBlocks<true> : kBlocks<false>} *
+                           device_attribute(cudaDevAttrMultiProcessorCount, device, a.op);
   std::int64_t for_k = k == 0 ? 0 : std::max<std::int64_t>(all * k / (q + k), 1);
   if (q > 0) for_k = std::min(for_k, all - 1);
   return {std::min(all - for_k, ceil_div(q, slots)), std::min(for_k, ceil_div(k, slots))};
@@ -275,14 +278,11 @@ void qk_norm_rope_bwd(const QkNormRopeBwd& args, Stream stream) {
   bool packs = in_packs(p.split);
   for (const TensorRef* t : {&args.q, &args.k, &args.dq_out, &args.dk_out, &args.dq, &args.dk})
     packs = packs && whole(*t);
-  dispatch_heads(args.q.dtype, args.angles.interleaved, packs,
-                 [&]<class T, bool kInterleaved, bool kWhole>() {
-                   const Launch shape{.op = op,
-                                      .grid = blocks.q + blocks.k,
-                                      .block = kBlock,
-                                      .overlap = true};
-                   launch(qk_norm_rope_bwd_kernel<T, kInterleaved, kWhole>, shape, stream, p);
-                 });
+  dispatch_heads(
+      args.q.dtype, args.angles.interleaved, packs, [&]<class T, bool kInterleaved, bool kWhole>() {
+        const Launch shape{.op = op, .grid = blocks.q + blocks.k, .block = kBlock, .overlap = true};
+        launch(qk_norm_rope_bwd_kernel<T, kInterleaved, kWhole>, shape, stream, p);
+      });
   if (!weights) return;
   const auto total = [](const SideBwd& side, const TensorRef& out) {
     return Total{side.sums, side.blocks, out.data, out.dtype};

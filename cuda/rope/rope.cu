@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rotary embeddings of q and k in one launch: (a, b) -> (a cos - b sin, b cos + a sin).
 //
-//   work     a thread has two packs of eight columns of up to four heads of one token (f32: two), so
-//            one set of angles serves them all; lanes, then groups of heads, then tokens. Thread g of
-//            the heads of q takes heads g, g + groups, ...: a warp's packs lie side by side
+//   work     a thread has two packs of eight columns of up to four heads of one token (f32: two),
+//   so
+//            one set of angles serves them all; lanes, then groups of heads, then tokens. Thread g
+//            of the heads of q takes heads g, g + groups, ...: a warp's packs lie side by side
 //   memory   16-byte loads, all of them issued before the first use; then the angles, which follow
-//            the token's position: 64 bytes a thread of f32, from the caches but for the first heads
+//            the token's position: 64 bytes a thread of f32, from the caches but for the first
+//            heads
 //   sync     none; overlaps the launch before it
 //   cost     reads and writes q and k once, the table once for all heads: 2 * B * S * (H + G) * D
 //            elements
@@ -26,7 +28,9 @@ struct Params {
 };
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, !kWhole ? 1 : kInterleaved ? 5 : 6) rope_kernel(const Params p) {
+__global__ void __launch_bounds__(kBlock, !kWhole        ? 1
+                                          : kInterleaved ? 5
+                                                         : 6) rope_kernel(const Params p) {
   constexpr int kMost = kHeads<T>;
   ptx::grid_wait();
   ptx::grid_launch_next();
@@ -88,24 +92,22 @@ void rope(const RopeFwd& args, Stream stream) {
   const bool with_rest = !in_place(args.q, args.q_out) || !in_place(args.k, args.k_out);
   p.split = split_of(n, args.angles, with_rest);
   p.angles = angles_view(args.angles, tokens, op);
-  const bool packs = in_packs(p.split) && whole(args.q) && whole(args.q_out) && whole(args.k) &&
-                     whole(args.k_out);
-  dispatch_heads(args.q.dtype, args.angles.interleaved, packs,
-                 [&]<class T, bool kInterleaved, bool kWhole>() {
-                   p.q_heads = static_cast<int>(args.q.sizes[2]);
-                   p.k_heads = args.k.given() ? static_cast<int>(args.k.sizes[2]) : 0;
-                   p.q_groups = static_cast<int>(ceil_div(p.q_heads, kHeads<T>));
-                   p.k_groups = static_cast<int>(ceil_div(p.k_heads, kHeads<T>));
-                   const std::int64_t groups = p.q_groups + p.k_groups, lanes = p.split.lanes;
-                   p.units = counted(args.q.sizes[0] * tokens * groups * lanes, op);
-                   p.groups_lanes = divider(groups * lanes);
-                   p.lanes = divider(lanes), p.tokens = divider(tokens);
-                   const Launch shape{.op = op,
-                                      .grid = ceil_div(p.units, kBlock),
-                                      .block = kBlock,
-                                      .overlap = true};
-                   launch(rope_kernel<T, kInterleaved, kWhole>, shape, stream, p);
-                 });
+  const bool packs =
+      in_packs(p.split) && whole(args.q) && whole(args.q_out) && whole(args.k) && whole(args.k_out);
+  dispatch_heads(
+      args.q.dtype, args.angles.interleaved, packs, [&]<class T, bool kInterleaved, bool kWhole>() {
+        p.q_heads = static_cast<int>(args.q.sizes[2]);
+        p.k_heads = args.k.given() ? static_cast<int>(args.k.sizes[2]) : 0;
+        p.q_groups = static_cast<int>(ceil_div(p.q_heads, kHeads<T>));
+        p.k_groups = static_cast<int>(ceil_div(p.k_heads, kHeads<T>));
+        const std::int64_t groups = p.q_groups + p.k_groups, lanes = p.split.lanes;
+        p.units = counted(args.q.sizes[0] * tokens * groups * lanes, op);
+        p.groups_lanes = divider(groups * lanes);
+        p.lanes = divider(lanes), p.tokens = divider(tokens);
+        const Launch shape{
+            .op = op, .grid = ceil_div(p.units, kBlock), .block = kBlock, .overlap = true};
+        launch(rope_kernel<T, kInterleaved, kWhole>, shape, stream, p);
+      });
 }
 
 }  // namespace fastkern::cuda

@@ -5,11 +5,12 @@
 // A thread owns two packs of eight columns of a head, so that it has both columns of every pair:
 //
 //   lane l < turned      halves       columns 8 l + j and R/2 + 8 l + j
-//                        interleaved  columns 8 l + j and 8 turned + 8 l + j       turned = ceil(R/16)
+//                        interleaved  columns 8 l + j and 8 turned + 8 l + j       turned =
+//                        ceil(R/16)
 //   lanes after those    two packs of the columns from R on
 //
-// The same whatever the alignment: an operand that is not 16-byte aligned is read element by element
-// into the same packs.
+// The same whatever the alignment: an operand that is not 16-byte aligned is read element by
+// element into the same packs.
 #pragma once
 
 #include <bit>
@@ -46,17 +47,17 @@ inline Divider divider(std::int64_t divisor) {
   if (divisor <= 1) return d;
   d.divisor = static_cast<std::uint32_t>(divisor);
   d.shift = 31 + std::bit_width(d.divisor - 1);
-  d.multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << d.shift) + d.divisor - 1) /
-                                            d.divisor);
+  d.multiplier =
+      static_cast<std::uint32_t>(((std::uint64_t{1} << d.shift) + d.divisor - 1) / d.divisor);
   return d;
 }
 
 // ---- columns ----------------------------------------------------------------------------------
 
 struct Split {
-  int n, half;              // D and R/2
+  int n, half;               // D and R/2
   int turned, lanes, apart;  // lanes of the first R columns, and all; between the packs of the rest
-  int second;               // first column of the second packs of the first R
+  int second;                // first column of the second packs of the first R
 };
 
 inline Split split_of(std::int64_t n, const RopeAngles& angles, bool with_rest) {
@@ -243,12 +244,12 @@ inline AnglesView angles_view(const RopeAngles& a, std::int64_t tokens, const ch
   v.narrow = a.narrow;
   v.sign = a.inverse ? -1.0f : 1.0f;
   v.step = a.interleaved && a.cos.sizes[last] != a.rotary_dim / 2 ? 2 : 1;
-  v.whole = v.step == 1 && (reinterpret_cast<std::uintptr_t>(a.cos.data) |
-                            reinterpret_cast<std::uintptr_t>(a.sin.data) |
-                            static_cast<std::uintptr_t>(v.cos_row | v.sin_row | v.cos_batch |
-                                                        v.sin_batch)) %
-                                   16 ==
-                               0;
+  v.whole =
+      v.step == 1 &&
+      (reinterpret_cast<std::uintptr_t>(a.cos.data) | reinterpret_cast<std::uintptr_t>(a.sin.data) |
+       static_cast<std::uintptr_t>(v.cos_row | v.sin_row | v.cos_batch | v.sin_batch)) %
+              16 ==
+          0;
   v.positions = a.positions;
   v.position_batch = a.positions_batch_stride, v.position_step = a.positions_stride;
   v.cu_seqlens = a.cu_seqlens;

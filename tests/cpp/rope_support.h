@@ -124,10 +124,8 @@ inline constexpr double kRopeEps = 1e-5, kRopeOffset = 0.25;
 template <class Ref>
 RopeCalls rope_calls(const RopeProblem& p, const Ref& ref, RopeTensors& t, const void* positions,
                      const std::int32_t* narrow) {
-  RopeAngles angles{.cos = ref(t.cos),
-                    .sin = ref(t.sin),
-                    .rotary_dim = p.turned,
-                    .interleaved = p.interleaved};
+  RopeAngles angles{
+      .cos = ref(t.cos), .sin = ref(t.sin), .rotary_dim = p.turned, .interleaved = p.interleaved};
   angles.positions_batch_stride = p.tokens;
   if (p.place == Place::positions) angles.positions = positions;
   if (p.place == Place::narrow) angles.positions = narrow, angles.narrow = true;
@@ -236,8 +234,7 @@ inline void expect_rope(const RopeProblem& p, RopeTensors& t) {
       for (std::int64_t c = 0; c < p.n; ++c) {
         const double xhat = x[first + c] * rstd;
         dx.value[first + c] = rstd * (v[c] * w[c] - xhat * dot / p.n);
-        dx.scale[first + c] =
-            rstd * (std::abs(scale[c] * w[c]) + std::abs(xhat) * dot_scale / p.n);
+        dx.scale[first + c] = rstd * (std::abs(scale[c] * w[c]) + std::abs(xhat) * dot_scale / p.n);
         dweight.value[c] += v[c] * xhat;
         dweight.scale[c] += std::abs(scale[c] * xhat);
       }

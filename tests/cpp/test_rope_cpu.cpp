@@ -12,8 +12,17 @@ struct Shape {
 };
 
 TEST(RopeCpu, Matches) {
-  for (const Shape& shape : {Shape{2, 2}, {6, 4}, {16, 16}, {31, 10}, {64, 64}, {65, 32}, {72, 72},
-                             {96, 48}, {128, 128}, {256, 64}, {512, 512}}) {
+  for (const Shape& shape : {Shape{2, 2},
+                             {6, 4},
+                             {16, 16},
+                             {31, 10},
+                             {64, 64},
+                             {65, 32},
+                             {72, 72},
+                             {96, 48},
+                             {128, 128},
+                             {256, 64},
+                             {512, 512}}) {
     for (const RopeProblem& p : rope_problems(shape.n, shape.turned)) {
       RopeTensors t(p);
       rope_on_cpu(p, t);
@@ -43,7 +52,8 @@ TEST(RopeCpu, InPlaceGivesTheSameBits) {
     const std::vector<std::int64_t> positions = p.positions();
     const std::vector<std::int32_t> narrow = p.narrow();
     RopeAngles& a = calls.turn.angles;
-    if (a.positions) a.positions = a.narrow ? static_cast<const void*>(narrow.data()) : positions.data();
+    if (a.positions)
+      a.positions = a.narrow ? static_cast<const void*>(narrow.data()) : positions.data();
     if (a.cu_seqlens) a.cu_seqlens = narrow.data();
     cpu::rope(calls.turn);
     SCOPED_TRACE(p.text());

@@ -19,10 +19,7 @@ struct OnDevice {
     for (Tensor* each : t.all())
       if (each->given()) memory.emplace(each, DeviceTensor(*each));
     calls = rope_calls(
-        p,
-        [&](Tensor& tensor) {
-          return tensor.given() ? memory.at(&tensor).ref() : TensorRef{};
-        },
+        p, [&](Tensor& tensor) { return tensor.given() ? memory.at(&tensor).ref() : TensorRef{}; },
         t, positions.data(), narrow.data());
   }
 
@@ -81,9 +78,18 @@ TEST_F(RopeCuda, HeadsNotInPacks) {
 }
 
 TEST_F(RopeCuda, SomeColumnsStay) {
-  for (const auto& [n, turned] :
-       {std::pair<std::int64_t, std::int64_t>{3, 2}, {64, 32}, {128, 64}, {128, 96}, {96, 32},
-        {80, 32}, {65, 64}, {256, 64}, {257, 34}, {129, 126}, {496, 494}, {512, 496}}) {
+  for (const auto& [n, turned] : {std::pair<std::int64_t, std::int64_t>{3, 2},
+                                  {64, 32},
+                                  {128, 64},
+                                  {128, 96},
+                                  {96, 32},
+                                  {80, 32},
+                                  {65, 64},
+                                  {256, 64},
+                                  {257, 34},
+                                  {129, 126},
+                                  {496, 494},
+                                  {512, 496}}) {
     expect_matches(n, turned);
     if (HasFailure()) return;
   }

@@ -121,8 +121,7 @@ RopeCall::RopeCall(const RopeCase& c, int shift, std::int64_t gap) {
     if (c.tokens > 4) --narrow.back();
     angles.cu_seqlens = narrow.data(), angles.sequences = 3;
   }
-  for (Tensor* output :
-       {&q_out, &k_out, &q_norm, &k_norm, &dq, &dk, &dq_weight, &dk_weight})
+  for (Tensor* output : {&q_out, &k_out, &q_norm, &k_norm, &dq, &dk, &dq_weight, &dk_weight})
     output->allow_writes();
   turn = {.q = q.ref(), .k = k.ref(), .q_out = q_out.ref(), .k_out = k_out.ref(), .angles = angles};
   if (c.in_place) {
@@ -214,9 +213,10 @@ struct Shape {
 };
 
 /// Heads in packs and not, all of them turned and some columns kept, up to a warp of lanes.
-constexpr Shape kShapes[] = {{2, 2},     {8, 6},     {16, 16},   {20, 10},   {64, 64},  {64, 32},
-                             {72, 72},   {80, 80},   {96, 96},   {96, 48},   {128, 128}, {128, 64},
-                             {130, 126}, {160, 160}, {192, 128}, {256, 256}, {257, 34}, {512, 512}};
+constexpr Shape kShapes[] = {{2, 2},     {8, 6},    {16, 16},   {20, 10},   {64, 64},
+                             {64, 32},   {72, 72},  {80, 80},   {96, 96},   {96, 48},
+                             {128, 128}, {128, 64}, {130, 126}, {160, 160}, {192, 128},
+                             {256, 256}, {257, 34}, {512, 512}};
 
 /// `turn` goes round through everything but shape and types.
 RopeCase make_case(const Shape& shape, DType dtype, unsigned turn) {

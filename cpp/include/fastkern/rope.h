@@ -42,8 +42,8 @@ struct RopeAngles {
 /// The head dimension of all operands is dense; other strides are any.
 struct RopeFwd {
   const char* op = "fastkern::rope";  // for error messages
-  TensorRef q, k;                     // (B, S, H, D), (B, S, G, D) any; k of the type of q, or not given
-  TensorRef q_out, k_out;             // like q and k, whose memory they may be
+  TensorRef q, k;          // (B, S, H, D), (B, S, G, D) any; k of the type of q, or not given
+  TensorRef q_out, k_out;  // like q and k, whose memory they may be
   RopeAngles angles;
 };
 
@@ -64,8 +64,8 @@ struct QkNormRopeBwd {
   const char* op = "fastkern::qk_norm_rope_bwd";
   TensorRef q, k;
   TensorRef q_weight, k_weight;
-  TensorRef dq_out, dk_out;  // gradients of the outputs, of the type of q
-  TensorRef dq, dk;          // like q and k; or not given
+  TensorRef dq_out, dk_out;        // gradients of the outputs, of the type of q
+  TensorRef dq, dk;                // like q and k; or not given
   TensorRef dq_weight, dk_weight;  // (D) any, dense; or not given
   RopeAngles angles;               // as in forward
   double eps = 1e-6;

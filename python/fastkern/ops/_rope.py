@@ -25,8 +25,8 @@ def _empty(q: Tensor, like: Tensor | None, wanted: bool = True) -> Tensor:
 
 def _same_for_all_entries(arguments: dict[str, Any]) -> bool:
     """Whether vmap's batch may become part of the first dimension: that of tokens with a position each has none."""
-    q, k, positions, cos = (arguments.get(name) for name in ("q", "k", "positions", "cos"))
-    rank = max(t.dim() for t in (q, k) if t is not None)
+    positions, cos = arguments.get("positions"), arguments["cos"]
+    rank = max(t.dim() for t in (arguments["q"], arguments["k"]) if t is not None)
     return rank == 5 and (positions is None or positions.shape[:-1].numel() == 1) and cos.shape[:-2].numel() == 1
 
 
@@ -189,7 +189,9 @@ def _norm_grad(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> Grads:
     if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
         angles = _rope_formula.angles(q, cos, sin, Options(*options), True)
         pairs = [
-            (None, None) if x is None or dy is None else _norm_gradients(dy, x, weight, angles, interleaved, eps, weight_offset)
+            (None, None)
+            if x is None or dy is None
+            else _norm_gradients(dy, x, weight, angles, interleaved, eps, weight_offset)
             for dy, x, weight in zip(dys, (q, k), (q_weight, k_weight), strict=True)
         ]
         found = pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]

@@ -34,9 +34,7 @@ def heads(op: str, q: Tensor, k: Tensor | None) -> None:
     """(B, S, H, D) or (total, H, D), k but for the number of heads."""
     _check.float_tensor(op, "q", q)
     if q.dim() not in (3, 4):
-        raise _fail(
-            op, "q", "have four dimensions (B, S, H, D) or three (total, H, D)", f"shape {tuple(q.shape)}"
-        )
+        raise _fail(op, "q", "have four dimensions (B, S, H, D) or three (total, H, D)", f"shape {tuple(q.shape)}")
     if k is None:
         return
     _check.float_tensor(op, "k", k)
@@ -82,9 +80,7 @@ def tables(op: str, q: Tensor, cos: Tensor, sin: Tensor, o: Options, normed: boo
     n, tokens = q.shape[-1], q.shape[-3]
     rotary_dim = n if o.rotary_dim is None else o.rotary_dim
     if not (2 <= rotary_dim <= n and rotary_dim % 2 == 0):
-        raise _fail(
-            op, "rotary_dim", f"be even, at least 2 and at most the head dimension of q, {n}", rotary_dim
-        )
+        raise _fail(op, "rotary_dim", f"be even, at least 2 and at most the head dimension of q, {n}", rotary_dim)
     if normed and n > MOST_OF_A_NORM - 16 and rotary_dim % 16 != 0:
         raise _fail(op, "rotary_dim", f"be a multiple of 16 in heads of {n} columns", rotary_dim)
     _check.float_tensor(op, "cos", cos)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary embeddings in differentiable torch operations, computed in float32, for forward mode and second derivatives."""
+"""Rotary embeddings in differentiable torch operations, in float32, for forward mode and second derivatives."""
 
 from __future__ import annotations
 

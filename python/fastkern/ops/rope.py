@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,9 +30,9 @@ def rope(
     """Rotary position embeddings: turns pairs of each head's columns by an angle that the token's position gives.
 
     Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
-    ``(a, b)`` becomes ``(a * cos - b * sin, b * cos + a * sin)``, where a and b are columns i and ``rotary_dim / 2 + i``
-    (halves, as in GPT-NeoX, Llama and Hugging Face's models) or, ``interleaved``, columns 2i and 2i + 1 (as in GPT-J
-    and the first Llama). Columns from ``rotary_dim`` on stay as they are. The same operator is
+    ``(a, b)`` becomes ``(a * cos - b * sin, b * cos + a * sin)``, where a and b are columns i and ``rotary_dim / 2 +
+    i`` (halves, as in GPT-NeoX, Llama and Hugging Face's models) or, ``interleaved``, columns 2i and 2i + 1 (as in
+    GPT-J and the first Llama). Columns from ``rotary_dim`` on stay as they are. The same operator is
     ``torch.ops.fastkern.rope``, which gives two results always.
 
     Args:

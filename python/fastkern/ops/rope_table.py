@@ -55,7 +55,7 @@ def rope_table(
     dtype: torch.dtype = torch.float32,
     **scaling: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Tables for :func:`rope`: cos and sin of ``position * theta ** (-2i / rotary_dim)`` for positions below ``length``.
+    """Tables for :func:`rope`: cos and sin of ``position * theta ** (-2i / rotary_dim)``, for ``length`` positions.
 
     Angles are computed in float64: a float32 angle of position 30,000 is off by a thousandth.
 
@@ -67,7 +67,7 @@ def rope_table(
 
             * ``"default"``: not at all.
             * ``"linear"``: all divided by ``factor`` (position interpolation; Chen et al., 2023).
-            * ``"dynamic"``: a larger base where ``length`` is above ``original_length`` (dynamic NTK, ``factor``).
+            * ``"dynamic"``: a larger base where ``length`` is above ``original_length`` (dynamic NTK, by ``factor``).
             * ``"llama3"``: those of long waves divided by ``factor``, of short ones kept, and a ramp between
               ``original_length / low_freq_factor`` (1) and ``original_length / high_freq_factor`` (4). Llama 3.1, 2024.
             * ``"yarn"``: a ramp between those that turn ``beta_fast`` (32) and ``beta_slow`` (1) times within

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,15 +102,15 @@ def _rows_of_tokens(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         found: list[int | None] = [None] * q.shape[0]
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in pairwise(bounds):
             for token in range(max(first, 0), min(last, q.shape[0])):
                 found[token] = token - first
     elif positions is not None:
         inside = (positions >= 0) & (positions < table.shape[0])
         if table.shape[0] == 0:
             return table.new_full((*positions.shape, table.shape[-1]), float("nan"))
-        rows = table[positions.clamp(0, table.shape[0] - 1).long()]
-        return torch.where(inside[..., None], rows, float("nan"))
+        picked = table[positions.clamp(0, table.shape[0] - 1).long()]
+        return torch.where(inside[..., None], picked, float("nan"))
     else:
         return table if table.dim() == 3 else table[: q.shape[-3]]
     rows = [table.new_full(table.shape[-1:], beside) if p is None else table[p] for p in found]
@@ -202,10 +203,11 @@ def _norm_formula(
     dtype = torch.promote_types(q.dtype, torch.float32)
     own = q.dtype
     pairs = ((q, q_weight), (k, k_weight))
-    normed = [None if x is None else _rms_norm(x.to(dtype), w, eps, weight_offset) for x, w in pairs]
+    normed = [_rms_norm(x.to(dtype), w, eps, weight_offset) for x, w in pairs if x is not None]
     if not wide:
-        normed = [None if x is None else x.to(own) for x in normed]
-    found = _formula(wide, *normed, cos, sin, positions, interleaved, rotary_dim, cu_seqlens)
+        normed = [x.to(own) for x in normed]
+    other = normed[1] if len(normed) > 1 else None
+    found = _formula(wide, normed[0], other, cos, sin, positions, interleaved, rotary_dim, cu_seqlens)
     return tuple(x.to(own) for x in found)
 
 
@@ -250,14 +252,16 @@ def _size(*tensors: Tensor | None) -> int:
 
 
 def _traffic(passes: int, inputs: Inputs, backward: bool) -> int:
-    """q and k read and written, each row of the tables read once; qk_norm_rope's backward reads gradients as well."""
+    """Q and k read and written, each row of the tables read once; qk_norm_rope's backward reads gradients as well."""
     heads = _size(inputs["q"], inputs["k"])
     tokens = inputs["q"].shape[:-2].numel()
     cos = inputs["cos"]
     rows = min(cos.shape[:-1].numel(), tokens)
     table = 2 * rows * cos.shape[-1] * cos.element_size()
     weights = _size(inputs.get("q_weight"), inputs.get("k_weight"))
-    return (passes if backward else 2) * heads + table + (2 if backward else 1) * weights + _size(inputs.get("positions"))
+    return (
+        (passes if backward else 2) * heads + table + (2 if backward else 1) * weights + _size(inputs.get("positions"))
+    )
 
 
 def _flops(turned: int, inputs: Inputs, backward: bool) -> int:
@@ -379,9 +383,7 @@ _NORM_BAD_CALLS = (
         set_to(q=lambda a: a["q"].new_ones(1, 2, 1, 514), k=lambda a: a["q"].new_ones(1, 2, 1, 514)),
         r"qk_norm_rope: q must have a head dimension of at most 512, got shape \(1, 2, 1, 514\)",
     ),
-    BadCall(
-        "eps negative", set_to(eps=lambda a: -1.0), r"qk_norm_rope: eps must be finite and >= 0, got -1"
-    ),
+    BadCall("eps negative", set_to(eps=lambda a: -1.0), r"qk_norm_rope: eps must be finite and >= 0, got -1"),
     BadCall(
         "weight_offset infinite",
         set_to(weight_offset=lambda a: float("inf")),

@@ -16,7 +16,7 @@ struct RopeOptions {
   MaybeTensor positions = std::nullopt;  // int64 or int32, (S), (B or 1, S) or (total)
   bool interleaved = false;
   std::optional<std::int64_t> rotary_dim = std::nullopt;  // none: D
-  MaybeTensor cu_seqlens = std::nullopt;                  // int32, (sequences + 1), for (total, H, D)
+  MaybeTensor cu_seqlens = std::nullopt;  // int32, (sequences + 1), for (total, H, D)
 };
 
 namespace detail {
@@ -41,9 +41,9 @@ inline QAndK qk_norm_rope_fwd(const at::Tensor& q, const MaybeTensor& k,
                               double weight_offset, const RopeOptions& o) {
   using T = const at::Tensor&;
   using M = const MaybeTensor&;
-  static const auto op = find_operator<QAndK(T, M, M, M, T, T, double, double, M, bool,
-                                             std::optional<std::int64_t>, M)>(
-      "fastkern::qk_norm_rope_fwd");
+  static const auto op =
+      find_operator<QAndK(T, M, M, M, T, T, double, double, M, bool, std::optional<std::int64_t>,
+                          M)>("fastkern::qk_norm_rope_fwd");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(q, k, q_weight, k_weight, cos, sin, eps, weight_offset, given(o.positions),
                  o.interleaved, o.rotary_dim, given(o.cu_seqlens));
@@ -79,9 +79,9 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
     const Variables saved = ctx->get_saved_variables();
     const MaybeTensor dk =
         ctx->saved_data["with_k"].toBool() ? MaybeTensor(grads[1]) : std::nullopt;
-    auto [dq, back] = rope_fwd(grads[0], dk, saved[0], saved[1],
-                               saved_options(ctx, saved[2], saved[3]),
-                               !ctx->saved_data["inverse"].toBool());
+    auto [dq, back] =
+        rope_fwd(grads[0], dk, saved[0], saved[1], saved_options(ctx, saved[2], saved[3]),
+                 !ctx->saved_data["inverse"].toBool());
     return differentiable_once({dq, dk ? back : at::Tensor(), {}, {}, {}, {}}, "fastkern::rope");
   }
 };
@@ -101,9 +101,10 @@ struct QkNormRopeFunction : torch::autograd::Function<QkNormRopeFunction> {
     save_options(ctx, o);
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["weight_offset"] = weight_offset;
-    for (const auto& [name, t] :
-         {std::pair{"need_q", MaybeTensor(q)}, {"need_k", k}, {"need_q_weight", q_weight},
-          {"need_k_weight", k_weight}})
+    for (const auto& [name, t] : {std::pair{"need_q", MaybeTensor(q)},
+                                  {"need_k", k},
+                                  {"need_q_weight", q_weight},
+                                  {"need_k_weight", k_weight}})
       ctx->saved_data[name] = t && t->requires_grad();
     return {q_out, k_out};
   }
@@ -128,8 +129,15 @@ struct QkNormRopeFunction : torch::autograd::Function<QkNormRopeFunction> {
                 ctx->saved_data["weight_offset"].toDouble(), o.positions, o.interleaved,
                 o.rotary_dim, o.cu_seqlens, q, k, q_weight, k_weight);
     const auto wanted = [](bool need, const at::Tensor& t) { return need ? t : at::Tensor(); };
-    return differentiable_once({wanted(q, dq), wanted(k, dk), wanted(q_weight, dq_weight),
-                                wanted(k_weight, dk_weight), {}, {}, {}, {}, {}},
+    return differentiable_once({wanted(q, dq),
+                                wanted(k, dk),
+                                wanted(q_weight, dq_weight),
+                                wanted(k_weight, dk_weight),
+                                {},
+                                {},
+                                {},
+                                {},
+                                {}},
                                "fastkern::qk_norm_rope");
   }
 };
@@ -168,7 +176,8 @@ inline std::tuple<at::Tensor, at::Tensor> rope(const at::Tensor& q, const MaybeT
   return detail::q_and_k(out[0], out[1], other.has_value());
 }
 
-/// An RMS norm of each head of q and k, then rope, in one pass: the fastkern.qk_norm_rope of Python.
+/// An RMS norm of each head of q and k, then rope, in one pass: the fastkern.qk_norm_rope of
+/// Python.
 ///   q_weight, k_weight  (D), float32, float16 or bfloat16, or none
 inline std::tuple<at::Tensor, at::Tensor> qk_norm_rope(
     const at::Tensor& q, const MaybeTensor& k, const MaybeTensor& q_weight,
