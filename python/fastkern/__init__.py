@@ -18,6 +18,19 @@ load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
+from fastkern.ops.activation import (  # noqa: E402
+    bias_act,
+    clamped_swiglu,
+    clamped_swiglu_static_quant,
+    geglu,
+    geglu_static_quant,
+    gelu_and_mul,
+    glu,
+    reglu,
+    silu_and_mul,
+    swiglu,
+    swiglu_static_quant,
+)
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
@@ -31,6 +44,7 @@ from fastkern.ops.attention import (  # noqa: E402
     flash_attn_varlen,
     merge_attention,
 )
+from fastkern.ops.dropout import bias_dropout_add, dropout  # noqa: E402
 from fastkern.ops.group_norm import group_norm  # noqa: E402
 from fastkern.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastkern.ops.loss import cross_entropy  # noqa: E402
@@ -62,13 +76,22 @@ __all__ = [
     "add_rms_norm_parallel",
     "add_rms_norm_static_quant",
     "attn_dropout_mask",
+    "bias_act",
+    "bias_dropout_add",
     "causal_softmax",
+    "clamped_swiglu",
+    "clamped_swiglu_static_quant",
     "cross_entropy",
+    "dropout",
     "flash_attn",
     "flash_attn_varlen",
+    "geglu",
+    "geglu_static_quant",
+    "gelu_and_mul",
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
+    "glu",
     "group_norm",
     "layer_norm",
     "linear_cross_entropy",
@@ -76,10 +99,14 @@ __all__ = [
     "logsumexp",
     "masked_softmax",
     "merge_attention",
+    "reglu",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
+    "silu_and_mul",
     "softmax",
+    "swiglu",
+    "swiglu_static_quant",
 ]
 
 
