@@ -89,7 +89,7 @@ void bias_act_bwd(const BiasActBwd& a) {
               dx.given() ? target_piece(dx, row, first, scratch.row(2)) : scratch.row(2);
           formula::with_activation(a.kind, [&]<ActivationKind kKind>() {
             for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-              out[c] = d[c] * formula::value_and_slope<kKind, HostMath>(in[c] + b[c], {}).slope;
+              out[c] = formula::gradient<kKind, HostMath>(d[c], in[c] + b[c]);
             });
           });
           if (dx.given()) write_piece(dx, row, first, count, out);

@@ -175,7 +175,8 @@ Gradients bias_act_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& 
   call.rows(dy, args.dy);
   call.columns(bias, args.bias);
   Tensor dx = call.new_gradient(need_dx, call.x(), args.x.dtype, args.dx);
-  Tensor dbias = call.new_gradient(need_dbias, args.bias, args.bias.dtype, args.dbias);
+  const DType type = args.bias.given() ? args.bias.dtype : args.x.dtype;
+  Tensor dbias = call.new_gradient(need_dbias, args.bias, type, args.dbias);
   if (!call.empty() && (need_dx || need_dbias)) call.launch_sums(args);
   return {std::move(dx), std::move(dbias)};
 }

@@ -69,14 +69,13 @@ __device__ __forceinline__ void column_values(const Columns<T>& p, const float (
                                               std::int64_t element, std::uint64_t seed,
                                               std::uint64_t offset, float (&out)[kV]) {
   using M = Math<tile::Own<T>>;
-  constexpr ActivationNumbers kNone{};
   if constexpr (kOp == ColumnOp::bias_act) {
 #pragma unroll
-    for (int j = 0; j < kV; ++j) out[j] = formula::value<kKind, M>(a[j] + bias[j], kNone);
+    for (int j = 0; j < kV; ++j) out[j] = formula::value<kKind, M>(a[j] + bias[j], {});
   } else if constexpr (kOp == ColumnOp::bias_act_bwd) {
 #pragma unroll
     for (int j = 0; j < kV; ++j)
-      out[j] = a[j] * formula::value_and_slope<kKind, M>(b[j] + bias[j], kNone).slope;
+      out[j] = formula::gradient<kKind, M>(a[j], b[j] + bias[j]);
   } else {
 #pragma unroll
     for (int j = 0; j < kV; ++j)

@@ -49,7 +49,7 @@ __device__ __forceinline__ void with_kind(ActivationKind kind, const F& f) {
 /// before sm_90 is more of the kernels.
 template <int kOnly>
 inline constexpr int kForwardBlocks =
-    kOnly == static_cast<int>(ActivationKind::gelu) && !ptx::kHasClusters ? 3 : 4;
+    kOnly == static_cast<int>(ActivationKind::gelu) && !ptx::kHasClusters ? 2 : 4;
 template <int kOnly>
 inline constexpr int kBackwardBlocks =
     kOnly != kAnyKind && kOnly != static_cast<int>(ActivationKind::clamped_silu) ? 4

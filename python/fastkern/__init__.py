@@ -19,6 +19,19 @@ load_operators(Path(_core.__file__).parent / "lib")
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
 from fastkern.ops import pointwise as _pointwise  # noqa: E402
+from fastkern.ops.activation import (  # noqa: E402
+    bias_act,
+    clamped_swiglu,
+    clamped_swiglu_static_quant,
+    geglu,
+    geglu_static_quant,
+    gelu_and_mul,
+    glu,
+    reglu,
+    silu_and_mul,
+    swiglu,
+    swiglu_static_quant,
+)
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
@@ -32,6 +45,7 @@ from fastkern.ops.attention import (  # noqa: E402
     flash_attn_varlen,
     merge_attention,
 )
+from fastkern.ops.dropout import bias_dropout_add, dropout  # noqa: E402
 from fastkern.ops.group_norm import group_norm  # noqa: E402
 from fastkern.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastkern.ops.loss import cross_entropy  # noqa: E402
@@ -68,13 +82,22 @@ __all__ = [
     "add_rms_norm_parallel",
     "add_rms_norm_static_quant",
     "attn_dropout_mask",
+    "bias_act",
+    "bias_dropout_add",
     "causal_softmax",
+    "clamped_swiglu",
+    "clamped_swiglu_static_quant",
     "cross_entropy",
+    "dropout",
     "flash_attn",
     "flash_attn_varlen",
+    "geglu",
+    "geglu_static_quant",
+    "gelu_and_mul",
     "get_cmake_dir",
     "get_include",
     "get_library_dir",
+    "glu",
     "group_norm",
     "layer_norm",
     "linear_cross_entropy",
@@ -84,6 +107,7 @@ __all__ = [
     "merge_attention",
     "mrope_table",
     "qk_norm_rope",
+    "reglu",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
@@ -91,7 +115,10 @@ __all__ = [
     "rope_",
     "rope_table",
     "rope_table_from_config",
+    "silu_and_mul",
     "softmax",
+    "swiglu",
+    "swiglu_static_quant",
 ]
 __all__ += _pointwise.__all__
 

@@ -36,11 +36,11 @@ FASTKERN_FORMULA float sigmoid(float z) {
   return M::reciprocal(1.0f + M::exp(-z));
 }
 
-/// The exponential stays finite, so that a rest of 1 is no inf * 0. NaN stays NaN.
+/// NaN stays NaN.
 template <class M>
 FASTKERN_FORMULA Sigmoid sigmoid_and_rest(float z) {
-  const float e = M::exp(z < -87.0f ? 87.0f : -z), s = M::reciprocal(1.0f + e);
-  return {s, e * s};
+  const float e = M::exp(-z), s = M::reciprocal(1.0f + e);
+  return {s, z < -87.0f ? 1.0f : e * s};  // which may be inf * 0
 }
 
 /// P, and exp(-z^2 / 2) / sqrt(2 pi), its slope.
@@ -124,6 +124,16 @@ FASTKERN_FORMULA float value(float z, const ActivationNumbers& numbers) {
   }
 }
 
+/// Whether a gradient goes through: not where relu or a clamp cuts, be it NaN. As in torch, NaN itself
+/// passes relu, and no clamp.
+template <ActivationKind kKind>
+FASTKERN_FORMULA bool passes(float z, const ActivationNumbers& numbers) {
+  if constexpr (kKind == ActivationKind::relu) return !(z <= 0.0f);
+  if constexpr (kKind == ActivationKind::clamped_silu) return z <= numbers.limit;
+  return true;
+}
+
+/// The slope is that of what passes.
 struct ValueAndSlope {
   float value, slope;
 };
@@ -131,7 +141,7 @@ struct ValueAndSlope {
 template <ActivationKind kKind, class M>
 FASTKERN_FORMULA ValueAndSlope value_and_slope(float z, const ActivationNumbers& numbers) {
   if constexpr (kKind == ActivationKind::relu) {
-    return {z <= 0.0f ? 0.0f : z, z <= 0.0f ? 0.0f : 1.0f};
+    return {z <= 0.0f ? 0.0f : z, 1.0f};
   } else if constexpr (kKind == ActivationKind::sigmoid) {
     const Sigmoid found = sigmoid_and_rest<M>(z);
     return {found.s, found.s * found.rest};
@@ -143,11 +153,16 @@ FASTKERN_FORMULA ValueAndSlope value_and_slope(float z, const ActivationNumbers&
     if constexpr (kKind == ActivationKind::clamped_silu) c = at_most(z, numbers.limit);
     const Inner inner = inner_of<kKind>(c, numbers.alpha);
     const Sigmoid found = sigmoid_and_rest<M>(inner.z);
-    float slope = c * inner.slope * (found.s * found.rest) + found.s;
-    // As in torch, which gives NaN no gradient through a clamp.
-    if constexpr (kKind == ActivationKind::clamped_silu) slope = z <= numbers.limit ? slope : 0.0f;
-    return {c * found.s, slope};
+    // In this order: large c and slopes meet a 0 before they overflow.
+    return {c * found.s, c * (found.s * found.rest) * inner.slope + found.s};
   }
+}
+
+/// The gradient by z for one of dy by the result.
+template <ActivationKind kKind, class M>
+FASTKERN_FORMULA float gradient(float dy, float z) {
+  const float dz = dy * value_and_slope<kKind, M>(z, {}).slope;
+  return passes<kKind>(z, {}) ? dz : 0.0f;
 }
 
 /// activation(gate) * up; of clamped_silu: * (clamp(up, -limit, limit) + up_offset).
@@ -173,7 +188,7 @@ FASTKERN_FORMULA GatedSlopes gated_slopes(float dy, float gate, float up,
     dup = up >= -numbers.limit && up <= numbers.limit ? dup : 0.0f;
     up = at_most(up < -numbers.limit ? -numbers.limit : up, numbers.limit) + numbers.up_offset;
   }
-  return {dy * up * found.slope, dup};
+  return {passes<kKind>(gate, numbers) ? dy * up * found.slope : 0.0f, dup};
 }
 
 /// f.template operator()<kKind>() with a kind of gated activations.

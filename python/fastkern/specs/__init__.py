@@ -9,8 +9,10 @@ arguments must be refused in which words.
 from __future__ import annotations
 
 from fastkern.specs import (
+    activation,
     add_norm,
     attention,
+    dropout,
     group_norm,
     linear_cross_entropy,
     loss,
@@ -35,6 +37,8 @@ SPECS: tuple[OpSpec, ...] = (
     *linear_cross_entropy.SPECS,
     *rope.SPECS,
     *pointwise.SPECS,
+    *activation.SPECS,
+    *dropout.SPECS,
 )
 
 __all__ = [

@@ -16,7 +16,7 @@ from fastkern.specs.add_norm import BF16, F32, add_inputs, as_rounded, stream
 from fastkern.specs.norm import norm_inputs, norm_reference, norm_torch, rows, rows_size, size
 
 F8, I8 = torch.float8_e4m3fn, torch.int8
-_LARGEST = {F8: 448.0, I8: 127.0}
+LARGEST = {F8: 448.0, I8: 127.0}
 _STATIC = {F8: 0.01, I8: 0.03}  # scales at which a few values of a normalised row saturate, and most do not
 
 
@@ -30,12 +30,12 @@ def _inputs(static: bool, add: bool, *, quant_dtype: torch.dtype = F8, device: A
 
 def _scale_of(value: Tensor, quant_dtype: torch.dtype) -> Tensor:
     largest = value.abs().amax(-1, keepdim=True) if value.shape[-1] else value.new_zeros(*value.shape[:-1], 1)
-    return largest / _LARGEST[quant_dtype]
+    return largest / LARGEST[quant_dtype]
 
 
-def _quantised(value: Tensor, scale: Tensor, quant_dtype: torch.dtype) -> Tensor:
+def quantised(value: Tensor, scale: Tensor, quant_dtype: torch.dtype) -> Tensor:
     scaled = value / torch.where(scale == 0, 1.0, scale)
-    scaled = scaled.clamp(-_LARGEST[quant_dtype], _LARGEST[quant_dtype])
+    scaled = scaled.clamp(-LARGEST[quant_dtype], LARGEST[quant_dtype])
     return (scaled.round() if quant_dtype == I8 else scaled).to(quant_dtype)
 
 
@@ -64,7 +64,7 @@ def _reference(
     h = stream(x, residual) if add else x
     value = norm_reference("rms", as_rounded(h, residual_dtype), weight, eps, bias, weight_offset)
     if scale is not None:
-        value = value.clamp(-_LARGEST[quant_dtype] * scale, _LARGEST[quant_dtype] * scale)
+        value = value.clamp(-LARGEST[quant_dtype] * scale, LARGEST[quant_dtype] * scale)
     return _results(value, None if scale is not None else _scale_of(value, quant_dtype), h if add else None)
 
 
@@ -89,19 +89,19 @@ def _chain(
         h = stream(x.float() if dtype == torch.float32 else x, residual).to(dtype)
     y = norm_torch("rms", h, weight, eps, bias, weight_offset, torch.float32 if wide else x.dtype).float()
     step = _scale_of(y, quant_dtype) if scale is None else scale
-    return _results(_quantised(y, step, quant_dtype), step if scale is None else None, h if add else None)
+    return _results(quantised(y, step, quant_dtype), step if scale is None else None, h if add else None)
 
 
 # ---- as numbers ------------------------------------------------------------------------------------------------------
 
 
-def _decoded(inputs: Inputs, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def decoded(inputs: Inputs, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The product q * scale in place of q."""
     scale = inputs["scale"] if "scale" in inputs else outputs[1]
     return (outputs[0].float() * scale, *outputs[1:])
 
 
-def _half_step(inputs: Inputs, truth: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def half_step(inputs: Inputs, truth: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Half the distance between neighbours of q * scale: of int8 the scale, of float8 the last of its 3 bits.
 
     And what a scale below the smallest normal float32 may lose.
@@ -112,7 +112,7 @@ def _half_step(inputs: Inputs, truth: tuple[Tensor, ...]) -> tuple[Tensor | None
     else:
         units = (truth[0] / torch.where(scale == 0, 1.0, scale)).abs().clamp_min(2.0**-6)  # denormals are as wide
         half = torch.exp2(torch.floor(torch.log2(units)) - 4) * scale
-    half = (half + _LARGEST[inputs["quant_dtype"]] * torch.finfo(torch.float32).smallest_normal).expand_as(truth[0])
+    half = (half + LARGEST[inputs["quant_dtype"]] * torch.finfo(torch.float32).smallest_normal).expand_as(truth[0])
     return (half, *(None for _ in truth[1:]))
 
 
@@ -182,8 +182,8 @@ def _spec(name: str, static: bool, add: bool, variants: tuple[dict[str, Any], ..
         differentiable=(),
         strided=tensors,
         batched=tensors[: 1 + add],
-        decoded=_decoded,
-        slack=_half_step,
+        decoded=decoded,
+        slack=half_step,
         traffic=_traffic,
         flops=lambda inputs, backward: 6 * inputs["x"].numel(),
         bench_dims=(*rows(1, 4096), *rows(16384, 4096), *rows(8192, 8192)),
