@@ -62,7 +62,7 @@ def test_samples(name: str, device: str) -> None:
                 expected = both_gradients(info.op, arguments, sample.kwargs)
                 got = both_gradients(call_of(name), arguments, sample.kwargs)
                 for j, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-                    assert_close(ours, theirs, f"{what}, gradient {j}")
+                    assert_close(ours, theirs, f"{what}, gradient {j}", 1024 if name == "pow" else 64)
 
 
 def torch_function(name: str) -> Callable[..., Tensor]:

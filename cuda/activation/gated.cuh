@@ -3,7 +3,7 @@
 // activation_formula.h says what f is, activation.h which layouts there are.
 //
 //   work     elements on their own, shared out by extent.cuh
-//   memory   all packs of a thread are under way before the first is used: 8 forward, 6 backward,
+//   memory   all packs of a thread are under way before the first is used: 8 forward, 3 backward,
 //            of pairs half as many. A pack of pairs has half a pack of results, which are read and
 //            written 8 bytes at a time
 //   kinds    dense operands have a kernel for each f. The others have one for all, which picks f
@@ -22,7 +22,7 @@
 
 namespace fastkern::cuda::activation_detail {
 
-inline constexpr int kForwardPacks = 4, kBackwardPacks = 2;
+inline constexpr int kForwardPacks = 4, kBackwardPacks = 1;
 
 template <class T>
 struct Gated {
@@ -45,16 +45,21 @@ __device__ __forceinline__ void with_kind(ActivationKind kind, const F& f) {
   }
 }
 
-/// Blocks on a multiprocessor that registers are kept for. What would spill gets more of them, which
-/// before sm_90 is more of the kernels.
+/// Blocks on a multiprocessor that registers are kept for. What would spill gets more of them,
+/// which before sm_90 is more of the kernels.
 template <int kOnly>
 inline constexpr int kForwardBlocks =
     kOnly == static_cast<int>(ActivationKind::gelu) && !ptx::kHasClusters ? 2 : 4;
 template <int kOnly>
+inline constexpr bool kShort = kOnly == static_cast<int>(ActivationKind::silu) ||
+                               kOnly == static_cast<int>(ActivationKind::relu) ||
+                               kOnly == static_cast<int>(ActivationKind::sigmoid);
+template <int kOnly>
 inline constexpr int kBackwardBlocks =
-    kOnly != kAnyKind && kOnly != static_cast<int>(ActivationKind::clamped_silu) ? 4
-    : ptx::kHasClusters                                                          ? 3
-                                                                                 : 2;
+    kShort<kOnly> && ptx::kHasClusters                                             ? 6
+    : kOnly != kAnyKind && kOnly != static_cast<int>(ActivationKind::clamped_silu) ? 4
+    : ptx::kHasClusters                                                            ? 3
+                                                                                   : 2;
 
 /// kPlain: rows are plain(), of one kind; kQuant: y has 8 bits.
 template <class T, bool kPlain, bool kQuant, int kOnly>
@@ -234,8 +239,8 @@ __global__ void __launch_bounds__(kMostThreads, 4)
       tile::unpack(x[i], v);
 #pragma unroll
       for (int j = 0; j < kH; ++j) {
-        const auto slopes = formula::gated_slopes<kKind, Math<T>>(dy[i][j], v[2 * j], v[2 * j + 1],
-                                                                  p.numbers);
+        const auto slopes =
+            formula::gated_slopes<kKind, Math<T>>(dy[i][j], v[2 * j], v[2 * j + 1], p.numbers);
         v[2 * j] = slopes.gate, v[2 * j + 1] = slopes.up;
       }
       x[i] = tile::pack_of<T>(v);

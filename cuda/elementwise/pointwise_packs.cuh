@@ -10,6 +10,9 @@
 //   index    rows: a division by multiplication for each dimension and pack
 //   memory   16 bytes an access; a condition or a boolean result has one byte for each element of
 //            the pack. All packs of a thread are under way before the first conversion
+//   shift    where an input of a flat call lies at another distance from 16 bytes than the result,
+//   a
+//            thread reads the 16 bytes in which its pack begins and has the rest from the next lane
 //   edges    of a flat call, elements before the first pack and behind the last: one each for the
 //            first threads of the first block
 //   cost     reads and writes each operand once. Of bf16, per element: the formula, one instruction
@@ -29,6 +32,7 @@ struct PackAccess {
   char* data;
   std::int32_t inner;                // 1: packs along the row; 0: one element for all of it
   std::int32_t strides[kOuterDims];  // elements, of the dimensions around a row
+  int shift;                         // bytes that packs of a flat call lie behind 16-byte borders
   bool number;                       // of the call, instead of a tensor
 };
 
@@ -58,8 +62,9 @@ inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
 template <class F, class S, class O, class T>
 struct Packs {
   static constexpr int kIn = F::kInputs, V = 16 / sizeof(S);
-  static constexpr int kPacks = kLong<F> ? 1 : kIn == 1 ? 4 : 2;
-  static constexpr int kBlocks = kLong<F> ? 3 : 4;  // of a multiprocessor
+  // 32 to 64 KiB under way on a multiprocessor: with twice that, copies were a fifth slower.
+  static constexpr int kPacks = kLong<F> || (kIn == 1 && sizeof(S) >= 4) ? 1 : 2;
+  static constexpr int kBlocks = kLong<F> ? (kIn == 1 ? 5 : 3) : kIn == 1 ? 6 : 4;  // at least
   template <int kInput>
   using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
 
@@ -125,6 +130,44 @@ struct Packs {
     }
   }
 
+  /// Pack k of an input that is shifted: its bytes out of those read by this lane and by the next.
+  template <int kInput>
+  __device__ __forceinline__ void join(const PackParams<T>& p, int k) {
+    using I = In<kInput>;
+    const PackAccess& a = p.in[kInput];
+    Words<std::uint32_t, 8> both;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      both.w[w] = words[kInput][k].w[w];
+      both.w[4 + w] =
+          __shfl_sync(0xffffffffu, both.w[w], static_cast<int>(threadIdx.x % 32 + 1) % 32);
+    }
+    // The next pack is another warp's, or there is none.
+    if (inside[k] && (threadIdx.x % 32 == 31 || column[k] + 1 >= p.groups)) {
+      Words<std::uint32_t, 4> last;
+      load_pack<16>(place<sizeof(I)>(a.data, at(p, a, k) + V), last);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) both.w[4 + w] = last.w[w];
+    }
+    const int bits = 8 * (a.shift % 4);
+    const auto joined = [&]<int kFirst>() {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[kInput][k].w[w] = __funnelshift_r(
+            both.w[kFirst + w], both.w[kFirst + w + 1 < 8 ? kFirst + w + 1 : 7], bits);
+      }
+    };
+    if (a.shift < 4) {
+      joined.template operator()<0>();
+    } else if (a.shift < 8) {
+      joined.template operator()<1>();
+    } else if (a.shift < 12) {
+      joined.template operator()<2>();
+    } else {
+      joined.template operator()<3>();
+    }
+  }
+
   /// Pack k of an input as T: one pack at a time, so that the others stay as small as they came.
   template <int kInput>
   __device__ __forceinline__ Words<T, V> values(const PackParams<T>& p, int k) const {
@@ -149,6 +192,13 @@ struct Packs {
     if constexpr (kIn > 2) load<2>(p);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
+      if (p.in[0].shift != 0) join<0>(p, k);
+      if constexpr (kIn > 1) {
+        if (p.in[1].shift != 0) join<1>(p, k);
+      }
+      if constexpr (kIn > 2) {
+        if (p.in[2].shift != 0) join<2>(p, k);
+      }
       Words<T, V> a = values<0>(p, k), b = a, c = a;
       if constexpr (kIn > 1) b = values<1>(p, k);
       if constexpr (kIn > 2) c = values<2>(p, k);
@@ -166,9 +216,9 @@ struct Packs {
     using I = In<kInput>;
     const PackAccess& a = p.in[kInput];
     if (a.number) return p.numbers[kInput];
-    // Packs begin at `data`, elements `head` before it.
+    // Packs begin `shift` bytes behind `data`, elements `head` before them.
     const std::int64_t from = a.inner != 0 ? element - p.head : 0;
-    return to_compute<T>(reinterpret_cast<const I*>(a.data)[from]);
+    return to_compute<T>(reinterpret_cast<const I*>(a.data + a.shift)[from]);
   }
 
   static __device__ __forceinline__ void run_edges(const PackParams<T>& p) {
@@ -200,21 +250,15 @@ bool in_packs(const PointwisePlan& plan, int vector, PackParams<T>& p) {
   PackAccess* accesses[kMaxInputs + 1] = {&p.out};
   for (int i = 0; i < plan.inputs; ++i) views[i + 1] = &plan.in[i], accesses[i + 1] = &p.in[i];
   const int count = plan.inputs + 1;
-  const auto aligned = [&](const PointwiseView& v, std::int64_t bytes, std::int64_t head) {
+  const auto aligned = [&](const PointwiseView& v, std::int64_t head) {
     const std::int64_t size = size_of(v.dtype);
-    return (static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(v.data)) + bytes +
-            head * size) %
-               (vector * size) ==
-           0;
+    return (reinterpret_cast<std::uintptr_t>(v.data) + head * size) % (vector * size) == 0;
   };
   p.outer = plan.ndim - 1;
   if (p.outer > kOuterDims) return false;
   std::int64_t head = p.outer == 0 ? -1 : 0;
   for (std::int64_t h = 0; head < 0 && h < vector && h <= plan.numel; ++h) {
-    bool all = true;
-    for (int i = 0; i < count; ++i)
-      all &= !views[i]->data || views[i]->strides[0] == 0 || aligned(*views[i], 0, h);
-    if (all) head = h;
+    if (aligned(plan.out, h)) head = h;
   }
   if (head < 0 || (p.outer > 0 && plan.sizes[0] % vector != 0)) return false;
   for (int i = 0; i < count; ++i) {
@@ -222,14 +266,16 @@ bool in_packs(const PointwisePlan& plan, int vector, PackParams<T>& p) {
     PackAccess& a = *accesses[i];
     a.number = !v.data;
     a.data = v.data;
-    a.inner = 0;
+    a.inner = a.shift = 0;
     if (a.number) continue;
     const std::int64_t size = size_of(v.dtype);
     if (v.strides[0] != 0) {
       if (v.strides[0] != size) return false;
       a.inner = 1;
       a.data += head * size;
-      if (p.outer > 0 && !aligned(v, 0, 0)) return false;
+      a.shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(a.data) % (vector * size));
+      if (a.shift != 0 && (p.outer > 0 || vector * size != 16)) return false;
+      a.data -= a.shift;
     }
     for (int d = 0; d < p.outer; ++d) {
       if (v.strides[d + 1] % size != 0 || (a.inner != 0 && v.strides[d + 1] % (vector * size) != 0))

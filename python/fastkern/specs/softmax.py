@@ -206,9 +206,7 @@ def _dim_bad_calls(op: str) -> tuple[BadCall, ...]:
 
 def _dtype_bad_calls(op: str) -> tuple[BadCall, ...]:
     message = rf"{op}: dtype must be torch\.float32, torch\.float16 or torch\.bfloat16, got "
-    return (
-        BadCall("dtype int8", set_to(dtype=lambda a: torch.int8), message + r"torch\.int8"),
-    )
+    return (BadCall("dtype int8", set_to(dtype=lambda a: torch.int8), message + r"torch\.int8"),)
 
 
 def _scale_bad_calls(op: str) -> tuple[BadCall, ...]:
