@@ -38,6 +38,20 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
+/// 16 bytes, or the first 8 of them, or none if `bytes` is 0, of memory that the kernel also writes;
+/// what is not read is undefined. Not kept in L1.
+__device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .pred all, half;\nsetp.eq.s32 all, %5, 16;\nsetp.eq.s32 half, %5, 8;\n"
+      "@all ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "@half ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%4];\n}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(p), "r"(bytes)
+      : "memory");
+  return v;
+}
+
 /// 16 bytes of shared memory. Volatile: where the source reads twice, it is read twice instead of
 /// kept in registers.
 __device__ __forceinline__ uint4 ld_shared(const void* p) {
@@ -62,6 +76,7 @@ __device__ __forceinline__ void st_global_8(void* p, uint2 v) {
 /// 16 bytes through L2 alone: what other multiprocessors write, or read.
 __device__ __forceinline__ float4 ld_global_cg(const float4* p) { return __ldcg(p); }
 __device__ __forceinline__ void st_global_cg(float4* p, float4 v) { __stcg(p, v); }
+__device__ __forceinline__ float ld_global_cg(const float* p) { return __ldcg(p); }
 
 /// p += v, in L2.
 __device__ __forceinline__ void red_add_global(float4* p, float4 v) {
@@ -79,6 +94,13 @@ __device__ __forceinline__ void red_add_global(float4* p, float4 v) {
 
 /// *p, which becomes one more.
 __device__ __forceinline__ int draw_number(int* p) { return atomicAdd(p, 1); }
+
+/// The same, after what this thread has read before.
+__device__ __forceinline__ int draw_number_ordered(int* p) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+  return before;
+}
 
 /// *p as it is, or was a little before.
 __device__ __forceinline__ int ld_global_relaxed(const int* p) {

@@ -18,6 +18,7 @@ load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
+from fastkern import optim as optim  # noqa: E402
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
