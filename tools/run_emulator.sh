@@ -19,13 +19,14 @@ done
 # The kernels as C++ that g++ takes. Whatever a rule here misses is an error of the compiler.
 stage=$build/stage
 rm -rf "$stage"
-mkdir -p "$stage/norm" "$stage/attention" "$stage/softmax" "$stage/loss" "$stage/tile"
+mkdir -p "$stage/norm" "$stage/attention" "$stage/softmax" "$stage/loss" "$stage/optim" "$stage/tile"
 cp cuda/dispatch.h "$stage"
 cp cuda/tile/*.cuh "$stage/tile"
 cp cuda/norm/* "$stage/norm"
 cp cuda/attention/* "$stage/attention"
 cp cuda/softmax/* "$stage/softmax"
 cp cuda/loss/* "$stage/loss"
+cp cuda/optim/* "$stage/optim"
 # asm without instructions, which only hides values from nvcc; shared memory, dynamic and static
 sed -i -E \
   -e 's/^ *asm volatile\("" : .*;$//' \

@@ -83,7 +83,7 @@ int main(int argc, char** argv) {
   catch_signals();
 
   const auto alone = [&](const char* family) {
-    for (const char* other : {"attention", "softmax", "loss"}) {
+    for (const char* other : {"attention", "softmax", "loss", "optim"}) {
       if (family != std::string(other) && options.names.count(other) > 0) return false;
     }
     return true;
@@ -98,6 +98,7 @@ int main(int argc, char** argv) {
   add("attention", attention_cases);
   add("softmax", softmax_cases);
   add("loss", loss_cases);
+  add("optim", optim_cases);
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

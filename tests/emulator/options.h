@@ -34,12 +34,13 @@ struct Options {
 /// Prints how it is used, and exits, where the arguments make no sense.
 Options parse_options(int argc, char** argv);
 
-/// The cases of each family, norm_cases.cpp, group_norm.cpp, attention.cpp, softmax.cpp and
-/// loss.cpp.
+/// The cases of each family, norm_cases.cpp, group_norm.cpp, attention.cpp, softmax.cpp,
+/// loss.cpp and optim.cpp.
 std::vector<Case> norm_cases(const Options& options);
 std::vector<Case> group_norm_cases(const Options& options);
 std::vector<Case> attention_cases(const Options& options);
 std::vector<Case> softmax_cases(const Options& options);
 std::vector<Case> loss_cases(const Options& options);
+std::vector<Case> optim_cases(const Options& options);
 
 }  // namespace emulator
