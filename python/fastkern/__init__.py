@@ -42,6 +42,17 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
+from fastkern.ops.optim import (  # noqa: E402
+    adagrad_,
+    adam_,
+    adamw_,
+    lamb_,
+    lion_,
+    nadam_,
+    radam_,
+    rmsprop_,
+    sgd_,
+)
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,
     log_softmax,
@@ -54,6 +65,9 @@ __version__: str = _core.build_info()["version"]
 
 __all__ = [
     "__version__",
+    "adagrad_",
+    "adam_",
+    "adamw_",
     "add_layer_norm",
     "add_layer_norm_",
     "add_layer_norm_parallel",
@@ -71,15 +85,21 @@ __all__ = [
     "get_include",
     "get_library_dir",
     "group_norm",
+    "lamb_",
     "layer_norm",
     "linear_cross_entropy",
+    "lion_",
     "log_softmax",
     "logsumexp",
     "masked_softmax",
     "merge_attention",
+    "nadam_",
+    "radam_",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
+    "rmsprop_",
+    "sgd_",
     "softmax",
 ]
 

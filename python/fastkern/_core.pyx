@@ -260,6 +260,13 @@ cdef class OptimParameters:
             else:
                 _cpu_step(self._step)
 
+    def use_params_as_grads(self):
+        """Lets ``norm`` and ``scale`` work on ``likes``."""
+        cdef OptimTable table = OptimTable(self._host, self._count)
+        cdef Py_ssize_t i
+        for i in range(self._count):
+            table.grad()[i] = table.tensor()[i].param
+
     def workspace_bytes(self):
         """Bytes of the ``workspace`` of ``step``."""
         return optim_workspace(self._step.kind, self._count, self.chunks)

@@ -12,6 +12,9 @@ from torch import Tensor
 from fastkern.optim import _plan
 from fastkern.optim._plan import Bucket, Entry
 
+# beta1, beta2, eps, weight_decay, decay_base, decoupled, nesterov: what they are is the kernel's to say.
+Numbers = tuple[float, float, float, float, float, bool, bool]
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "remainder")
 # The state that a rounding keeps, and its type (None: that of the parameter).
@@ -68,15 +71,15 @@ class Optimizer(torch.optim.Optimizer):
         """Names of the states, in the kernel's order."""
         raise NotImplementedError
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, float, float, float, float, bool, bool]:
-        """beta1, beta2, eps, weight_decay, decay_base, decoupled, nesterov: what they are is the kernel's to say."""
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
+        """What the kernel takes of a group, but for the rate."""
         raise NotImplementedError
 
     def _has_step(self, group: dict[str, Any]) -> bool:
         """Whether parameters count their steps."""
         return True
 
-    def _first_value(self, name: str, group: dict[str, Any]) -> float:
+    def _first_value(self, name: str, p: Tensor, group: dict[str, Any]) -> float:
         """What a state, or a scalar, begins with."""
         return 0.0
 
@@ -116,6 +119,16 @@ class Optimizer(torch.optim.Optimizer):
             if rounding in ("stochastic", "remainder") and p.dtype == torch.float16:
                 raise ValueError(f"{self._name}: rounding {rounding!r} must have no float16 parameters, got one")
 
+    def _check_positive(self, group: dict[str, Any], *names: str) -> None:
+        for name in names:
+            if not group[name] >= 0.0:
+                raise ValueError(f"{self._name}: {name} must be >= 0, got {group[name]}")
+
+    def _check_betas(self, group: dict[str, Any]) -> None:
+        for i, beta in enumerate(group["betas"]):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{self._name}: betas[{i}] must be in [0, 1), got {beta}")
+
     def _rounding(self, p: Tensor, group: dict[str, Any]) -> str:
         """Float32 parameters keep all of their value."""
         return "nearest" if p.dtype == torch.float32 else group["rounding"]
@@ -130,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if state.get(name) is None:
                 self._refuse_capture(p)
-                state[name] = torch.full_like(like, self._first_value(name, group), dtype=dtype, requires_grad=False)
+                state[name] = torch.full_like(like, self._first_value(name, p, group), dtype=dtype, requires_grad=False)
             state[name] = _plan.conform(state[name], like, dtype)
             states.append(state[name])
         extra = None
@@ -155,7 +168,7 @@ class Optimizer(torch.optim.Optimizer):
         for device, those in missing.items():
             for p, _ in those:
                 self._refuse_capture(p)
-            values = [self._first_value(name, group) for _, group in those]
+            values = [self._first_value(name, p, group) for p, group in those]
             memory = torch.tensor(values, dtype=torch.float32).to(device)
             for i, (p, _) in enumerate(those):
                 self.state[p][name] = memory[i]

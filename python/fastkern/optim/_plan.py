@@ -100,7 +100,8 @@ def clip(
     """The norm of all gradients, and for each device what they are to be multiplied with."""
     devices: dict[torch.device, list[Bucket]] = {}
     for bucket in buckets:
-        devices.setdefault(bucket.device, []).append(bucket)
+        if bucket.parameters.chunks:
+            devices.setdefault(bucket.device, []).append(bucket)
     largest = norm_type == float("inf")
     norms, factors = [], {}
     for device, parts in devices.items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.optim._base import Optimizer
+from fastkern.optim._base import Numbers, Optimizer
 
 
 class Adam(Optimizer):
@@ -75,12 +75,8 @@ class Adam(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for i, beta in enumerate(group["betas"]):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"{self._name}: betas[{i}] must be in [0, 1), got {beta}")
-        for name in ("eps", "weight_decay"):
-            if not group[name] >= 0.0:
-                raise ValueError(f"{self._name}: {name} must be >= 0, got {group[name]}")
+        self._check_betas(group)
+        self._check_positive(group, "eps", "weight_decay")
 
     def _kind(self, group: dict[str, Any]) -> str:
         return "amsgrad" if group["amsgrad"] else "adam"
@@ -88,7 +84,7 @@ class Adam(Optimizer):
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, float, float, float, float, bool, bool]:
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
         beta1, beta2 = group["betas"]
         return beta1, beta2, group["eps"], group["weight_decay"], 0.0, group["decoupled_weight_decay"], False
 
