@@ -11,13 +11,25 @@ namespace fastkern::cpu {
 namespace {
 
 template <class Formula>
-FASTKERN_INLINE void update_block(const typename Formula::Numbers& numbers, int n,
-                                  OptimBuffers& b) {
+FASTKERN_INLINE void update_block(const typename Formula::Numbers& numbers, float factor, int n,
+                                  const OptimBuffers& b) {
+  constexpr int kStates = Formula::kStates;
+  const typename Formula::Numbers local = numbers;
+  float* const p = b.p;
+  const float* const g = b.g;
+  float* const s0 = b.s[0];
+  float* const s1 = b.s[kStates > 1 ? 1 : 0];
+  float* const s2 = b.s[kStates > 2 ? 2 : 0];
+#pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    float states[Formula::kStates];
-    for (int k = 0; k < Formula::kStates; ++k) states[k] = b.s[k][i];
-    b.p[i] = Formula::update(numbers, b.p[i], b.g[i], states);
-    for (int k = 0; k < Formula::kStates; ++k) b.s[k][i] = states[k];
+    float states[kStates];
+    states[0] = s0[i];
+    if constexpr (kStates > 1) states[1] = s1[i];
+    if constexpr (kStates > 2) states[2] = s2[i];
+    p[i] = Formula::update(local, p[i], optim::mul(g[i], factor), states);
+    s0[i] = states[0];
+    if constexpr (kStates > 1) s1[i] = states[1];
+    if constexpr (kStates > 2) s2[i] = states[2];
   }
 }
 
@@ -37,9 +49,9 @@ void step_all(const OptimStep& a, const OptimTable& table) {
         factor = optim::gradient_factor(start.group, a.grad_factor, a.grad_scale);
         step = start.steps, last = i;
       }
-      load_buffers(a, t, table.grad()[i], factor, at, n, buffers);
+      load_buffers(a, t, table.grad()[i], at, n, buffers);
       with_best_isa([&]() __attribute__((always_inline)) {
-        update_block<Formula>(numbers, n, buffers);
+        update_block<Formula>(numbers, factor, n, buffers);
       });
       store_values(a, t, step, at, n, buffers);
       store_states(a, t, at, n, buffers);

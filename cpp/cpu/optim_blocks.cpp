@@ -65,17 +65,34 @@ FASTKERN_INLINE void put_values(const OptimStep& a, const OptimTensor& t, std::u
   }
 }
 
+/// The values of a block are those in memory.
+bool in_place(const OptimStep& a) {
+  return a.param == DType::f32 && a.rounding == OptimRounding::nearest;
+}
+
 }  // namespace
 
-void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, float factor,
-                  std::int64_t at, int n, OptimBuffers& b) {
+void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, std::int64_t at,
+                  int n, OptimBuffers& b) {
   with_best_isa([&]() __attribute__((always_inline)) {
-    get_values(a, t, at, n, b.p);
-    if (grad) {
-      load_block(a.grad, grad, at, n, b.g);
-      for (int i = 0; i < n; ++i) b.g[i] *= factor;
+    if (in_place(a)) {
+      b.p = static_cast<float*>(t.param) + at;
+    } else {
+      b.p = b.memory[0];
+      get_values(a, t, at, n, b.p);
+    }
+    if (grad && a.grad == DType::f32) {
+      b.g = static_cast<const float*>(grad) + at;
+    } else if (grad) {
+      b.g = b.memory[1];
+      load_block(a.grad, grad, at, n, b.memory[1]);
     }
     for (int k = 0; k < optim_states(a.kind); ++k) {
+      if (t.state[k] && a.state == DType::f32) {
+        b.s[k] = static_cast<float*>(t.state[k]) + at;
+        continue;
+      }
+      b.s[k] = b.memory[2 + k];
       if (t.state[k]) {
         load_block(a.state, t.state[k], at, n, b.s[k]);
       } else {
@@ -87,12 +104,14 @@ void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, fl
 
 void store_values(const OptimStep& a, const OptimTensor& t, std::uint64_t step, std::int64_t at,
                   int n, const OptimBuffers& b) {
+  if (in_place(a)) return;
   with_best_isa(
       [&]() __attribute__((always_inline)) { put_values(a, t, step, at, n, b.p); });
 }
 
 void store_states(const OptimStep& a, const OptimTensor& t, std::int64_t at, int n,
                   const OptimBuffers& b) {
+  if (a.state == DType::f32) return;
   with_best_isa([&]() __attribute__((always_inline)) {
     for (int k = 0; k < optim_states(a.kind); ++k) {
       if (t.state[k]) store_block(a.state, t.state[k], at, n, b.s[k]);

@@ -38,13 +38,17 @@ FASTKERN_INLINE void store_block(DType type, void* to, std::int64_t at, int n, c
   dispatch(type, [&]<class T>() __attribute__((always_inline)) { store_block<T>(to, at, n, in); });
 }
 
-/// A block of a parameter's elements as float32: values, gradients times a factor, states.
+/// A block of a parameter's elements as float32: values, gradients, states. What is float32 in memory
+/// stays there.
 struct OptimBuffers {
-  float p[kOptimBlock], g[kOptimBlock], s[kOptimStates][kOptimBlock];
+  float* p;
+  const float* g;
+  float* s[kOptimStates];
+  float memory[2 + kOptimStates][kOptimBlock];
 };
-/// States that are not given are 0. Without a gradient, g is left alone.
-void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, float factor,
-                  std::int64_t at, int n, OptimBuffers& b);
+/// States that are not given are 0. Without a gradient there is no g.
+void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, std::int64_t at,
+                  int n, OptimBuffers& b);
 /// Values, rounded as the parameter's rounding says; `step` counts the one under way.
 void store_values(const OptimStep& a, const OptimTensor& t, std::uint64_t step, std::int64_t at,
                   int n, const OptimBuffers& b);

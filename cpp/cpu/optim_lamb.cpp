@@ -11,27 +11,38 @@ namespace {
 using optim::Lamb;
 
 /// The squares of values and of directions are added to `sums`, in eight lanes.
-FASTKERN_INLINE void average_block(const Lamb::Numbers& numbers, int n, OptimBuffers& b,
-                                   float (&sums)[2]) {
-  float lanes[2][8] = {};
+FASTKERN_INLINE void average_block(const Lamb::Numbers& numbers, float factor, int n,
+                                   const OptimBuffers& b, float (&sums)[2]) {
+  float lanes[2][8] = {}, direction[kOptimBlock];
+  const Lamb::Numbers local = numbers;
+  const float* const p = b.p;
+  const float* const g = b.g;
+  float* const s0 = b.s[0];
+  float* const s1 = b.s[1];
+#pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    float states[2] = {b.s[0][i], b.s[1][i]};
-    Lamb::average(numbers, b.g[i], states);
-    b.s[0][i] = states[0], b.s[1][i] = states[1];
-    b.g[i] = Lamb::direction(numbers, b.p[i], states);
+    float states[2] = {s0[i], s1[i]};
+    Lamb::average(local, optim::mul(g[i], factor), states);
+    s0[i] = states[0], s1[i] = states[1];
+    direction[i] = Lamb::direction(local, p[i], states);
   }
   for (int i = 0; i < n; ++i) {
-    lanes[0][i % 8] += b.p[i] * b.p[i];
-    lanes[1][i % 8] += b.g[i] * b.g[i];
+    lanes[0][i % 8] += p[i] * p[i];
+    lanes[1][i % 8] += direction[i] * direction[i];
   }
   for (int j = 0; j < 8; ++j) sums[0] += lanes[0][j], sums[1] += lanes[1][j];
 }
 
 FASTKERN_INLINE void apply_block(const Lamb::Numbers& numbers, float step_size, int n,
-                                 OptimBuffers& b) {
+                                 const OptimBuffers& b) {
+  const Lamb::Numbers local = numbers;
+  float* const p = b.p;
+  const float* const s0 = b.s[0];
+  const float* const s1 = b.s[1];
+#pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    const float states[2] = {b.s[0][i], b.s[1][i]};
-    b.p[i] = optim::fma(-step_size, Lamb::direction(numbers, b.p[i], states), b.p[i]);
+    const float states[2] = {s0[i], s1[i]};
+    p[i] = optim::fma(-step_size, Lamb::direction(local, p[i], states), p[i]);
   }
 }
 
@@ -51,9 +62,9 @@ void lamb_step(const OptimStep& a, const OptimTable& table) {
       const float factor = optim::gradient_factor(start.group, a.grad_factor, a.grad_scale);
       const Lamb::Numbers numbers = Lamb::numbers(start);
       float squares[2] = {sums[chunk], sums[chunks + chunk]};
-      load_buffers(a, t, table.grad()[i], factor, at, n, buffers);
+      load_buffers(a, t, table.grad()[i], at, n, buffers);
       with_best_isa([&]() __attribute__((always_inline)) {
-        average_block(numbers, n, buffers, squares);
+        average_block(numbers, factor, n, buffers, squares);
       });
       store_states(a, t, at, n, buffers);
       sums[chunk] = squares[0], sums[chunks + chunk] = squares[1];
@@ -72,7 +83,7 @@ void lamb_step(const OptimStep& a, const OptimTable& table) {
       const OptimTensor& t = table.tensor()[i];
       const optim::Start start = optim_start(a, t);
       const Lamb::Numbers numbers = Lamb::numbers(start);
-      load_buffers(a, t, nullptr, 1.0f, at, n, buffers);
+      load_buffers(a, t, nullptr, at, n, buffers);
       with_best_isa([&]() __attribute__((always_inline)) {
         apply_block(numbers, optim::mul(numbers.lr, ratios[i]), n, buffers);
       });
