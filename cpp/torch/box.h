@@ -12,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "fastkern/core.h"
 
@@ -37,6 +38,7 @@ class Tensor {
 };
 
 using OptionalTensor = std::optional<Tensor>;
+using TensorList = std::vector<Tensor>;
 
 /// An argument of schema type ScalarType: torch's own number of a dtype, taken as it comes, because
 /// the stable conversion throws on dtypes it does not know and ours names the argument.
@@ -54,6 +56,13 @@ T take(StableIValue value) {
   } else if constexpr (std::is_same_v<T, OptionalTensor>) {
     const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
     return handle ? OptionalTensor(std::in_place, *handle) : std::nullopt;
+  } else if constexpr (std::is_same_v<T, TensorList>) {
+    TensorList list;
+    for (const AtenTensorHandle handle :
+         torch::stable::detail::to<std::vector<AtenTensorHandle>>(value)) {
+      list.emplace_back(handle);
+    }
+    return list;
   } else if constexpr (std::is_same_v<T, OptionalType>) {
     const auto number = torch::stable::detail::to<std::optional<std::int32_t>>(value);
     return number ? OptionalType(TorchType{*number}) : std::nullopt;

@@ -126,6 +126,9 @@ std::string type_text(std::int32_t type) {
   return "torch scalar type number " + std::to_string(type);
 }
 
+std::int32_t torch_type(DType dtype) { return scalar_type(dtype); }
+std::int32_t int16_type() { return number_of(ScalarType::Short); }
+
 std::int32_t type_of(const Tensor& t) {
   std::int32_t type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));

@@ -40,6 +40,9 @@ class MaybeTensor {
 /// torch's own number of the dtype of `t`, and the name of the dtype with a number.
 std::int32_t type_of(const Tensor& t);
 std::string type_text(std::int32_t type);
+/// torch's numbers of a dtype of ours, and of int16.
+std::int32_t torch_type(DType dtype);
+std::int32_t int16_type();
 
 /// A view of `t`, whatever its dtype, which the caller sets; fail() unless its rank is supported.
 TensorRef view_of(const Tensor& t, const char* op, const char* argument);

@@ -18,6 +18,7 @@ load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
+from fastkern import optim as optim  # noqa: E402
 from fastkern.ops import pointwise as _pointwise  # noqa: E402
 from fastkern.ops.activation import (  # noqa: E402
     bias_act,
@@ -56,6 +57,17 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
+from fastkern.ops.optim import (  # noqa: E402
+    adagrad_,
+    adam_,
+    adamw_,
+    lamb_,
+    lion_,
+    nadam_,
+    radam_,
+    rmsprop_,
+    sgd_,
+)
 from fastkern.ops.pointwise import *  # noqa: E402, F403
 from fastkern.ops.pointwise import abs as abs  # noqa: A004, E402
 from fastkern.ops.pointwise import pow as pow  # noqa: A004, E402
@@ -73,6 +85,9 @@ __version__: str = _core.build_info()["version"]
 
 __all__ = [
     "__version__",
+    "adagrad_",
+    "adam_",
+    "adamw_",
     "add_layer_norm",
     "add_layer_norm_",
     "add_layer_norm_parallel",
@@ -99,22 +114,28 @@ __all__ = [
     "get_library_dir",
     "glu",
     "group_norm",
+    "lamb_",
     "layer_norm",
     "linear_cross_entropy",
+    "lion_",
     "log_softmax",
     "logsumexp",
     "masked_softmax",
     "merge_attention",
     "mrope_table",
+    "nadam_",
     "qk_norm_rope",
+    "radam_",
     "reglu",
     "rms_norm",
     "rms_norm_dynamic_quant",
     "rms_norm_static_quant",
+    "rmsprop_",
     "rope",
     "rope_",
     "rope_table",
     "rope_table_from_config",
+    "sgd_",
     "silu_and_mul",
     "softmax",
     "swiglu",

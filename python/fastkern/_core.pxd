@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 
@@ -57,3 +57,125 @@ cdef extern from "fastkern/norm.h" namespace "fastkern":
 cdef extern from "fastkern/norm.h" namespace "fastkern::cuda" nogil:
     Plan norm_plan(NormKind kind, int64_t n, DType dtype) except +
     Plan norm_bwd_plan(NormKind kind, int64_t n, DType dtype) except +
+
+
+cdef extern from "fastkern/core.h" namespace "fastkern" nogil:
+    cdef struct Stream:
+        void* handle
+        int device
+
+
+cdef extern from "fastkern/optim.h" namespace "fastkern" nogil:
+    cpdef enum class OptimKind(unsigned char):
+        adam
+        amsgrad
+        sgd
+        lion
+        adagrad
+        rmsprop
+        nadam
+        radam
+        lamb
+
+    cpdef enum class OptimRounding(unsigned char):
+        nearest
+        stochastic
+        kahan
+        master
+        remainder
+
+    const int kOptimStates
+    const int kOptimGroups
+    const int64_t kOptimInlineGrads
+
+    cdef struct OptimTensor:
+        void* param
+        void* state[3]
+        void* extra
+        float* step
+        float* product
+        int64_t numel
+        int32_t group
+        uint32_t index
+
+    cdef struct OptimGroup:
+        double lr
+        const float* lr_tensor
+        double beta1
+        double beta2
+        double eps
+        double weight_decay
+        double decay_base
+        cbool decoupled
+        cbool nesterov
+        cbool maximize
+
+    cdef cppclass OptimTable:
+        OptimTable()
+        OptimTable(void* memory, int64_t tensors)
+        @staticmethod
+        int64_t bytes(int64_t tensors)
+        @staticmethod
+        int64_t grad_offset(int64_t tensors)
+        OptimTensor* tensor()
+        const void** grad()
+        int64_t chunks()
+        void number_chunks(const char* op) except +
+
+    cdef struct OptimStep:
+        const char* op
+        OptimKind kind
+        OptimRounding rounding
+        DType param
+        DType grad
+        DType state
+        int64_t tensors
+        const void* host
+        void* table
+        int groups
+        OptimGroup group[32]
+        const float* grad_scale
+        const float* grad_factor
+        const float* found_inf
+        uint64_t seed
+        float* workspace
+
+    cdef struct OptimNorm:
+        const char* op
+        DType grad
+        int64_t tensors
+        const void* host
+        void* table
+        cbool largest
+        cbool first
+        cbool last
+        double max_norm
+        const float* grad_scale
+        float* partials
+        double* sum
+        float* norm
+        float* factor
+
+    cdef struct OptimScale:
+        const char* op
+        DType grad
+        int64_t tensors
+        const void* host
+        void* table
+        const float* factor
+
+    int64_t optim_workspace(OptimKind kind, int64_t tensors, int64_t chunks)
+
+
+cdef extern from "fastkern/optim.h" namespace "fastkern::cpu" nogil:
+    void _cpu_step "fastkern::cpu::optim_step"(const OptimStep& args) except +
+    void _cpu_norm "fastkern::cpu::optim_norm"(const OptimNorm& args) except +
+    void _cpu_scale "fastkern::cpu::optim_scale"(const OptimScale& args) except +
+
+
+cdef extern from "fastkern/optim.h" namespace "fastkern::cuda" nogil:
+    void _cuda_step "fastkern::cuda::optim_step"(const OptimStep& args, Stream stream) except +
+    void _cuda_norm "fastkern::cuda::optim_norm"(const OptimNorm& args, Stream stream) except +
+    void _cuda_scale "fastkern::cuda::optim_scale"(const OptimScale& args, Stream stream) except +
+    void _cuda_write "fastkern::cuda::optim_write"(void* device, const void* host, int64_t bytes, const char* op,
+                                                   Stream stream) except +

@@ -2,7 +2,12 @@
 # cython: language_level=3
 """What the compiled library knows and Python wants to know; importing it does not touch CUDA."""
 
-from libc.stdint cimport int64_t
+import weakref
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject_CallMethodObjArgs, PyObject_GetAttr
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 _DTYPES = {"float32": DType.f32, "float16": DType.f16, "bfloat16": DType.bf16}
 _NORMS = {"rms_norm": NormKind.rms, "layer_norm": NormKind.layer}
@@ -86,3 +91,222 @@ def plan(op, int64_t n, dtype):
         "blocks_per_sm": result.blocks_per_sm,
         "blocks_per_row": result.blocks_per_row,
     }
+
+
+cdef class OptimParameters:
+    """Parameters of one signature as the kernels of an optimizer see them: addresses in a table.
+
+    ``params`` have the gradients; ``likes`` are what is updated, the same tensors where those are dense. A step costs
+    three reads of an attribute for each parameter where nothing changed. What ``odd(i)`` gives stands for a gradient
+    whose elements do not lie as the parameter's do.
+    """
+
+    cdef OptimStep _step
+    cdef char* _host
+    cdef uint64_t* _param_seen
+    cdef uint64_t* _grad_seen
+    cdef Py_ssize_t _count
+    cdef list _params, _likes, _grads, _keep, _odd
+    cdef object _grad_dtype, _memory
+    cdef bint _static_changed, _grads_changed, _cuda
+    cdef Stream _stream
+    cdef readonly int64_t bytes
+    cdef readonly int64_t chunks
+    cdef readonly list updated  # the parameters with gradients
+
+    def __cinit__(self, kind, rounding, param, grad, state, int device, list params, list likes):
+        cdef Py_ssize_t i
+        self._count = len(params)
+        self.bytes = OptimTable.bytes(self._count)
+        self._host = <char*>PyMem_Malloc(self.bytes)
+        self._param_seen = <uint64_t*>PyMem_Malloc(16 * max(self._count, 1))
+        if not self._host or not self._param_seen:
+            raise MemoryError
+        self._grad_seen = self._param_seen + self._count
+        memset(self._host, 0, self.bytes)
+        memset(self._param_seen, 0, 16 * max(self._count, 1))
+        self._params, self._likes = params, likes
+        self._grads = [None] * self._count
+        self._keep = []
+        self._odd = []
+        self.updated = []
+        self._grad_dtype = grad
+        self._cuda = device >= 0
+        self._stream.device = device
+        self._step.kind = OptimKind[kind]
+        self._step.rounding = OptimRounding[rounding]
+        self._step.param = _DTYPES[str(param)[6:]]
+        self._step.grad = _DTYPES[str(grad)[6:]]
+        self._step.state = _DTYPES[str(state)[6:]]
+        self._step.tensors = self._count
+        self._step.host = self._host
+
+    def __dealloc__(self):
+        PyMem_Free(self._host)
+        PyMem_Free(self._param_seen)
+
+    def set(self, Py_ssize_t i, tuple states, extra, step, product, int group, uint64_t index):
+        """What parameter ``i`` has: its states and scalars, tensors or None, which are kept alive."""
+        cdef OptimTensor* t = OptimTable(self._host, self._count).tensor() + i
+        cdef Py_ssize_t k
+        like = self._likes[i]
+        t.param = <void*><uintptr_t>like.data_ptr()
+        for k in range(len(states)):
+            t.state[k] = self._address(states[k])
+        t.extra = self._address(extra)
+        t.step = <float*>self._address(step)
+        t.product = <float*>self._address(product)
+        t.numel = like.numel()
+        t.group = group
+        t.index = <uint32_t>index
+        self._param_seen[i] = self._params[i].data_ptr()
+
+    cdef void* _address(self, tensor) except? NULL:
+        if tensor is None:
+            return NULL
+        self._keep.append(tensor)
+        return <void*><uintptr_t>tensor.data_ptr()
+
+    def finish(self, memory):
+        """After the last ``set``: ``memory`` on the device, of ``bytes`` bytes; None on the CPU."""
+        cdef OptimTable table = OptimTable(self._host, self._count)
+        table.number_chunks(b"fastkern.optim")
+        self.chunks = table.chunks()
+        self._memory = memory
+        self._step.table = <void*><uintptr_t>memory.data_ptr() if memory is not None else self._host
+        self._static_changed = True
+
+    def collect(self, odd):
+        """Reads the gradients' addresses; False if a parameter is no longer what it was, or a gradient's type."""
+        cdef OptimTable table = OptimTable(self._host, self._count)
+        cdef const void** grads = table.grad()
+        cdef uint64_t address
+        cdef Py_ssize_t i
+        cdef bint others = False  # have gradients
+        if self._odd:
+            self._odd = []
+        for i in range(self._count):
+            param = self._params[i]
+            if _data_address(param) != self._param_seen[i]:
+                return False
+            grad = PyObject_GetAttr(param, "grad")
+            if grad is None:
+                address = 0
+                self._grads[i] = None
+            else:
+                address = _data_address(grad)
+                seen = self._grads[i]
+                if address != self._grad_seen[i] or seen is None or seen() is not grad:
+                    if grad.dtype is not self._grad_dtype:
+                        return False
+                    like = self._likes[i]
+                    if like is param and (grad.is_contiguous() and like.is_contiguous()
+                                          or grad.stride() == like.stride()):
+                        self._grads[i] = weakref.ref(grad)
+                    else:  # looked at again in every step
+                        grad = odd(grad, like)
+                        self._odd.append(grad)
+                        self._grads[i] = None
+                        address = grad.data_ptr()
+            if address == 0 and grad is not None:
+                address = 16  # a tensor without elements
+            if address != self._grad_seen[i]:
+                others = others or address == 0 or self._grad_seen[i] == 0
+                self._grad_seen[i] = address
+                grads[i] = <const void*><uintptr_t>address
+                self._grads_changed = True
+        if others:
+            self.updated = [self._params[i] for i in range(self._count) if self._grad_seen[i] != 0]
+        return True
+
+    def write(self, uint64_t stream):
+        """Brings the table on the device up to date, on a CUDA stream."""
+        cdef int64_t start = OptimTable.grad_offset(self._count)
+        if not self._cuda:
+            return
+        self._stream.handle = <void*><uintptr_t>stream
+        if self._static_changed:
+            start = 0
+        elif not self._grads_changed or self._count <= kOptimInlineGrads:
+            return
+        _cuda_write(<char*>self._step.table + start, self._host + start, self.bytes - start, b"fastkern.optim",
+                    self._stream)
+        self._static_changed = self._grads_changed = False
+
+    def step(self, list groups, uint64_t grad_scale, uint64_t grad_factor, uint64_t found_inf, uint64_t seed,
+             uint64_t workspace, uint64_t stream):
+        """One step on what was collected. Of ``groups`` each is ``(lr, lr_address, beta1, beta2, eps, weight_decay,
+        decay_base, decoupled, nesterov, maximize)``."""
+        cdef OptimGroup* group
+        cdef Py_ssize_t i
+        self._step.op = b"fastkern.optim"
+        self._step.groups = <int>len(groups)
+        for i in range(len(groups)):
+            group = &self._step.group[i]
+            lr, address, beta1, beta2, eps, weight_decay, decay_base, decoupled, nesterov, maximize = groups[i]
+            group.lr, group.lr_tensor = lr, <const float*><uintptr_t>address
+            group.beta1, group.beta2, group.eps, group.weight_decay = beta1, beta2, eps, weight_decay
+            group.decay_base = decay_base
+            group.decoupled, group.nesterov, group.maximize = decoupled, nesterov, maximize
+        self._step.grad_scale = <const float*><uintptr_t>grad_scale
+        self._step.grad_factor = <const float*><uintptr_t>grad_factor
+        self._step.found_inf = <const float*><uintptr_t>found_inf
+        self._step.seed = seed
+        self._step.workspace = <float*><uintptr_t>workspace
+        self._stream.handle = <void*><uintptr_t>stream
+        with nogil:
+            if self._cuda:
+                _cuda_step(self._step, self._stream)
+            else:
+                _cpu_step(self._step)
+
+    def use_params_as_grads(self):
+        """Lets ``norm`` and ``scale`` work on ``likes``."""
+        cdef OptimTable table = OptimTable(self._host, self._count)
+        cdef Py_ssize_t i
+        for i in range(self._count):
+            table.grad()[i] = table.tensor()[i].param
+
+    def workspace_bytes(self):
+        """Bytes of the ``workspace`` of ``step``."""
+        return optim_workspace(self._step.kind, self._count, self.chunks)
+
+    def norm(self, bint largest, bint first, bint last, double max_norm, uint64_t grad_scale, uint64_t partials,
+             uint64_t sum_, uint64_t norm, uint64_t factor, uint64_t stream):
+        """Adds these gradients to a norm; see ``OptimNorm`` in ``fastkern/optim.h``."""
+        cdef OptimNorm args
+        args.op = b"fastkern.optim"
+        args.grad, args.tensors = self._step.grad, self._count
+        args.host, args.table = self._host, self._step.table
+        args.largest, args.first, args.last = largest, first, last
+        args.max_norm = max_norm
+        args.grad_scale = <const float*><uintptr_t>grad_scale
+        args.partials = <float*><uintptr_t>partials
+        args.sum = <double*><uintptr_t>sum_
+        args.norm = <float*><uintptr_t>norm
+        args.factor = <float*><uintptr_t>factor
+        self._stream.handle = <void*><uintptr_t>stream
+        with nogil:
+            if self._cuda:
+                _cuda_norm(args, self._stream)
+            else:
+                _cpu_norm(args)
+
+    def scale(self, uint64_t factor, uint64_t stream):
+        """Multiplies these gradients, in place."""
+        cdef OptimScale args
+        args.op = b"fastkern.optim"
+        args.grad, args.tensors = self._step.grad, self._count
+        args.host, args.table = self._host, self._step.table
+        args.factor = <const float*><uintptr_t>factor
+        self._stream.handle = <void*><uintptr_t>stream
+        with nogil:
+            if self._cuda:
+                _cuda_scale(args, self._stream)
+            else:
+                _cpu_scale(args)
+
+
+cdef uint64_t _data_address(tensor) except? 0:
+    """``tensor.data_ptr()``."""
+    return PyObject_CallMethodObjArgs(tensor, "data_ptr", NULL)

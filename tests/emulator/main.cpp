@@ -83,7 +83,8 @@ int main(int argc, char** argv) {
   catch_signals();
 
   const auto alone = [&](const char* family) {
-    for (const char* other : {"attention", "softmax", "loss", "rope", "pointwise", "activation"}) {
+    for (const char* other :
+         {"attention", "softmax", "loss", "rope", "pointwise", "activation", "optim"}) {
       if (family != std::string(other) && options.names.count(other) > 0) return false;
     }
     return true;
@@ -101,6 +102,7 @@ int main(int argc, char** argv) {
   add("rope", rope_cases);
   add("pointwise", pointwise_cases);
   add("activation", activation_cases);
+  add("optim", optim_cases);
   if (cases.empty()) {
     std::puts("no such cases (those of f16 need a build with F16=1)");
     return 2;

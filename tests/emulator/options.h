@@ -43,5 +43,6 @@ std::vector<Case> loss_cases(const Options& options);
 std::vector<Case> activation_cases(const Options& options);
 std::vector<Case> pointwise_cases(const Options& options);
 std::vector<Case> rope_cases(const Options& options);
+std::vector<Case> optim_cases(const Options& options);
 
 }  // namespace emulator

@@ -85,6 +85,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float v) { return 1.0f / v; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 // The device's are approximations.
 inline float __fdividef(float a, float b) { return a / b; }
 #define __expf expf  // glibc has a function of that name

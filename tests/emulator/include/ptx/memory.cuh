@@ -37,6 +37,14 @@ inline std::uint32_t ld_global_4(const void* p) { return plain_load<std::uint32_
 inline std::uint32_t ld_global_2(const void* p) { return plain_load<std::uint16_t>(p); }
 inline std::uint32_t ld_global_1(const void* p) { return plain_load<std::uint8_t>(p); }
 
+inline uint4 ld_global_part(const void* p, int bytes) {
+  uint4 v{0xdeadbeefu, 0xdeadbeefu, 0xdeadbeefu, 0xdeadbeefu};
+  if (bytes == 0) return v;
+  emulator::check_load(p, bytes);
+  std::memcpy(&v, p, bytes);
+  return v;
+}
+
 inline uint4 ld_shared(const void* p) {
   emulator::check_aligned(p, 16);
   emulator::may_switch();
@@ -70,6 +78,7 @@ inline float4 ld_global_cg(const float4* p) {
   emulator::check_load(p, 16);
   return *p;
 }
+inline float ld_global_cg(const float* p) { return *p; }
 inline void st_global_cg(float4* p, float4 v) {
   emulator::check_store(p, 16);
   *p = v;
@@ -80,6 +89,7 @@ inline void red_add_global(float4* p, float4 v) {
 }
 
 inline int draw_number(int* p) { return (*p)++; }
+inline int draw_number_ordered(int* p) { return (*p)++; }
 
 /// Blocks run one after the other: what a block waits for has happened, or never will.
 inline int ld_global_relaxed(const int* p) {

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// Lion: the kernel of optim_step.cuh for it.
+#include "optim/optim_launch.h"
+#include "optim/optim_step.cuh"
+
+namespace fastkern::cuda {
+
+void launch_lion(const OptimStep& args, const StepParams& a, Stream stream) {
+  launch_step<optim::Lion, true>(args, a, stream);
+}
+
+}  // namespace fastkern::cuda

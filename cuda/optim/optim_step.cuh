@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+// A step of an optimizer: the kernel, for any formula of optim_formula.h.
+//
+//   formula  Formula::update, element by element, in float32; each operand rounded once as it is
+//            stored
+//   work     a block has a chunk of 8192 elements of one parameter, which it finds by its number in
+//            the table. Packs of eight elements where all operands have 16 bits (`wide`), else of
+//            four; pack (i · kPacks + k) · kThreads + t is thread t's. What is not aligned, and the
+//            last elements of a tensor, one by one: the same numbers, element by element
+//   memory   nothing is kept; all loads of a thread's packs come before the first use of one
+//   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
+//            float64. Thread 0 then draws a number: the block that draws the last one knows that all
+//            have read the counts of steps, and adds one to each of them
+//   cost     each operand is read once, and written once but for the gradient: AdamW in float32
+//            moves 28 bytes a parameter
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "fastkern/optim_formula.h"
+#include "launch.cuh"
+#include "optim/optim_table.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/memory.cuh"
+#include "tile/pack.cuh"
+
+namespace fastkern::cuda {
+
+inline constexpr int kOptimThreads = 256;
+
+/// The operand of one tensor: where, and of which type.
+struct Operand {
+  char* at;
+  DType type;
+
+  __device__ __forceinline__ int bytes() const { return type == DType::f32 ? 4 : 2; }
+};
+
+/// kVec elements of any type on their way from memory.
+template <int kVec>
+struct RawPack {
+  uint4 bits;
+
+  /// kVec = 8: 16 bits each. Not read unless `wanted`.
+  __device__ __forceinline__ void load(const Operand& from, int element, bool wanted) {
+    const int bytes = kVec == 8 ? 16 : kVec * from.bytes();
+    bits = ptx::ld_global_part(from.at + element * static_cast<std::int64_t>(from.bytes()),
+                               wanted ? bytes : 0);
+  }
+  __device__ __forceinline__ void unpack(DType type, float (&out)[kVec]) const {
+    const std::uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    if (kVec == 4 && type == DType::f32) {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) out[j] = __uint_as_float(words[j % 4]);
+    } else if (type == DType::f16) {
+      halves(words, out, __half{});
+    } else {
+      halves(words, out, __nv_bfloat16{});
+    }
+  }
+  static __device__ __forceinline__ void store(const Operand& to, int element,
+                                               const float (&v)[kVec]) {
+    char* const at = to.at + element * static_cast<std::int64_t>(to.bytes());
+    if (kVec == 4 && to.type == DType::f32) {
+      ptx::st_global(at, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                          __float_as_uint(v[3])});
+    } else if (to.type == DType::f16) {
+      store_halves(at, v, __half{});
+    } else {
+      store_halves(at, v, __nv_bfloat16{});
+    }
+  }
+  static __device__ __forceinline__ void store_words(void* at, const std::uint32_t (&w)[kVec / 2]) {
+    if constexpr (kVec == 8) {
+      ptx::st_global(at, {w[0], w[1], w[2], w[3]});
+    } else {
+      ptx::st_global_8(at, {w[0], w[1]});
+    }
+  }
+
+ private:
+  template <class T>
+  static __device__ __forceinline__ void halves(const std::uint32_t (&words)[4],
+                                                float (&out)[kVec], T) {
+#pragma unroll
+    for (int j = 0; j < kVec / 2; ++j) {
+      const float2 pair = tile::unpack_pair(words[j], T{});
+      out[2 * j] = pair.x, out[2 * j + 1] = pair.y;
+    }
+  }
+  template <class T>
+  static __device__ __forceinline__ void store_halves(void* at, const float (&v)[kVec], T) {
+    std::uint32_t words[kVec / 2];
+#pragma unroll
+    for (int j = 0; j < kVec / 2; ++j) words[j] = tile::pack_pair(v[2 * j], v[2 * j + 1], T{});
+    store_words(at, words);
+  }
+};
+
+__device__ __forceinline__ float load_one(const Operand& from, int element) {
+  switch (from.type) {
+    case DType::f32:
+      return reinterpret_cast<const float*>(from.at)[element];
+    case DType::f16:
+      return __half2float(reinterpret_cast<const __half*>(from.at)[element]);
+    default:
+      return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(from.at)[element]);
+  }
+}
+__device__ __forceinline__ void store_one(const Operand& to, int element, float v) {
+  tile::store_as(to.at, to.type, static_cast<std::int64_t>(element), v);
+}
+
+/// Parameters as their rounding keeps them. kPlain: rounded to nearest, and no extra.
+template <bool kPlain>
+struct Values {
+  Operand param;
+  char* extra;
+  OptimRounding rounding;
+  std::uint64_t seed, step;
+  std::uint32_t index;
+  std::int64_t first;  // element of the tensor that is element 0 here; a multiple of eight
+
+  __device__ __forceinline__ Operand extra_as(DType type) const { return {extra, type}; }
+  __device__ __forceinline__ DType extra_type() const {
+    return rounding == OptimRounding::master ? DType::f32 : param.type;
+  }
+  __device__ __forceinline__ bool has_extra() const {
+    return !kPlain && rounding >= OptimRounding::kahan;
+  }
+  __device__ __forceinline__ bool reads_param() const {
+    return kPlain || rounding != OptimRounding::master;
+  }
+
+  template <int kVec>
+  __device__ __forceinline__ void unpack(const RawPack<kVec>& p, const RawPack<kVec>& x,
+                                         float (&out)[kVec]) const {
+    if (kPlain || rounding <= OptimRounding::stochastic) {
+      p.unpack(param.type, out);
+    } else if (rounding == OptimRounding::master) {
+      if constexpr (kVec == 4) x.unpack(DType::f32, out);
+    } else if (rounding == OptimRounding::kahan) {
+      float lost[kVec];
+      p.unpack(param.type, out);
+      x.unpack(param.type, lost);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) out[j] = __fadd_rn(out[j], lost[j]);
+    } else {
+      const std::uint32_t high[4] = {p.bits.x, p.bits.y, p.bits.z, p.bits.w};
+      const std::uint32_t low[4] = {x.bits.x, x.bits.y, x.bits.z, x.bits.w};
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        out[j] = optim::with_remainder(
+            static_cast<std::uint16_t>(high[j / 2] >> (j % 2 * 16)),
+            static_cast<std::int16_t>(static_cast<std::uint16_t>(low[j / 2] >> (j % 2 * 16))));
+      }
+    }
+  }
+
+  template <int kVec>
+  __device__ __forceinline__ void store(int element, const float (&v)[kVec]) const {
+    if (kPlain || rounding == OptimRounding::nearest) {
+      RawPack<kVec>::store(param, element, v);
+    } else if (rounding == OptimRounding::kahan) {
+      float lost[kVec];
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) lost[j] = optim::lost_by_rounding(v[j], rounded(v[j]));
+      RawPack<kVec>::store(param, element, v);
+      RawPack<kVec>::store(extra_as(param.type), element, lost);
+    } else if (rounding == OptimRounding::master && param.type != DType::bf16) {
+      if constexpr (kVec == 4) RawPack<kVec>::store(extra_as(DType::f32), element, v);
+      RawPack<kVec>::store(param, element, v);
+    } else {
+      std::uint32_t bits[kVec / 2] = {}, low[kVec / 2] = {};
+      PhiloxWords words{};
+      const bool random = rounding == OptimRounding::stochastic;
+      const std::int64_t at = first + element;
+      if (random) words = optim::rounding_words(seed, step, index, at / 8);
+      const bool upper = kVec == 4 && at % 8 != 0;  // half of a group of eight
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const std::uint32_t word = upper ? words.word[(j / 2 + 2) % 4] : words.word[j / 2];
+        const std::uint16_t high =
+            random ? optim::stochastic_bf16(v[j], (word >> (j % 2 * 16)) & 0xffffu)
+                   : optim::nearest_away_bf16(v[j]);
+        bits[j / 2] |= static_cast<std::uint32_t>(high) << (j % 2 * 16);
+        low[j / 2] |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(
+                          optim::remainder_of(v[j])))
+                      << (j % 2 * 16);
+      }
+      RawPack<kVec>::store_words(param.at + element * 2ll, bits);
+      if (rounding == OptimRounding::remainder) {
+        RawPack<kVec>::store_words(extra + element * 2ll, low);
+      } else if (kVec == 4 && rounding == OptimRounding::master) {
+        if constexpr (kVec == 4) RawPack<kVec>::store(extra_as(DType::f32), element, v);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float load_value(int element) const {
+    if (kPlain || rounding <= OptimRounding::stochastic) return load_one(param, element);
+    if (rounding == OptimRounding::master) return load_one(extra_as(DType::f32), element);
+    if (rounding == OptimRounding::kahan) {
+      return __fadd_rn(load_one(param, element), load_one(extra_as(param.type), element));
+    }
+    return optim::with_remainder(reinterpret_cast<const std::uint16_t*>(param.at)[element],
+                                 reinterpret_cast<const std::int16_t*>(extra)[element]);
+  }
+  __device__ __forceinline__ void store_value(int element, float v) const {
+    std::uint16_t* const bits = reinterpret_cast<std::uint16_t*>(param.at) + element;
+    if (kPlain || rounding == OptimRounding::nearest) {
+      store_one(param, element, v);
+    } else if (rounding == OptimRounding::stochastic) {
+      const std::int64_t at = first + element;
+      const PhiloxWords words = optim::rounding_words(seed, step, index, at / 8);
+      *bits = optim::stochastic_bf16(v, optim::half_word(words, static_cast<int>(at % 8)));
+    } else if (rounding == OptimRounding::kahan) {
+      store_one(param, element, v);
+      store_one(extra_as(param.type), element, optim::lost_by_rounding(v, rounded(v)));
+    } else {
+      if (rounding == OptimRounding::master) {
+        store_one(extra_as(DType::f32), element, v);
+      } else {
+        reinterpret_cast<std::int16_t*>(extra)[element] = optim::remainder_of(v);
+      }
+      if (param.type == DType::bf16) {
+        *bits = optim::nearest_away_bf16(v);
+      } else {
+        store_one(param, element, v);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float rounded(float v) const {
+    return param.type == DType::f16 ? __half2float(__float2half_rn(v))
+                                    : __bfloat162float(__float2bfloat16_rn(v));
+  }
+};
+
+/// What a chunk's operands are, in the memory of its tensor.
+template <int kStates, bool kPlain>
+struct ChunkOperands {
+  Values<kPlain> values;
+  Operand grad;
+  Operand state[kStates];  // at == nullptr: not given
+  int count;               // elements
+
+  __device__ __forceinline__ ChunkOperands(const StepParams& a, const OptimTensor& t,
+                                           const void* gradient, std::int64_t first)
+      : count(static_cast<int>(min(kOptimChunk, t.numel - first))) {
+    const auto part = [&](const void* base, DType type) {
+      return static_cast<char*>(const_cast<void*>(base)) + first * (type == DType::f32 ? 4 : 2);
+    };
+    values.param = {part(t.param, a.param), a.param};
+    values.rounding = a.rounding;
+    values.seed = a.seed, values.step = 0, values.index = t.index, values.first = first;
+    values.extra = values.has_extra() ? part(t.extra, values.extra_type()) : nullptr;
+    grad = {part(gradient, a.grad), a.grad};
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      state[k] = {t.state[k] ? part(t.state[k], a.state) : nullptr, a.state};
+    }
+  }
+
+  /// Whether packs of kVec elements lie at multiples of their size.
+  template <int kVec>
+  __device__ __forceinline__ bool aligned() const {
+    const auto off = [](const void* at, int bytes) {
+      return static_cast<int>(reinterpret_cast<std::uintptr_t>(at)) & (kVec * bytes - 1);
+    };
+    int any = off(values.param.at, values.param.bytes()) | off(grad.at, grad.bytes());
+    if (values.has_extra()) any |= off(values.extra, values.extra_type() == DType::f32 ? 4 : 2);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) any |= off(state[k].at, state[k].bytes());
+    return any == 0;
+  }
+};
+
+template <int kVec, int kStates, int kPacks>
+struct RawOperands {
+  RawPack<kVec> param[kPacks], extra[kPacks], grad[kPacks], state[kStates][kPacks];
+
+  template <bool kPlain>
+  __device__ __forceinline__ void load(const ChunkOperands<kStates, kPlain>& c, int pack,
+                                       int packs) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int at = pack + i * kOptimThreads;
+      const bool inside = at < packs;
+      grad[i].load(c.grad, at * kVec, inside && c.grad.at != nullptr);
+      param[i].load(c.values.param, at * kVec, inside && c.values.reads_param());
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        state[k][i].load(c.state[k], at * kVec, inside && c.state[k].at != nullptr);
+      }
+      if constexpr (!kPlain) {
+        extra[i].load({c.values.extra, c.values.extra_type()}, at * kVec,
+                      inside && c.values.has_extra());
+      }
+    }
+  }
+};
+
+/// Thread 0: what the step of a tensor needs. All threads: the last block counts the step.
+template <class Formula>
+struct StepStart {
+  typename Formula::Numbers numbers;
+  float factor;
+  std::uint64_t step;
+  bool last;
+};
+
+/// Blocks of a multiprocessor: the most that need no spills.
+constexpr int optim_blocks(int states, bool wide, bool plain) {
+  if (!plain) return wide || states != 2 ? 2 : 3;
+  return wide ? 3 : 4;
+}
+
+template <class Formula, bool kWide, bool kPlain>
+__global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kWide, kPlain))
+    optim_step_kernel(const __grid_constant__ StepParams a) {
+  constexpr int kVec = kWide ? 8 : 4, kPacks = 2, kStates = Formula::kStates;
+  using Start = StepStart<Formula>;
+  __shared__ Start sStart[1];
+  ptx::grid_wait();
+  if (a.found_inf && *a.found_inf != 0.0f) return;
+  const int chunk = static_cast<int>(blockIdx.x);
+  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
+  const OptimTensor& t = a.tensor[tensor];
+  const void* const gradient = a.grad_of(tensor);
+  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
+  ChunkOperands<kStates, kPlain> c(a, t, gradient, first);
+  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+
+  RawOperands<kVec, kStates, kPacks> raw;
+  int pack = static_cast<int>(threadIdx.x);
+  raw.load(c, pack, packs);
+  if (threadIdx.x == 0) {
+    const optim::Start start = start_of(a, t);
+    sStart[0] = {Formula::numbers(start),
+                 optim::gradient_factor(start.group, a.grad_factor, a.grad_scale), start.steps,
+                 counts_last(a)};
+  }
+  __syncthreads();
+  const typename Formula::Numbers numbers = sStart[0].numbers;
+  const float factor = sStart[0].factor;
+  c.values.step = sStart[0].step;
+  if (sStart[0].last) count_steps(a);
+  if (!gradient) return;
+
+  while (pack < packs) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int at = pack + i * kOptimThreads;
+      if (at >= packs) break;
+      float p[kVec], g[kVec], s[kStates][kVec];
+      c.values.unpack(raw.param[i], raw.extra[i], p);
+      raw.grad[i].unpack(c.grad.type, g);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) raw.state[k][i].unpack(c.state[k].type, s[k]);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        float states[kStates];
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) states[k] = c.state[k].at ? s[k][j] : 0.0f;
+        p[j] = Formula::update(numbers, p[j], optim::mul(g[j], factor), states);
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) s[k][j] = states[k];
+      }
+      c.values.store(at * kVec, p);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        if (c.state[k].at) RawPack<kVec>::store(c.state[k], at * kVec, s[k]);
+      }
+    }
+    pack += kPacks * kOptimThreads;
+    raw.load(c, pack, packs);
+  }
+#pragma unroll 1
+  for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < c.count; e += kOptimThreads) {
+    float states[kStates];
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) states[k] = c.state[k].at ? load_one(c.state[k], e) : 0.0f;
+    const float g = optim::mul(load_one(c.grad, e), factor);
+    c.values.store_value(e, Formula::update(numbers, c.values.load_value(e), g, states));
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      if (c.state[k].at) store_one(c.state[k], e, states[k]);
+    }
+  }
+}
+
+/// Host: kEvery, an instance each for plain parameters and for all operands of 16 bits; else one.
+template <class Formula, bool kEvery>
+void launch_step(const OptimStep& args, const StepParams& a, Stream stream) {
+  const Launch shape{
+      .op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true};
+  if constexpr (kEvery) {
+    const bool plain = a.rounding == OptimRounding::nearest;
+    const bool wide = a.param != DType::f32 && a.grad != DType::f32 && a.state != DType::f32 &&
+                      a.rounding != OptimRounding::master;
+    if (wide && plain) return launch(optim_step_kernel<Formula, true, true>, shape, stream, a);
+    if (wide) return launch(optim_step_kernel<Formula, true, false>, shape, stream, a);
+    if (plain) return launch(optim_step_kernel<Formula, false, true>, shape, stream, a);
+  }
+  launch(optim_step_kernel<Formula, false, false>, shape, stream, a);
+}
+
+}  // namespace fastkern::cuda
