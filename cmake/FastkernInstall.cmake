@@ -31,6 +31,7 @@ install(
 install(
   FILES
     cuda/elementwise/pointwise.cuh
+    cuda/elementwise/pointwise_groups.cuh
     cuda/elementwise/pointwise_kernel.cuh
     cuda/elementwise/pointwise_packs.cuh
     cuda/elementwise/pointwise_words.cuh

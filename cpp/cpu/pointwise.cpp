@@ -22,6 +22,8 @@ constexpr std::int64_t kBlockBytes = 8192;
 // Rows below this cost more to begin than to convert: their elements are brought together first.
 constexpr std::int64_t kShort = 64;
 
+constexpr const char* kDividedByZero = ": divisor must not be 0 where integers are divided";
+
 /// A place in the elements of a plan.
 struct Place {
   std::array<std::int64_t, kMaxDims> at{};
@@ -109,7 +111,7 @@ class Worker {
         type_(type),
         short_rows_(plan.ndim > 1 && plan.sizes[0] < kShort),
         buffers_(new T[4 * kBlock]),
-        packed_(new char[short_rows_ ? 16 * kBlock : 1]) {
+        packed_(new char[short_rows_ || plan.path == PointwisePath::transposed ? 16 * kBlock : 1]) {
     for (int i = 0; i < plan.inputs; ++i) {
       const PointwiseView& v = plan.in[i];
       const bool single = v.data && std::all_of(v.strides.begin(), v.strides.begin() + plan.ndim,
@@ -118,6 +120,37 @@ class Worker {
       if (!v.data) std::fill_n(buffer(i), kBlock, number_as<T>(v.number));
       if (single) load_block<T>(v.dtype, v.data, 0, kBlock, buffer(i));
     }
+  }
+
+  /// Tiles of kTile elements along dimension 0 and some along dimension 1, along which an input is
+  /// dense: both its rows and those of the result stay in the first cache.
+  bool run_tiles(std::int64_t begin, std::int64_t end) {
+    bool good = true;
+    const std::int64_t tiles0 = (plan_.sizes[0] + kTile - 1) / kTile;
+    const std::int64_t tiles1 = (plan_.sizes[1] + kTileRows - 1) / kTileRows;
+    PointwisePlan tile = plan_;
+    tile.ndim = 2;
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t first[] = {t % tiles0 * kTile, t / tiles0 % tiles1 * kTileRows};
+      Place place(plan_, 0);
+      place.at[0] = first[0], place.at[1] = first[1];
+      std::int64_t rest = t / tiles0 / tiles1;
+      for (int d = 2; d < plan_.ndim; rest /= plan_.sizes[d], ++d)
+        place.at[d] = rest % plan_.sizes[d];
+      tile.sizes[0] = std::min(kTile, plan_.sizes[0] - first[0]);
+      tile.sizes[1] = std::min(kTileRows, plan_.sizes[1] - first[1]);
+      const auto move = [&](PointwiseView& to, const PointwiseView& from) {
+        if (from.data) to.data = from.data + place.offset(plan_, from);
+      };
+      move(tile.out, plan_.out);
+      for (int i = 0; i < plan_.inputs; ++i) move(tile.in[i], plan_.in[i]);
+      good &= one_tile(tile);
+    }
+    return good;
+  }
+  static std::int64_t tiles(const PointwisePlan& plan) {
+    return (plan.sizes[0] + kTile - 1) / kTile * ((plan.sizes[1] + kTileRows - 1) / kTileRows) *
+           (plan.numel / (plan.sizes[0] * plan.sizes[1]));
   }
 
   /// False as Evaluate says.
@@ -142,6 +175,56 @@ class Worker {
 
  private:
   static constexpr std::int64_t kBlock = kBlockBytes / sizeof(T);
+  static constexpr std::int64_t kTile = 32, kTileRows = kBlock / kTile;
+
+  bool one_tile(const PointwisePlan& tile) const {
+    const void* in[kMaxInputs] = {};
+    const std::int64_t n0 = tile.sizes[0], n1 = tile.sizes[1];
+    for (int i = 0; i < tile.inputs; ++i) {
+      const PointwiseView& v = tile.in[i];
+      in[i] = buffer(i);
+      if (filled_[i]) continue;
+      if (v.strides[1] == size_of(v.dtype)) {
+        turn(v, n0, n1);
+        load_block<T>(v.dtype, packed_.get(), size_of(v.dtype), n0 * n1, buffer(i));
+        continue;
+      }
+      for (std::int64_t r = 0; r < n1; ++r)
+        load_block<T>(v.dtype, v.data + r * v.strides[1], v.strides[0], n0, buffer(i) + r * n0);
+    }
+    T* const result = buffer(kMaxInputs);
+    const bool good = evaluate_(in, scalars_, result, n0 * n1);
+    for (std::int64_t r = 0; r < n1; ++r) {
+      store_block<T>(tile.out.dtype, result + r * n0, n0, tile.out.data + r * tile.out.strides[1],
+                     tile.out.strides[0]);
+    }
+    return good;
+  }
+
+  /// A tile that is dense along dimension 1, its elements along dimension 0 together.
+  void turn(const PointwiseView& v, std::int64_t n0, std::int64_t n1) const {
+    const auto turn_sized = [&]<class Bytes>() {
+      char* const to = packed_.get();
+      for (std::int64_t c = 0; c < n0; ++c) {
+        const char* const from = v.data + c * v.strides[0];
+        for (std::int64_t r = 0; r < n1; ++r)
+          std::memcpy(to + (r * n0 + c) * static_cast<std::int64_t>(sizeof(Bytes)),
+                      from + r * static_cast<std::int64_t>(sizeof(Bytes)), sizeof(Bytes));
+      }
+    };
+    switch (size_of(v.dtype)) {
+      case 1:
+        return turn_sized.template operator()<std::uint8_t>();
+      case 2:
+        return turn_sized.template operator()<std::uint16_t>();
+      case 4:
+        return turn_sized.template operator()<std::uint32_t>();
+      case 8:
+        return turn_sized.template operator()<std::uint64_t>();
+      default:
+        return turn_sized.template operator()<Complex<double>>();
+    }
+  }
 
   T* buffer(int i) const { return buffers_.get() + i * kBlock; }
   bool direct(const PointwiseView& v, bool one_row) const {
@@ -194,16 +277,41 @@ class Worker {
   bool filled_[kMaxInputs] = {};
 };
 
+/// The dimension along which the first transposed input is dense becomes dimension 1.
+void bring_dense_to_1(PointwisePlan& plan) {
+  for (int i = 0; i < plan.inputs; ++i) {
+    const std::int64_t size = size_of(plan.in[i].dtype);
+    if (!plan.in[i].data || plan.in[i].strides[0] == size || plan.in[i].strides[0] == 0) continue;
+    for (int d = 1; d < plan.ndim; ++d) {
+      if (plan.in[i].strides[d] != size) continue;
+      std::swap(plan.sizes[1], plan.sizes[d]);
+      std::swap(plan.out.strides[1], plan.out.strides[d]);
+      for (PointwiseView& v : plan.in) std::swap(v.strides[1], v.strides[d]);
+      return;
+    }
+  }
+}
+
 template <class T>
 void run(const char* op, const PointwisePlan& plan, Evaluate evaluate,
          const PointwiseScalars& scalars, DType type) {
   if (plan.path == PointwisePath::empty) return;
   std::atomic<bool> good{true};
+  if (plan.path == PointwisePath::transposed) {
+    PointwisePlan turned = plan;
+    bring_dense_to_1(turned);
+    parallel_for(Worker<T>::tiles(turned), 16, [&](std::int64_t begin, std::int64_t end) {
+      Worker<T> worker(turned, evaluate, scalars.data(), type);
+      if (!worker.run_tiles(begin, end)) good = false;
+    });
+    FK_CHECK(good, op, kDividedByZero);
+    return;
+  }
   parallel_for(plan.numel, 32768, [&](std::int64_t begin, std::int64_t end) {
     Worker<T> worker(plan, evaluate, scalars.data(), type);
     if (!worker.run(begin, end)) good = false;
   });
-  FK_CHECK(good, op, ": divisor must not be 0 where integers are divided");
+  FK_CHECK(good, op, kDividedByZero);
 }
 
 void run(const char* op, const PointwisePlan& plan, Evaluate evaluate,

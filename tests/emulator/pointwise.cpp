@@ -202,6 +202,22 @@ std::vector<Shapes> shapes() {
   return all;
 }
 
+void check_triu(DType dtype, const Layout& x_layout, const Layout& out_layout,
+                std::int64_t diagonal) {
+  Tensor x(dtype, x_layout.sizes, x_layout.strides, x_layout.shift);
+  Tensor found(dtype, out_layout.sizes, out_layout.strides, out_layout.shift);
+  Tensor expected(dtype, out_layout.sizes, out_layout.strides, out_layout.shift);
+  found.allow_writes(), expected.allow_writes();
+  fill_numbers(x, 1, true);
+  const Triangle call{.x = x.ref(), .out = found.ref(), .diagonal = diagonal};
+  if (!run_guarded({{"x", &x}, {"out", &found}}, [&] { cuda::triu(call, {nullptr, 0}); })) return;
+  cpu::triu({.x = x.ref(), .out = expected.ref(), .diagonal = diagonal});
+  for (std::int64_t i = 0; i < found.numel(); ++i) {
+    if (std::memcmp(element(found, i), element(expected, i), size_of(dtype)) != 0)
+      return fail_case("out", "element " + std::to_string(i) + " differs");
+  }
+}
+
 /// A plan cut into parts of at most `most` elements covers each element once, with the strides of
 /// the whole.
 void check_parts(std::int64_t most) {
@@ -273,6 +289,21 @@ std::vector<Case> pointwise_cases(const Options& options) {
         c.in = {DType::boolean, t.b, t.a}, c.function = Pointwise::where, c.out = t.out;
         c.number = false;
         add(c);
+      }
+    }
+  }
+  for (const DType dtype : {f32, bf16, DType::u8, f64, DType::c128}) {
+    for (const auto& [m, n] :
+         {std::pair<std::int64_t, std::int64_t>{5, 5}, {7, 3}, {40, 64}, {1, 32}}) {
+      for (const std::int64_t diagonal : {0, 1, -1, 9, -99, 99}) {
+        const Layout padded{{3, m, n}, {m * n + 48, n, 1}}, shifted = dense_layout({3, m, n}, 1);
+        cases.push_back({std::string("pointwise triu ") + name_of(dtype) + " of " +
+                             std::to_string(m) + "x" + std::to_string(n) + " from " +
+                             std::to_string(diagonal),
+                         [=] {
+                           check_triu(dtype, dense_layout({3, m, n}), padded, diagonal);
+                           check_triu(dtype, shifted, padded, diagonal);
+                         }});
       }
     }
   }
