@@ -23,10 +23,7 @@ install(
 )
 
 # What fastkern/cuda/elementwise/pointwise.cuh is made of, for kernels that users compile.
-install(
-  FILES cuda/launch.cuh
-  DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda"
-)
+install(FILES cuda/launch.cuh DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda")
 install(
   FILES cuda/ptx/cluster.cuh cuda/ptx/memory.cuh
   DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/ptx"

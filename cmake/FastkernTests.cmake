@@ -42,19 +42,13 @@ if(FASTKERN_HAS_CUDA)
   file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern")
   file(
     CREATE_LINK
-    "${CMAKE_CURRENT_SOURCE_DIR}/cuda"
-    "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern/cuda"
+      "${CMAKE_CURRENT_SOURCE_DIR}/cuda"
+      "${CMAKE_CURRENT_BINARY_DIR}/installed/fastkern/cuda"
     SYMBOLIC
   )
   add_executable(example_pointwise_cuda examples/pointwise/main.cu)
-  target_include_directories(
-    example_pointwise_cuda
-    PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/installed"
-  )
-  target_compile_options(
-    example_pointwise_cuda
-    PRIVATE --extended-lambda --expt-relaxed-constexpr
-  )
+  target_include_directories(example_pointwise_cuda PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/installed")
+  target_compile_options(example_pointwise_cuda PRIVATE --extended-lambda --expt-relaxed-constexpr)
   set_target_properties(
     example_pointwise_cuda
     PROPERTIES CUDA_ARCHITECTURES "${FASTKERN_ARCHS_GENERAL}"
@@ -75,7 +69,10 @@ foreach(_name IN LISTS _examples)
     set(_labels cuda)
   endif()
   add_test(NAME ${_name} COMMAND ${_name})
-  set_tests_properties(${_name} PROPERTIES LABELS "${_labels}" TIMEOUT 300 SKIP_RETURN_CODE 77)
+  set_tests_properties(
+    ${_name}
+    PROPERTIES LABELS "${_labels}" TIMEOUT 300 SKIP_RETURN_CODE 77
+  )
 endforeach()
 
 # torch.h is for LibTorch users and needs the whole of torch's C++ API.

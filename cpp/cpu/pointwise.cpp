@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <span>
 
@@ -18,6 +19,8 @@ namespace fastkern::cpu {
 namespace {
 
 constexpr std::int64_t kBlockBytes = 8192;
+// Rows below this cost more to begin than to convert: their elements are brought together first.
+constexpr std::int64_t kShort = 64;
 
 /// A place in the elements of a plan.
 struct Place {
@@ -56,6 +59,46 @@ void each_run(const PointwisePlan& plan, const PointwiseView& view, Place place,
   }
 }
 
+/// Elements of kSize bytes of short rows, one after the other in `together`, or back from there.
+template <std::size_t kSize, bool kBack>
+void pack_elements(const PointwisePlan& plan, const PointwiseView& view, Place place,
+                   std::int64_t n, char* together) {
+  const std::int64_t row = plan.sizes[0], stride = view.strides[0];
+  char* first = view.data + place.offset(plan, view) - place.at[0] * stride;
+  for (std::int64_t done = 0; done < n;) {
+    std::int64_t i = place.at[0];
+    const std::int64_t end = std::min(row, i + n - done);
+    for (char* at = first + i * stride; i < end; ++i, ++done, at += stride) {
+      char* const packed = together + done * static_cast<std::int64_t>(kSize);
+      std::memcpy(kBack ? at : packed, kBack ? packed : at, kSize);
+    }
+    place.at[0] = 0;
+    for (int d = 1; d < plan.ndim; ++d) {
+      first += view.strides[d];
+      if (++place.at[d] < plan.sizes[d]) break;
+      first -= view.strides[d] * plan.sizes[d];
+      place.at[d] = 0;
+    }
+  }
+}
+
+template <bool kBack>
+void pack(const PointwisePlan& plan, const PointwiseView& view, const Place& place, std::int64_t n,
+          char* together) {
+  switch (size_of(view.dtype)) {
+    case 1:
+      return pack_elements<1, kBack>(plan, view, place, n, together);
+    case 2:
+      return pack_elements<2, kBack>(plan, view, place, n, together);
+    case 4:
+      return pack_elements<4, kBack>(plan, view, place, n, together);
+    case 8:
+      return pack_elements<8, kBack>(plan, view, place, n, together);
+    default:
+      return pack_elements<16, kBack>(plan, view, place, n, together);
+  }
+}
+
 template <class T>
 class Worker {
  public:
@@ -64,7 +107,9 @@ class Worker {
         evaluate_(evaluate),
         scalars_(scalars),
         type_(type),
-        buffers_(new T[4 * kBlock]) {
+        short_rows_(plan.ndim > 1 && plan.sizes[0] < kShort),
+        buffers_(new T[4 * kBlock]),
+        packed_(new char[short_rows_ ? 16 * kBlock : 1]) {
     for (int i = 0; i < plan.inputs; ++i) {
       const PointwiseView& v = plan.in[i];
       const bool single = v.data && std::all_of(v.strides.begin(), v.strides.begin() + plan.ndim,
@@ -114,6 +159,11 @@ class Worker {
       }
       in[i] = buffer(i);
       if (filled_[i]) continue;
+      if (short_rows_) {
+        pack<false>(plan_, v, place, n, packed_.get());
+        load_block<T>(v.dtype, packed_.get(), size_of(v.dtype), n, buffer(i));
+        continue;
+      }
       each_run(plan_, v, place, n, [&](const char* from, std::int64_t done, std::int64_t count) {
         load_block<T>(v.dtype, from, v.strides[0], count, buffer(i) + done);
       });
@@ -123,6 +173,11 @@ class Worker {
       return evaluate_(in, scalars_, out.data + place.offset(plan_, out), n);
     T* const result = buffer(kMaxInputs);
     const bool good = evaluate_(in, scalars_, result, n);
+    if (short_rows_) {
+      store_block<T>(out.dtype, result, n, packed_.get(), size_of(out.dtype));
+      pack<true>(plan_, out, place, n, packed_.get());
+      return good;
+    }
     each_run(plan_, out, place, n, [&](char* to, std::int64_t done, std::int64_t count) {
       store_block<T>(out.dtype, result + done, count, to, out.strides[0]);
     });
@@ -133,7 +188,9 @@ class Worker {
   Evaluate evaluate_;
   const Number* scalars_;
   DType type_;
+  bool short_rows_;
   std::unique_ptr<T[]> buffers_;
+  std::unique_ptr<char[]> packed_;
   bool filled_[kMaxInputs] = {};
 };
 

@@ -188,7 +188,7 @@ TEST(PointwiseCpu, RefusesWrongCalls) {
   call.compute = DType::f32, call.function = Pointwise::bitwise_and;
   EXPECT_TRUE(
       contains(error_of([&] { cpu::pointwise(call); }), "bitwise_and is not computed in f32"));
-  call.out = dense(x, DType::f8e4m3, 6);
+  call.function = Pointwise::add, call.out = dense(x, DType::f8e4m3, 6);
   EXPECT_TRUE(contains(error_of([&] { cpu::pointwise(call); }), "out must not be f8e4m3"));
 }
 
