@@ -18,7 +18,7 @@ load_operators(Path(_core.__file__).parent / "lib")
 
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
-from fastkern.ops import pointwise as _pointwise  # noqa: E402
+from fastkern.ops import elementwise as _elementwise  # noqa: E402
 from fastkern.ops.add_norm import (  # noqa: E402
     add_layer_norm,
     add_layer_norm_parallel,
@@ -32,6 +32,9 @@ from fastkern.ops.attention import (  # noqa: E402
     flash_attn_varlen,
     merge_attention,
 )
+from fastkern.ops.elementwise import *  # noqa: E402, F403
+from fastkern.ops.elementwise import abs as abs  # noqa: A004, E402
+from fastkern.ops.elementwise import pow as pow  # noqa: A004, E402
 from fastkern.ops.group_norm import group_norm  # noqa: E402
 from fastkern.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastkern.ops.loss import cross_entropy  # noqa: E402
@@ -42,9 +45,6 @@ from fastkern.ops.norm_quant import (  # noqa: E402
     rms_norm_dynamic_quant,
     rms_norm_static_quant,
 )
-from fastkern.ops.pointwise import *  # noqa: E402, F403
-from fastkern.ops.pointwise import abs as abs  # noqa: A004, E402
-from fastkern.ops.pointwise import pow as pow  # noqa: A004, E402
 from fastkern.ops.softmax import (  # noqa: E402
     causal_softmax,
     log_softmax,
@@ -85,7 +85,7 @@ __all__ = [
     "rms_norm_static_quant",
     "softmax",
 ]
-__all__ += _pointwise.__all__
+__all__ += _elementwise.__all__
 
 
 def get_library_dir() -> str:
