@@ -19,7 +19,7 @@ load_operators(Path(_core.__file__).parent / "lib")
 # These register fakes and gradients of the loaded operators.
 from fastkern import nn as nn  # noqa: E402
 from fastkern import optim as optim  # noqa: E402
-from fastkern.ops import pointwise as _pointwise  # noqa: E402
+from fastkern.ops import elementwise as _elementwise  # noqa: E402
 from fastkern.ops.activation import (  # noqa: E402
     bias_act,
     clamped_swiglu,
@@ -47,6 +47,9 @@ from fastkern.ops.attention import (  # noqa: E402
     merge_attention,
 )
 from fastkern.ops.dropout import bias_dropout_add, dropout  # noqa: E402
+from fastkern.ops.elementwise import *  # noqa: E402, F403
+from fastkern.ops.elementwise import abs as abs  # noqa: A004, E402
+from fastkern.ops.elementwise import pow as pow  # noqa: A004, E402
 from fastkern.ops.group_norm import group_norm  # noqa: E402
 from fastkern.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastkern.ops.loss import cross_entropy  # noqa: E402
@@ -68,9 +71,6 @@ from fastkern.ops.optim import (  # noqa: E402
     rmsprop_,
     sgd_,
 )
-from fastkern.ops.pointwise import *  # noqa: E402, F403
-from fastkern.ops.pointwise import abs as abs  # noqa: A004, E402
-from fastkern.ops.pointwise import pow as pow  # noqa: A004, E402
 from fastkern.ops.rope import qk_norm_rope, rope, rope_  # noqa: E402
 from fastkern.ops.rope_table import mrope_table, rope_table, rope_table_from_config  # noqa: E402
 from fastkern.ops.softmax import (  # noqa: E402
@@ -141,7 +141,7 @@ __all__ = [
     "swiglu",
     "swiglu_static_quant",
 ]
-__all__ += _pointwise.__all__
+__all__ += _elementwise.__all__
 
 
 def get_library_dir() -> str:

@@ -19,6 +19,7 @@ from harness.cases import (
     assert_all_same,
     bits,
     case_text,
+    is_float,
     make_grad_outs,
     make_inputs,
     pick_dims,
@@ -170,7 +171,7 @@ def check_canaries(spec: OpSpec, device: str, dtype: torch.dtype, variant: Varia
         grad_outs = make_grad_outs(spec, inputs)
         for i, grad_out in enumerate(grad_outs):
             watched[f"grad_out {i}"], copies[f"grad_out {i}"] = grad_out, grad_out.clone()
-        kept, holes = _canaries(next(t for t in watched.values() if t.is_floating_point()))
+        kept, holes = _canaries(next(v for v in watched.values() if is_float(v)))
         del holes
         run_all(spec, inputs, grad_outs)
         what = case_text(spec, dims, dtype, variant)

@@ -189,7 +189,8 @@ FASTKERN_HD float tanh(float v) {
   p = p * z - 3.33332819422e-1f;
   const float small = p * z * v + v;
   const float large = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
-  return a < 0.625f ? small : v < 0.0f ? -large : large;
+  const float near = a == 0.0f ? v : small;  // -0 stays -0
+  return a < 0.625f ? near : v < 0.0f ? -large : large;
 }
 
 /// erf to two ulps: v and v times a polynomial of v^2 up to 1, then 1 - 2^p(v).
@@ -240,7 +241,9 @@ FASTKERN_HD float sin_within(float v) {
   const double sine = rest + static_cast<double>(s * z * r);
   const double cosine = (1.0 - 0.5 * rest * rest) + static_cast<double>(c * z * z);
   const float value = static_cast<float>(quarter & 1u ? cosine : sine);
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) ^ (quarter & 2u) << 30);
+  const float turned =
+      std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) ^ (quarter & 2u) << 30);
+  return kQuarters == 0 && v == 0.0f ? v : turned;  // -0 stays -0
 }
 FASTKERN_HD float sin(float v) { return abs(v) <= kPeriods ? sin_within<0>(v) : std::sin(v); }
 FASTKERN_HD float cos(float v) { return abs(v) <= kPeriods ? sin_within<1>(v) : std::cos(v); }

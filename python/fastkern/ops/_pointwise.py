@@ -231,7 +231,7 @@ def _shaped(grad: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if grad.is_complex() and not dtype.is_complex:
         grad = grad.real
     if grad.shape != shape:
-        grad = grad.sum_to_size(shape)
+        grad = grad.contiguous().sum_to_size(shape)  # torch adds in an order that depends on strides
     return grad if grad.dtype == dtype else grad.to(dtype)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.ops import pointwise as F
+from fastkern.ops import elementwise as F
 
 Needs = Sequence[bool]
 Grads = tuple[Tensor | None, ...]

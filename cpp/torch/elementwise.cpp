@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pointwise functions for torch: one description a signature, and from the engine's table the
-// operators that have it. Fakes and autograd: python/fastkern/ops/pointwise.py.
+// operators that have it. Fakes and autograd: python/fastkern/ops/elementwise.py.
 //
 // The stable ABI has no type for "a number of any type": an operand that may be a number has an
 // overload for tensors, one for integers (.int) and one for floating-point numbers (.float). The
