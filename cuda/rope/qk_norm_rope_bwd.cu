@@ -167,9 +167,9 @@ __global__ void __launch_bounds__(kBlock, kWhole ? kBlocks<kInterleaved> : 1)
 // ---- the weight gradients -----------------------------------------------------------------------
 
 struct Total {
-  const float* sums;  // nullptr: not wanted
+  const float* sums;
   int blocks;
-  void* out;
+  void* out;  // nullptr: not wanted
   DType dtype;
 };
 
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kBlock)
   const int halves = gridDim.x / 2;
   const bool of_k = static_cast<int>(blockIdx.x) >= halves;
   const float* const sums = of_k ? k.sums : q.sums;
-  if (!sums) return;
+  if (!(of_k ? k.out : q.out)) return;
   const int blocks = of_k ? k.blocks : q.blocks;
   const int column = (blockIdx.x - (of_k ? halves : 0)) * 32 + threadIdx.x % 32;
   const int part = threadIdx.x / 32;
