@@ -17,13 +17,12 @@ bool has_type(const Tensor& t, ScalarType type) {
 /// "2 or 1", or "1".
 std::string or_one(std::int64_t size) { return size == 1 ? "1" : std::to_string(size) + " or 1"; }
 
-/// Shapes with a value, or a row, for each token of q, in words: `first`, and with a batch what
-/// follows the tokens in `last`.
-std::string token_shapes(const TensorRef& q, const std::string& first, const char* last) {
-  std::string text = first;
+/// " or (2 or 1, 5" and `end`: what q with a batch allows besides.
+std::string or_batched(const TensorRef& q, const char* end) {
+  std::string text;
   if (q.ndim == 4) {
     text.append(" or (").append(or_one(q.sizes[0])).append(", ");
-    text.append(std::to_string(q.sizes[1])).append(last);
+    text.append(std::to_string(q.sizes[1])).append(end);
   }
   return text;
 }
@@ -112,7 +111,7 @@ void RopeCall::tables(const Tensor& cos, const Tensor& sin, const RopeOptions& o
     fits = fits && (a.cos.sizes[0] == q_.sizes[0] || a.cos.sizes[0] == 1) &&
            a.cos.sizes[1] == tokens();
   }
-  FK_CHECK(fits, op_, ": cos must have shape ", token_shapes(q_, "(T, W)", ", W)"), " with W ",
+  FK_CHECK(fits, op_, ": cos must have shape (T, W)", or_batched(q_, ", W)"), " with W ",
            a.rotary_dim / 2, " or ", a.rotary_dim, ", got ", a.cos.shape());
   check_device(cos, device_, op_, "cos", "q");
   a.sin = ref_of(sin, op_, "sin");
@@ -139,9 +138,8 @@ void RopeCall::positions(const OptionalTensor& t) {
   const bool fits =
       (ref.ndim == 1 && ref.sizes[0] == tokens()) ||
       (batched && (ref.sizes[0] == q_.sizes[0] || ref.sizes[0] == 1) && ref.sizes[1] == tokens());
-  FK_CHECK(fits, op_, ": positions must have shape ",
-           token_shapes(q_, std::to_string(tokens()).insert(0, "(").append(",)"), ")"), ", got ",
-           ref.shape());
+  FK_CHECK(fits, op_, ": positions must have shape (", tokens(), ",)", or_batched(q_, ")"),
+           ", got ", ref.shape());
   check_device(*t, device_, op_, "positions", "q");
   angles_.positions = ref.data;
   angles_.positions_stride = ref.strides[ref.ndim - 1];

@@ -157,6 +157,16 @@ TEST_F(RopeCuda, ManyTokens) {
   }
 }
 
+TEST_F(RopeCuda, NothingToTurn) {
+  for (int d = 0; d < 3; ++d) {
+    RopeProblem p{.k_heads = d};
+    (d == 0 ? p.batch : d == 1 ? p.tokens : p.heads) = 0;
+    RopeTensors t(p);
+    OnDevice(p, t).run();
+    for (std::int64_t i = 0; i < p.n; ++i) EXPECT_EQ(t.dweight[0].get(i), 0.0) << d << ' ' << i;
+  }
+}
+
 TEST_F(RopeCuda, RepeatsOnASideStream) {
   const SideStream side;
   const RopeProblem p{.dtype = DType::bf16,
