@@ -45,8 +45,8 @@ __device__ __forceinline__ void with_kind(ActivationKind kind, const F& f) {
   }
 }
 
-/// Blocks on a multiprocessor that registers are kept for. What would spill gets more of them, which
-/// before sm_90 is more of the kernels.
+/// Blocks on a multiprocessor that registers are kept for. What would spill gets more of them,
+/// which before sm_90 is more of the kernels.
 template <int kOnly>
 inline constexpr int kForwardBlocks =
     kOnly == static_cast<int>(ActivationKind::gelu) && !ptx::kHasClusters ? 2 : 4;
@@ -234,8 +234,8 @@ __global__ void __launch_bounds__(kMostThreads, 4)
       tile::unpack(x[i], v);
 #pragma unroll
       for (int j = 0; j < kH; ++j) {
-        const auto slopes = formula::gated_slopes<kKind, Math<T>>(dy[i][j], v[2 * j], v[2 * j + 1],
-                                                                  p.numbers);
+        const auto slopes =
+            formula::gated_slopes<kKind, Math<T>>(dy[i][j], v[2 * j], v[2 * j + 1], p.numbers);
         v[2 * j] = slopes.gate, v[2 * j + 1] = slopes.up;
       }
       x[i] = tile::pack_of<T>(v);

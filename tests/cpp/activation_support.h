@@ -11,9 +11,9 @@
 
 namespace fastkern::test {
 
-inline constexpr ActivationKind kGates[] = {ActivationKind::silu,      ActivationKind::gelu,
-                                            ActivationKind::gelu_tanh, ActivationKind::relu,
-                                            ActivationKind::sigmoid,   ActivationKind::clamped_silu};
+inline constexpr ActivationKind kGates[] = {
+    ActivationKind::silu, ActivationKind::gelu,    ActivationKind::gelu_tanh,
+    ActivationKind::relu, ActivationKind::sigmoid, ActivationKind::clamped_silu};
 inline constexpr ActivationKind kActs[] = {ActivationKind::gelu, ActivationKind::gelu_tanh,
                                            ActivationKind::relu, ActivationKind::silu,
                                            ActivationKind::quick_gelu};

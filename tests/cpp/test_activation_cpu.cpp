@@ -18,19 +18,26 @@ void gated_on_cpu(const GatedProblem& p, GatedTensors& t) {
 void bias_on_cpu(const BiasProblem& p, BiasTensors& t) {
   const Dropout dropout{std::max(p.p, 0.0), &kTestSeed, &kTestOffset};
   if (p.drops()) {
-    cpu::bias_dropout_add({.x = t.x.ref(), .bias = t.bias.ref(), .residual = t.residual.ref(),
-                           .y = t.y.ref(), .dropout = dropout});
+    cpu::bias_dropout_add({.x = t.x.ref(),
+                           .bias = t.bias.ref(),
+                           .residual = t.residual.ref(),
+                           .y = t.y.ref(),
+                           .dropout = dropout});
     cpu::bias_dropout_add_bwd(
         {.dy = t.dy.ref(), .dx = t.dx.ref(), .dbias = t.dbias.ref(), .dropout = dropout});
   } else {
     cpu::bias_act({.kind = p.kind, .x = t.x.ref(), .bias = t.bias.ref(), .y = t.y.ref()});
-    cpu::bias_act_bwd({.kind = p.kind, .dy = t.dy.ref(), .x = t.x.ref(), .bias = t.bias.ref(),
-                       .dx = t.dx.ref(), .dbias = t.dbias.ref()});
+    cpu::bias_act_bwd({.kind = p.kind,
+                       .dy = t.dy.ref(),
+                       .x = t.x.ref(),
+                       .bias = t.bias.ref(),
+                       .dx = t.dx.ref(),
+                       .dbias = t.dbias.ref()});
   }
 }
 
-const std::pair<std::int64_t, std::int64_t> kSizes[] = {{1, 1},    {3, 2},  {5, 33},  {2, 257},
-                                                        {65, 31},  {2, 2047}, {2, 2049}, {1, 5000}};
+const std::pair<std::int64_t, std::int64_t> kSizes[] = {{1, 1},   {3, 2},    {5, 33},   {2, 257},
+                                                        {65, 31}, {2, 2047}, {2, 2049}, {1, 5000}};
 
 TEST(ActivationCpu, GatedMatches) {
   for (const auto& [rows, n] : kSizes) {
@@ -126,7 +133,8 @@ TEST(ActivationCpu, PlansCoverEveryColumnAndRow) {
 
 TEST(ActivationCpu, RefusesWhatItCannotRead) {
   float values[24] = {};
-  BiasAct args{.x = dense(values, DType::f32, 2, 3, 4), .bias = {}, .y = dense(values, DType::f32, 2, 3, 4)};
+  BiasAct args{
+      .x = dense(values, DType::f32, 2, 3, 4), .bias = {}, .y = dense(values, DType::f32, 2, 3, 4)};
   args.x.strides = {12, 1, 3};
   EXPECT_TRUE(contains(error_of([&] { cpu::bias_act(args); }),
                        "fastkern::bias_act: x must have at least one dimension, a dense last one"));

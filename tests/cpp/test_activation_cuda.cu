@@ -47,17 +47,28 @@ void bias_on_gpu(const BiasProblem& p, BiasTensors& t, Stream stream = {}) {
   Tensor workspace(DType::f32, Sizes{static_cast<std::int64_t>(bytes / 4)});
   const DeviceTensor sums(workspace);
   if (p.drops()) {
-    cuda::bias_dropout_add({.x = ref(t.x), .bias = ref(t.bias), .residual = ref(t.residual),
-                            .y = ref(t.y), .dropout = dropout},
+    cuda::bias_dropout_add({.x = ref(t.x),
+                            .bias = ref(t.bias),
+                            .residual = ref(t.residual),
+                            .y = ref(t.y),
+                            .dropout = dropout},
                            stream);
-    cuda::bias_dropout_add_bwd({.dy = ref(t.dy), .dx = ref(t.dx), .dbias = ref(t.dbias),
-                                .dropout = dropout, .workspace = sums.ref().data,
+    cuda::bias_dropout_add_bwd({.dy = ref(t.dy),
+                                .dx = ref(t.dx),
+                                .dbias = ref(t.dbias),
+                                .dropout = dropout,
+                                .workspace = sums.ref().data,
                                 .workspace_size = bytes},
                                stream);
   } else {
     cuda::bias_act({.kind = p.kind, .x = ref(t.x), .bias = ref(t.bias), .y = ref(t.y)}, stream);
-    cuda::bias_act_bwd({.kind = p.kind, .dy = ref(t.dy), .x = ref(t.x), .bias = ref(t.bias),
-                        .dx = ref(t.dx), .dbias = ref(t.dbias), .workspace = sums.ref().data,
+    cuda::bias_act_bwd({.kind = p.kind,
+                        .dy = ref(t.dy),
+                        .x = ref(t.x),
+                        .bias = ref(t.bias),
+                        .dx = ref(t.dx),
+                        .dbias = ref(t.dbias),
+                        .workspace = sums.ref().data,
                         .workspace_size = bytes},
                        stream);
   }
@@ -66,9 +77,9 @@ void bias_on_gpu(const BiasProblem& p, BiasTensors& t, Stream stream = {}) {
 }
 
 const std::pair<std::int64_t, std::int64_t> kSizes[] = {
-    {1, 1},     {3, 2},     {77, 3},    {7, 8},    {5, 9},    {33, 64},  {9, 129},  {3, 255},
-    {65, 256},  {17, 264},  {5, 513},   {3, 1000}, {2, 2048}, {2, 4104}, {3, 8192}, {2, 9001},
-    {1, 70007}, {1500, 8},  {2000, 72}, {1031, 257}};
+    {1, 1},    {3, 2},    {77, 3},    {7, 8},    {5, 9},     {33, 64},   {9, 129},
+    {3, 255},  {65, 256}, {17, 264},  {5, 513},  {3, 1000},  {2, 2048},  {2, 4104},
+    {3, 8192}, {2, 9001}, {1, 70007}, {1500, 8}, {2000, 72}, {1031, 257}};
 
 TEST_F(ActivationCuda, GatedMatches) {
   for (const auto& [rows, n] : kSizes) {
@@ -171,8 +182,11 @@ TEST_F(ActivationCuda, RepeatsOnASideStream) {
 
 TEST_F(ActivationCuda, RefusesAWorkspaceTooSmall) {
   float none = 0.0f;
-  BiasActBwd args{.dy = dense(&none, DType::f32, 64, 8), .x = dense(&none, DType::f32, 64, 8),
-                  .bias = {}, .dx = {}, .dbias = dense(&none, DType::f32, 8)};
+  BiasActBwd args{.dy = dense(&none, DType::f32, 64, 8),
+                  .x = dense(&none, DType::f32, 64, 8),
+                  .bias = {},
+                  .dx = {},
+                  .dbias = dense(&none, DType::f32, 8)};
   EXPECT_TRUE(
       contains(error_of([&] { cuda::bias_act_bwd(args, {}); }), "workspace must be at least"));
 }

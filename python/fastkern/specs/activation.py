@@ -345,7 +345,9 @@ BIAS_ACT = OpSpec(
     bad_calls=(
         BadCall("x integer", set_to(x=lambda a: a["x"].long()), r"bias_act: x must be .*, got torch\.int64"),
         BadCall("x scalar", set_to(x=lambda a: a["x"].flatten()[0]), "bias_act: x must have at least one dimension"),
-        BadCall("bias too short", set_to(bias=lambda a: a["bias"][:-1]), r"bias_act: bias must have shape \(\d+,\), got"),
+        BadCall(
+            "bias too short", set_to(bias=lambda a: a["bias"][:-1]), r"bias_act: bias must have shape \(\d+,\), got"
+        ),
         BadCall("bias float64", set_to(bias=lambda a: a["bias"].double()), r"bias_act: bias must be .*torch\.float64"),
         BadCall("act tanh", set_to(act=lambda a: "tanh"), r'bias_act: act must be "gelu", .*, got "tanh"'),
     ),

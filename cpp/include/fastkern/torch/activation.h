@@ -76,8 +76,8 @@ inline std::tuple<at::Tensor, at::Tensor> gated_bwd(const at::Tensor& dy, const 
       return op.call(dy, a, b, need_da, need_db);
     }
     case Gate::geglu: {
-      static const auto op = find_operator<Grads(T, T, M, c10::string_view, bool, bool, bool)>(
-          "fastkern::geglu_bwd");
+      static const auto op =
+          find_operator<Grads(T, T, M, c10::string_view, bool, bool, bool)>("fastkern::geglu_bwd");
       return op.call(dy, a, b, o.approximate, o.interleaved, need_da, need_db);
     }
     default: {
@@ -151,16 +151,14 @@ struct BiasActFunction : torch::autograd::Function<BiasActFunction> {
 
   static Variables backward(Context* ctx, const Variables& grads) {
     using T = const at::Tensor&;
-    static const auto op =
-        find_operator<std::tuple<at::Tensor, at::Tensor>(T, T, const MaybeTensor&,
-                                                         c10::string_view, bool, bool)>(
-            "fastkern::bias_act_bwd");
+    static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor>(
+        T, T, const MaybeTensor&, c10::string_view, bool, bool)>("fastkern::bias_act_bwd");
     const Variables saved = ctx->get_saved_variables();
     const MaybeTensor bias = maybe(saved[1]);
     const bool need_x = saved[0].requires_grad(), need_bias = bias && bias->requires_grad();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [dx, dbias] = op.call(grads[0], saved[0], bias, ctx->saved_data["act"].toStringRef(),
-                               need_x, need_bias);
+    auto [dx, dbias] =
+        op.call(grads[0], saved[0], bias, ctx->saved_data["act"].toStringRef(), need_x, need_bias);
     return differentiable_once(
         {need_x ? dx : at::Tensor(), need_bias ? dbias : at::Tensor(), at::Tensor()},
         "fastkern::bias_act");
@@ -225,9 +223,8 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
   }
 };
 
-inline at::Tensor dropped(const at::Tensor& x, const MaybeTensor& bias,
-                          const MaybeTensor& residual, double p, MaybeTensor seed,
-                          MaybeTensor offset) {
+inline at::Tensor dropped(const at::Tensor& x, const MaybeTensor& bias, const MaybeTensor& residual,
+                          double p, MaybeTensor seed, MaybeTensor offset) {
   if (p != 0.0 && !seed) draw(x, seed, offset);
   if (!want_gradient(MaybeTensor(x), bias, residual))
     return DropoutFunction::compute(x, bias, residual, p, seed, offset);
