@@ -46,8 +46,7 @@ void gated_bwd_piece(ActivationKind kind, const ActivationNumbers& numbers, std:
                      float* dup) {
   formula::with_gate(kind, [&]<ActivationKind kKind>() {
     for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-      const auto slopes =
-          formula::gated_slopes<kKind, HostMath>(dy[c], gate[c], up[c], numbers);
+      const auto slopes = formula::gated_slopes<kKind, HostMath>(dy[c], gate[c], up[c], numbers);
       dgate[c] = slopes.gate;
       dup[c] = slopes.up;
     });
@@ -86,27 +85,26 @@ void gated_bwd(const GatedBwd& args) {
   const RowTensor dy(a.dy, a.op, "dy", RowTensor::required);
   const RowTensor dgate(a.dgate, a.op, "dgate"), dup(a.dup, a.op, "dup");
   const RowTensor dpairs(a.dpairs, a.op, "dpairs");
-  each_piece(
-      dy.rows.count, dy.rows.length, 5,
-      [&](std::int64_t row, std::int64_t first, std::int64_t count, Scratch& scratch) {
-        const auto [gate, up] = in.read(row, first, count, scratch);
-        const float* const d = read_piece(dy, row, first, count, scratch.row(2));
-        float* const dg = dgate.given() ? target_piece(dgate, row, first, scratch.row(3))
-                                        : scratch.row(3);
-        float* const du =
-            dup.given() ? target_piece(dup, row, first, scratch.row(4)) : scratch.row(4);
-        gated_bwd_piece(a.kind, a.numbers, count, d, gate, up, dg, du);
-        if (dgate.given()) write_piece(dgate, row, first, count, dg);
-        if (dup.given()) write_piece(dup, row, first, count, du);
-        if (!dpairs.given()) return;
-        dispatch(dpairs.dtype(), [&]<class T>() {
-          T* out = dpairs.row<T>(row) + 2 * first;
-          for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-            out[2 * c] = from_float<T>(dg[c]);
-            out[2 * c + 1] = from_float<T>(du[c]);
-          });
-        });
-      });
+  each_piece(dy.rows.count, dy.rows.length, 5,
+             [&](std::int64_t row, std::int64_t first, std::int64_t count, Scratch& scratch) {
+               const auto [gate, up] = in.read(row, first, count, scratch);
+               const float* const d = read_piece(dy, row, first, count, scratch.row(2));
+               float* const dg =
+                   dgate.given() ? target_piece(dgate, row, first, scratch.row(3)) : scratch.row(3);
+               float* const du =
+                   dup.given() ? target_piece(dup, row, first, scratch.row(4)) : scratch.row(4);
+               gated_bwd_piece(a.kind, a.numbers, count, d, gate, up, dg, du);
+               if (dgate.given()) write_piece(dgate, row, first, count, dg);
+               if (dup.given()) write_piece(dup, row, first, count, du);
+               if (!dpairs.given()) return;
+               dispatch(dpairs.dtype(), [&]<class T>() {
+                 T* out = dpairs.row<T>(row) + 2 * first;
+                 for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
+                   out[2 * c] = from_float<T>(dg[c]);
+                   out[2 * c + 1] = from_float<T>(du[c]);
+                 });
+               });
+             });
 }
 
 }  // namespace fastkern::cpu

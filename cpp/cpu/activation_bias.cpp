@@ -95,9 +95,8 @@ void bias_act_bwd(const BiasActBwd& a) {
           if (dx.given()) write_piece(dx, row, first, count, out);
           if (!wanted) continue;
           float* const sum = sums.of(group) + first;
-          for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-            sum[c] += out[c];
-          });
+          for_columns(count,
+                      [=](std::int64_t c) __attribute__((always_inline)) { sum[c] += out[c]; });
         }
       }
     }

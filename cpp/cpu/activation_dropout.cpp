@@ -23,8 +23,8 @@ void dropout(const DropoutCall& args) {
                    out[c] = dropped(in[c], f[c]);
                  });
                } else {
-                 for_columns(count, [=](std::int64_t c)
-                                        __attribute__((always_inline)) { out[c] = in[c]; });
+                 for_columns(
+                     count, [=](std::int64_t c) __attribute__((always_inline)) { out[c] = in[c]; });
                }
                write_piece(y, row, first, count, out);
              });
@@ -88,9 +88,8 @@ void bias_dropout_add_bwd(const BiasDropoutAddBwd& a) {
           }
           if (!wanted) continue;
           float* const sum = sums.of(group) + first;
-          for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-            sum[c] += d[c];
-          });
+          for_columns(count,
+                      [=](std::int64_t c) __attribute__((always_inline)) { sum[c] += d[c]; });
         }
       }
     }

@@ -36,7 +36,8 @@ Options clamped(double alpha, double limit, double up_offset, bool interleaved, 
   FK_CHECK(limit > 0.0, op, ": limit must be above 0, got ", limit);
   FK_CHECK(std::abs(up_offset) <= kMost, op, ": up_offset must be finite in float32, got ",
            up_offset);
-  return {ActivationKind::clamped_silu, interleaved,
+  return {ActivationKind::clamped_silu,
+          interleaved,
           {static_cast<float>(alpha), static_cast<float>(limit), static_cast<float>(up_offset)}};
 }
 

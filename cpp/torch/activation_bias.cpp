@@ -183,8 +183,8 @@ Gradients bias_act_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& 
 
 // ---- dropout ------------------------------------------------------------------------------------
 
-Tensor drop(const char* op, const char* name, const Tensor& x, double p,
-            const OptionalTensor& seed, const OptionalTensor& offset) {
+Tensor drop(const char* op, const char* name, const Tensor& x, double p, const OptionalTensor& seed,
+            const OptionalTensor& offset) {
   DropoutCall args;
   args.op = op;
   Call call(op, x, name, false);
@@ -248,19 +248,20 @@ Gradients bias_dropout_add_bwd(const Tensor& dy, const OptionalTensor& bias, dou
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
   const std::string bias_and_act = "Tensor x, Tensor? bias=None, str act=\"gelu\"";
-  const std::string mask = "float p, Tensor? seed=None, Tensor? offset=None";
-  const std::string gradients = "bool need_dx=True, bool need_dbias=True) -> (Tensor dx, Tensor dbias)";
+  const std::string drawn = "Tensor? seed=None, Tensor? offset=None";
+  const std::string gradients =
+      "bool need_dx=True, bool need_dbias=True) -> (Tensor dx, Tensor dbias)";
   for (const std::string end : {"", "_fwd"}) {
     m.def(("bias_act" + end + "(" + bias_and_act + ") -> Tensor").c_str());
-    m.def(("dropout" + end + "(Tensor x, " + mask + ") -> Tensor").c_str());
-    m.def(("bias_dropout_add" + end + "(Tensor x, Tensor? bias, Tensor residual, " + mask +
+    m.def(("dropout" + end + "(Tensor x, float p=0.5, " + drawn + ") -> Tensor").c_str());
+    m.def(("bias_dropout_add" + end + "(Tensor x, Tensor? bias, Tensor residual, float p=0.0, " + drawn +
            ") -> Tensor")
               .c_str());
   }
   m.def(("bias_act_bwd(Tensor dy, " + bias_and_act + ", " + gradients).c_str());
-  m.def(("dropout_bwd(Tensor dy, " + mask + ") -> Tensor").c_str());
-  m.def(("bias_dropout_add_bwd(Tensor dy, Tensor? bias, " + mask +
-         ", ScalarType? x_dtype=None, " + gradients)
+  m.def(("dropout_bwd(Tensor dy, float p, " + drawn + ") -> Tensor").c_str());
+  m.def(("bias_dropout_add_bwd(Tensor dy, Tensor? bias, float p, " + drawn + ", ScalarType? x_dtype=None, " +
+         gradients)
             .c_str());
 }
 

@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 void launch_column_sums(const float* sums, const TensorRef& dbias, std::int64_t slices,
                         const char* op, Stream stream) {
   const std::int64_t n = dbias.sizes[0];
-  const Launch shape{
-      .op = op, .grid = ceil_div(n, 32), .block = 32 * kWarps, .overlap = true};
+  const Launch shape{.op = op, .grid = ceil_div(n, 32), .block = 32 * kWarps, .overlap = true};
   launch(column_sums_kernel, shape, stream, sums, dbias.data, dbias.dtype, slices, n);
 }
 

@@ -6,10 +6,12 @@
 //   bias_dropout_add      y = residual + dropout(x + bias)  reads 2, writes 1
 //   bias_dropout_add_bwd  dx = dropout(dy)                  reads 1, writes 1
 //
-//   work     a block has a strip of columns and a slice of rows (column_plan). A thread has one pack
+//   work     a block has a strip of columns and a slice of rows (column_plan). A thread has one
+//   pack
 //            of columns, and with it the bias and the sums of those columns in registers, and
 //            walks over rows, kAtOnce of them under way
-//   sums     of numbers not rounded: a thread over its rows in turn, the block's threads of a column
+//   sums     of numbers not rounded: a thread over its rows in turn, the block's threads of a
+//   column
 //            in turn (shared memory), then column_sums_kernel over the slices. The split depends on
 //            sizes and types alone
 //   sync     one barrier, for sums
@@ -18,11 +20,11 @@
 
 #include <bit>
 
+#include "activation/extent.cuh"
 #include "dispatch.h"
 #include "fastkern/activation.h"
 #include "fastkern/activation_formula.h"
 #include "fastkern/dropout.h"
-#include "activation/extent.cuh"
 #include "tile/dropout.cuh"
 
 namespace fastkern::cuda::activation_detail {
@@ -39,9 +41,7 @@ inline constexpr bool drops(ColumnOp op) {
   return op == ColumnOp::bias_dropout_add || op == ColumnOp::bias_dropout_add_bwd;
 }
 /// Rows that a thread has under way.
-inline constexpr int at_once(ColumnOp op) {
-  return op == ColumnOp::bias_act ? 8 : 4;
-}
+inline constexpr int at_once(ColumnOp op) { return op == ColumnOp::bias_act ? 8 : 4; }
 
 template <class T>
 struct Columns {
@@ -50,7 +50,7 @@ struct Columns {
   tile::DropoutView dropout;
   ActivationKind kind;
   std::int64_t m, n;
-  std::int64_t slice;  // rows
+  std::int64_t slice;          // rows
   int strips, columns, shift;  // columns of a block; log2 of the threads of a row
   float* sums;                 // [slices][n]; nullptr: not wanted
 };
@@ -74,12 +74,10 @@ __device__ __forceinline__ void column_values(const Columns<T>& p, const float (
     for (int j = 0; j < kV; ++j) out[j] = formula::value<kKind, M>(a[j] + bias[j], {});
   } else if constexpr (kOp == ColumnOp::bias_act_bwd) {
 #pragma unroll
-    for (int j = 0; j < kV; ++j)
-      out[j] = formula::gradient<kKind, M>(a[j], b[j] + bias[j]);
+    for (int j = 0; j < kV; ++j) out[j] = formula::gradient<kKind, M>(a[j], b[j] + bias[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < kV; ++j)
-      out[j] = kOp == ColumnOp::bias_dropout_add ? a[j] + bias[j] : a[j];
+    for (int j = 0; j < kV; ++j) out[j] = kOp == ColumnOp::bias_dropout_add ? a[j] + bias[j] : a[j];
     if (p.dropout.seed) p.dropout.apply(seed, offset, element, out);
     if constexpr (kOp == ColumnOp::bias_dropout_add) {
 #pragma unroll
@@ -89,7 +87,8 @@ __device__ __forceinline__ void column_values(const Columns<T>& p, const float (
 }
 
 template <class T, ColumnOp kOp, bool kPlain>
-__global__ void __launch_bounds__(kColumnThreads, kPlain && !drops(kOp) && ptx::kHasClusters ? 3 : 2)
+__global__ void __launch_bounds__(kColumnThreads,
+                                  kPlain && !drops(kOp) && ptx::kHasClusters ? 3 : 2)
     columns_kernel(const __grid_constant__ Columns<T> p) {
   constexpr int kV = kVector<T>, kRows = at_once(kOp), kSecondRows = has_second(kOp) ? kRows : 1;
   constexpr bool kSums = sums_up(kOp), kSecond = has_second(kOp);
@@ -190,13 +189,10 @@ inline bool is_mixed(std::initializer_list<const TensorRef*> operands) {
 template <ColumnOp kOp, class T>
 void launch_columns(const Columns<T>& p, const ColumnPlan& plan, const char* op, Stream stream) {
   const auto plain = [](const RowView<T>& view) { return !view.data || view.plain(); };
-  const Launch shape{.op = op,
-                     .grid = plan.strips * plan.slices,
-                     .block = kColumnThreads,
-                     .overlap = true};
-  dispatch_bool(plain(p.first) && plain(p.second) && plain(p.out), [&]<bool kPlain>() {
-    launch(columns_kernel<T, kOp, kPlain>, shape, stream, p);
-  });
+  const Launch shape{
+      .op = op, .grid = plan.strips * plan.slices, .block = kColumnThreads, .overlap = true};
+  dispatch_bool(plain(p.first) && plain(p.second) && plain(p.out),
+                [&]<bool kPlain>() { launch(columns_kernel<T, kOp, kPlain>, shape, stream, p); });
 }
 
 /// dbias = sums over the slices.

@@ -67,15 +67,14 @@ void dropout(const DropoutCall& args, Stream stream) {
     const Dropped<T> p{.x = view_of<T>(a.x, e, a.op, "x"),
                        .y = view_of<T>(a.y, e, a.op, "y"),
                        .extent = e,
-                       .dropout = d.p == 0.0 ? tile::DropoutView{}
-                                             : tile::DropoutView{d.seed, d.offset,
-                                                                 dropout_threshold(d.p),
-                                                                 dropout_scale(d.p)},
+                       .dropout = d.p == 0.0
+                                      ? tile::DropoutView{}
+                                      : tile::DropoutView{d.seed, d.offset, dropout_threshold(d.p),
+                                                          dropout_scale(d.p)},
                        .n = rows.length};
     const Launch shape{.op = a.op, .grid = e.grid, .block = e.block, .overlap = true};
-    dispatch_bool(p.x.plain() && p.y.plain(), [&]<bool kPlain>() {
-      launch(dropout_kernel<T, kPlain>, shape, stream, p);
-    });
+    dispatch_bool(p.x.plain() && p.y.plain(),
+                  [&]<bool kPlain>() { launch(dropout_kernel<T, kPlain>, shape, stream, p); });
   });
 }
 

@@ -150,6 +150,39 @@ void check_rope(torch::Device device) {
   report("no k", !none.defined());
 }
 
+/// Gated activations, bias_act and bias_dropout_add against torch's own operators.
+void check_activations(torch::Device device, torch::Dtype dtype, double tolerance) {
+  namespace F = torch::nn::functional;
+  const std::string name = std::string(" (") + torch::toString(dtype) + ")";
+  const auto options = torch::TensorOptions().device(device).dtype(dtype);
+  const auto leaf = [&](at::IntArrayRef shape) {
+    return torch::randn(shape, options).requires_grad_();
+  };
+  const torch::Tensor a = leaf({6, 320}), b = leaf({6, 320}), bias = leaf({320});
+  const torch::Tensor dy = torch::randn({6, 320}, options);
+  const auto both = [&](const std::string& what, const torch::Tensor& found,
+                        const torch::Tensor& expected, const std::vector<torch::Tensor>& inputs) {
+    compare(what + name, found.detach(), expected.detach(), tolerance);
+    const auto ours = torch::autograd::grad({found}, inputs, {dy});
+    const auto theirs = torch::autograd::grad({expected}, inputs, {dy});
+    for (std::size_t i = 0; i < inputs.size(); ++i)
+      compare(what + ", gradient " + std::to_string(i) + name, ours[i], theirs[i], tolerance);
+  };
+  both("swiglu", fastkern::swiglu(a, b), F::silu(a) * b, {a, b});
+  both("swiglu, packed", fastkern::swiglu(torch::cat({a, b}, -1)), F::silu(a) * b, {a, b});
+  both("geglu", fastkern::geglu(a, b), F::gelu(a) * b, {a, b});
+  both("reglu", fastkern::reglu(a, b), torch::relu(a) * b, {a, b});
+  both("glu", fastkern::glu(a, b), a * torch::sigmoid(b), {a, b});
+  const torch::Tensor g = a.clamp_max(7.0), u = b.clamp(-7.0, 7.0) + 1.0;
+  both("clamped_swiglu", fastkern::clamped_swiglu(a, b), g * torch::sigmoid(1.702 * g) * u, {a, b});
+  both("bias_act", fastkern::bias_act(a, bias), F::gelu(a + bias), {a, bias});
+  both("bias_dropout_add", fastkern::bias_dropout_add(a, bias, b), b + (a + bias), {a, bias, b});
+  const torch::Tensor ones = torch::ones_like(a).detach().requires_grad_();
+  const torch::Tensor kept = fastkern::dropout(ones, 0.5);
+  const auto drawn_again = torch::autograd::grad({kept}, {ones}, {torch::ones_like(dy)})[0];
+  report("dropout draws the same mask in backward" + name, drawn_again.equal(kept.detach()));
+}
+
 /// Layer norm, and both norms behind a residual add with dropout: all gradients against torch's
 /// own.
 void check_other_gradients(torch::Device device, torch::Dtype dtype, double tolerance) {
@@ -279,6 +312,8 @@ int main() {
   check_softmax(device, torch::kFloat, 2e-5);
   check_softmax(device, torch::kBFloat16, 3.2e-2);
   check_rope(device);
+  check_activations(device, torch::kFloat, 2e-5);
+  check_activations(device, torch::kBFloat16, 3.2e-2);
   check_other_gradients(device, torch::kFloat, 2e-5);
   check_other_gradients(device, torch::kBFloat16, 3.2e-2);
   check_quantised(device);

@@ -52,8 +52,9 @@ TensorRef columns(TensorRef t, std::int64_t begin, std::int64_t n) {
 struct ActivationCall {
   ActivationCall(const ActivationCase& c, int shift, std::int64_t gap);
   NamedTensors tensors() {
-    return {{"a", &a},   {"b", &b},   {"bias", &bias},   {"y", &y},
-            {"dy", &dy}, {"da", &da}, {"db", &db}, {"dbias", &dbias}, {"workspace", &workspace}};
+    return {{"a", &a},   {"b", &b},         {"bias", &bias},
+            {"y", &y},   {"dy", &dy},       {"da", &da},
+            {"db", &db}, {"dbias", &dbias}, {"workspace", &workspace}};
   }
   void run(bool on_device);
 
@@ -71,7 +72,7 @@ ActivationCall::ActivationCall(const ActivationCase& c_, int shift, std::int64_t
   const DType second = c.op == Op::bias_dropout_add ? c.other : c.dtype;
   a = tensor(c.dtype, packed), a.fill(1, 0.2);
   if (!packed) b = tensor(second), b.fill(2, -0.1);
-  y = tensor(c.op == Op::quantised          ? (c.kind == ActivationKind::silu ? DType::i8 : DType::f8e4m3)
+  y = tensor(c.op == Op::quantised ? (c.kind == ActivationKind::silu ? DType::i8 : DType::f8e4m3)
              : c.op == Op::bias_dropout_add ? second
                                             : c.dtype);
   dy = tensor(c.op == Op::bias_dropout_add ? second : c.dtype), dy.fill(3, 0.1);
@@ -112,17 +113,28 @@ void ActivationCall::run(bool on_device) {
   } else if (c.op == Op::bias_act) {
     run(BiasAct{.kind = c.kind, .x = a.ref(), .bias = bias.ref(), .y = y.ref()}, cuda::bias_act,
         cpu::bias_act);
-    run(BiasActBwd{.kind = c.kind, .dy = dy.ref(), .x = a.ref(), .bias = bias.ref(),
-                   .dx = da.ref(), .dbias = dbias.ref(), .workspace = workspace.ref().data,
+    run(BiasActBwd{.kind = c.kind,
+                   .dy = dy.ref(),
+                   .x = a.ref(),
+                   .bias = bias.ref(),
+                   .dx = da.ref(),
+                   .dbias = dbias.ref(),
+                   .workspace = workspace.ref().data,
                    .workspace_size = static_cast<std::size_t>(workspace.numel()) * 4},
         cuda::bias_act_bwd, cpu::bias_act_bwd);
   } else if (c.op == Op::dropout) {
     run(DropoutCall{.x = a.ref(), .y = y.ref(), .dropout = dropout}, cuda::dropout, cpu::dropout);
   } else {
-    run(BiasDropoutAdd{.x = a.ref(), .bias = bias.ref(), .residual = b.ref(), .y = y.ref(),
+    run(BiasDropoutAdd{.x = a.ref(),
+                       .bias = bias.ref(),
+                       .residual = b.ref(),
+                       .y = y.ref(),
                        .dropout = dropout},
         cuda::bias_dropout_add, cpu::bias_dropout_add);
-    run(BiasDropoutAddBwd{.dy = dy.ref(), .dx = da.ref(), .dbias = dbias.ref(), .dropout = dropout,
+    run(BiasDropoutAddBwd{.dy = dy.ref(),
+                          .dx = da.ref(),
+                          .dbias = dbias.ref(),
+                          .dropout = dropout,
                           .workspace = workspace.ref().data,
                           .workspace_size = static_cast<std::size_t>(workspace.numel()) * 4},
         cuda::bias_dropout_add_bwd, cpu::bias_dropout_add_bwd);
@@ -166,16 +178,16 @@ void check_activation(const ActivationCase& c, bool same_bits) {
 }
 
 const std::pair<std::int64_t, std::int64_t> kShapes[] = {
-    {1, 1},    {3, 2},     {7, 3},     {5, 8},    {4, 16},   {77, 31},   {33, 64},  {9, 129},
-    {3, 255},  {65, 256},  {17, 264},  {3, 1000}, {2, 1031}, {5, 2048},  {2, 4104}, {1, 8192},
-    {2, 9001}, {300, 72},  {1500, 8},  {1, 65536}, {1, 70007},
+    {1, 1},    {3, 2},    {7, 3},    {5, 8},    {4, 16},   {77, 31},   {33, 64},
+    {9, 129},  {3, 255},  {65, 256}, {17, 264}, {3, 1000}, {2, 1031},  {5, 2048},
+    {2, 4104}, {1, 8192}, {2, 9001}, {300, 72}, {1500, 8}, {1, 65536}, {1, 70007},
 };
 
 ActivationCase make_case(std::int64_t rows, std::int64_t n, DType dtype, unsigned turn) {
   ActivationCase c{.dtype = dtype, .other = dtype, .rows = rows, .n = n};
-  constexpr Op kTurns[] = {Op::gated,    Op::bias_act, Op::gated,   Op::bias_dropout_add,
-                           Op::quantised, Op::gated,   Op::dropout, Op::bias_act,
-                           Op::gated,    Op::bias_dropout_add};
+  constexpr Op kTurns[] = {Op::gated,     Op::bias_act,        Op::gated,   Op::bias_dropout_add,
+                           Op::quantised, Op::gated,           Op::dropout, Op::bias_act,
+                           Op::gated,     Op::bias_dropout_add};
   c.op = kTurns[turn % 10];
   c.layout = static_cast<Layout>(turn / 10 % 3);
   if (c.op == Op::bias_act) {

@@ -189,8 +189,10 @@ def _assert_words(spec: OpSpec, op_name: str, error: Exception) -> None:
 
 def _assert_right(spec: OpSpec, op_name: str, function: Any, arguments: Arguments, result: tuple[Tensor, ...]) -> None:
     """An accepted call gives what the same call on dense copies gives, and forward ops what the reference gives."""
-    if arguments.get("dropout_p") and arguments.get("seed") is None:
-        return  # it drew one
+    parameters = inspect.signature(getattr(fastkern, spec.name)).parameters
+    for name in {"dropout_p", "p"} & set(parameters):
+        if arguments.get(name, parameters[name].default) and arguments.get("seed") is None:
+            return  # it drew one
     given = [v for v in arguments.values() if isinstance(v, Tensor)]
     if any(t.device.type == "meta" for t in given):
         assert all(t.device.type == "meta" for t in given), f"{op_name}: took a mix of meta and real tensors"

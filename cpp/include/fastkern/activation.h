@@ -46,11 +46,11 @@ struct GatedBwd {
   const char* op = "fastkern::gated_bwd";
   ActivationKind kind = ActivationKind::silu;
   ActivationNumbers numbers;
-  TensorRef dy;         // (..., N) any
-  TensorRef gate, up;   // as in GatedFwd
-  TensorRef pairs;      // as in GatedFwd
-  TensorRef dgate, dup; // (..., N) any; each may be not given
-  TensorRef dpairs;     // (..., 2N) any, with `pairs`
+  TensorRef dy;          // (..., N) any
+  TensorRef gate, up;    // as in GatedFwd
+  TensorRef pairs;       // as in GatedFwd
+  TensorRef dgate, dup;  // (..., N) any; each may be not given
+  TensorRef dpairs;      // (..., 2N) any, with `pairs`
 };
 
 /// y = f(x + bias). `kind` is neither sigmoid nor clamped_silu.
@@ -66,17 +66,18 @@ struct BiasAct {
 struct BiasActBwd {
   const char* op = "fastkern::bias_act_bwd";
   ActivationKind kind = ActivationKind::gelu;
-  TensorRef dy, x;  // (..., N), of one type
-  TensorRef bias;   // as in BiasAct
-  TensorRef dx;     // (..., N), the type of x; or not given
-  TensorRef dbias;  // (N), f32 | f16 | bf16, dense; or not given
+  TensorRef dy, x;                 // (..., N), of one type
+  TensorRef bias;                  // as in BiasAct
+  TensorRef dx;                    // (..., N), the type of x; or not given
+  TensorRef dbias;                 // (N), f32 | f16 | bf16, dense; or not given
   void* workspace = nullptr;       // cuda: column_sums_workspace() bytes, 16-byte aligned
   std::size_t workspace_size = 0;  // bytes
 };
 
 /// Who takes part in the sum of a column on the GPU: a function of the sizes and the type of the
 /// operands, not of the device. `lanes` threads of a block share a row, `groups` rows are in a
-/// block at a time; a block has `rows` rows, in turn, of `columns` columns, and leaves one sum each.
+/// block at a time; a block has `rows` rows, in turn, of `columns` columns, and leaves one sum
+/// each.
 struct ColumnPlan {
   int lanes = 1, groups = 1;
   std::int64_t columns = 1, rows = 1, strips = 1, slices = 1;

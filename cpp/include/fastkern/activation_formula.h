@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations and their slopes, one source for the CPU and the GPU. M has exp(v) and reciprocal(v),
-// and says whether a result is to have the last digits of an f32 (kPrecise) or is rounded to 16 bits.
+// and says whether a result is to have the last digits of an f32 (kPrecise) or is rounded to 16
+// bits.
 //
 //   silu          z s(z)                         s(z) = 1 / (1 + exp(-z))
 //   quick_gelu    z s(1.702 z)
@@ -124,8 +125,8 @@ FASTKERN_FORMULA float value(float z, const ActivationNumbers& numbers) {
   }
 }
 
-/// Whether a gradient goes through: not where relu or a clamp cuts, be it NaN. As in torch, NaN itself
-/// passes relu, and no clamp.
+/// Whether a gradient goes through: not where relu or a clamp cuts, be it NaN. As in torch, NaN
+/// itself passes relu, and no clamp.
 template <ActivationKind kKind>
 FASTKERN_FORMULA bool passes(float z, const ActivationNumbers& numbers) {
   if constexpr (kKind == ActivationKind::relu) return !(z <= 0.0f);

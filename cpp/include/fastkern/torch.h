@@ -29,6 +29,7 @@
 #include <tuple>
 #include <utility>
 
+#include "fastkern/torch/activation.h"
 #include "fastkern/torch/attention.h"
 #include "fastkern/torch/common.h"
 #include "fastkern/torch/loss.h"

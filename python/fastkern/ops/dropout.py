@@ -198,7 +198,7 @@ def _add_bwd_fake(
 
 
 def _add_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, residual, ctx.p, seed, offset = inputs
+    x, bias, _, ctx.p, seed, offset = inputs
     ctx.x_dtype = x.dtype
     ctx.save_for_backward(bias, seed, offset)
 

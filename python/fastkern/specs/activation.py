@@ -193,7 +193,6 @@ _DIMS = (
     *rows(2, 1, 8, 2049, 4104),
     *rows(65, 33),
     *rows(1, 9001, 65544),
-    {"B": 2, "S": 3, "N": 96},
     {"B": 2, "S": 3, "H": 2, "N": 65},
 )
 _FEW_DIMS = (*rows(3, 7, 64, 129), *rows(2, 1, 8, 1000, 4104), *rows(65, 33), {"B": 2, "S": 3, "H": 2, "N": 65})
@@ -254,16 +253,16 @@ SWIGLU = _spec(
 )
 GEGLU = _spec(
     "geglu",
-    ({"approximate": "tanh"}, {"approximate": "none"}, {"packed": "pairs"}),
+    ({"approximate": "tanh"}, {"approximate": "none", "packed": "pairs"}),
     (*_interleaved_bad_calls("geglu"), *_approximate_bad_calls("geglu")),
     bench_variant={"approximate": "tanh"},
     peers={"liger": _liger_geglu},
 )
-REGLU = _spec("reglu", ({}, {"packed": "halves"}), _interleaved_bad_calls("reglu"), signed_zeros=False)
-GLU = _spec("glu", ({}, {"packed": "halves"}), ())
+REGLU = _spec("reglu", ({},), _interleaved_bad_calls("reglu"), signed_zeros=False)
+GLU = _spec("glu", ({},), ())
 CLAMPED_SWIGLU = _spec(
     "clamped_swiglu",
-    ({"limit": 1.0}, {"packed": "pairs"}, {"packed": "halves", "alpha": 1.0, "limit": 2.0, "up_offset": 0.0}),
+    ({"limit": 1.0}, {"packed": "pairs", "alpha": 1.0, "limit": 2.0, "up_offset": 0.0}),
     (*_interleaved_bad_calls("clamped_swiglu"), *_limit_bad_calls("clamped_swiglu")),
 )
 
@@ -322,15 +321,12 @@ BIAS_ACT = OpSpec(
         *rows(77, 33),
         *rows(1031, 72),
         *rows(1, 9001),
-        {"B": 2, "S": 3, "N": 96},
         {"B": 3, "S": 33, "H": 2, "N": 65},
     ),
     variants=(
         {"act": "gelu"},
         {"act": "gelu_tanh", "bias": torch.float32},
-        {"act": "relu"},
         {"act": "silu", "bias": None},
-        {"act": "quick_gelu", "bias": torch.bfloat16},
     ),
     differentiable=("x", "bias"),
     strided=("x", "bias"),

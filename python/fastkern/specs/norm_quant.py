@@ -34,6 +34,7 @@ def _scale_of(value: Tensor, quant_dtype: torch.dtype) -> Tensor:
 
 
 def quantised(value: Tensor, scale: Tensor, quant_dtype: torch.dtype) -> Tensor:
+    """Divided by the scale, saturated, rounded."""
     scaled = value / torch.where(scale == 0, 1.0, scale)
     scaled = scaled.clamp(-LARGEST[quant_dtype], LARGEST[quant_dtype])
     return (scaled.round() if quant_dtype == I8 else scaled).to(quant_dtype)
