@@ -359,6 +359,7 @@ def test_mixed_types(state_dtype: torch.dtype, grad_dtype: torch.dtype, device: 
 
 def test_groups(device: str) -> None:
     """Each group's own numbers, more groups than one launch takes, and one that comes later."""
+
     def groups(those: Sequence[Tensor]) -> list[dict[str, Any]]:
         return [{"params": [p], "lr": 1e-3 * (i + 1), "weight_decay": 0.01 * i, "betas": (0.9, 0.99 - 0.001 * i)}
                 for i, p in enumerate(those)]  # fmt: skip
@@ -379,8 +380,8 @@ def test_groups(device: str) -> None:
 
 def test_odd_gradients(device: str) -> None:
     """Expanded, transposed and strided gradients; channels-last parameters."""
-    ours = [torch.nn.Parameter(torch.randn(8, 6, device=device)),
-            torch.nn.Parameter(torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last))]  # fmt: skip
+    images = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    ours = [torch.nn.Parameter(torch.randn(8, 6, device=device)), torch.nn.Parameter(images)]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     a, b = optim.AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2)
     forms = [
@@ -478,6 +479,7 @@ def test_checkpoints(case: str, saved: bool, device: str) -> None:
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master", "remainder"])
 def test_own_checkpoints(rounding: str, device: str) -> None:
     """Types of states and roundings come through, and a run goes on with the same bits."""
+
     def make(net: torch.nn.Module) -> torch.optim.Optimizer:
         return optim.AdamW(net.parameters(), lr=1e-2, rounding=rounding, state_dtype=torch.float32, seed=9)
 

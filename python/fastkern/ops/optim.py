@@ -42,7 +42,11 @@ def _run(
     numbers: Sequence[float | bool],
     options: dict[str, Any],
 ) -> None:
-    maximize, rounding, seed = options.pop("maximize", False), options.pop("rounding", "nearest"), options.pop("seed", 0)
+    maximize, rounding, seed = (
+        options.pop("maximize", False),
+        options.pop("rounding", "nearest"),
+        options.pop("seed", 0),
+    )
     extras = options.pop("extras", ())
     scalars = [options.pop(name, None) for name in ("grad_scale", "found_inf", "grad_factor")]
     name = op.name().removesuffix(".default")

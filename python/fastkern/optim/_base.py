@@ -175,14 +175,24 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refuse_capture(self, p: Tensor) -> None:
         if p.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{self._name}: the first step must come before a graph is captured, got it inside of one")
+            raise RuntimeError(
+                f"{self._name}: the first step must come before a graph is captured, got it inside of one"
+            )
 
     # ---- plan --------------------------------------------------------------------------------------------------------
 
     def _signature(self) -> list[tuple[Any, ...]]:
         """What a plan is made for."""
         return [
-            (len(g["params"]), self._kind(g), self._states(g), self._has_step(g), g["rounding"], g["state_dtype"], g["seed"])
+            (
+                len(g["params"]),
+                self._kind(g),
+                self._states(g),
+                self._has_step(g),
+                g["rounding"],
+                g["state_dtype"],
+                g["seed"],
+            )
             for g in self.param_groups
         ]
 
@@ -226,7 +236,9 @@ class Optimizer(torch.optim.Optimizer):
         if g is None:
             return
         if g.layout != torch.strided:
-            raise RuntimeError(f"{self._name}: gradients must be dense, got {g.layout} for a parameter of {tuple(p.shape)}")
+            raise RuntimeError(
+                f"{self._name}: gradients must be dense, got {g.layout} for a parameter of {tuple(p.shape)}"
+            )
         if g.dtype not in _DTYPES:
             raise RuntimeError(f"{self._name}: gradients must be float32, float16 or bfloat16, got {g.dtype}")
         if g.device != p.device:
