@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A step of an optimizer on the CPU: chunks are shared among threads, a chunk is worked on in blocks
-// of float32. The formulas are those of optim_formula.h, element by element, so neither threads nor
-// vectors change a bit.
+// A step of an optimizer on the CPU: chunks are shared among threads, a chunk is worked on in
+// blocks of float32. The formulas are those of optim_formula.h, element by element, so neither
+// threads nor vectors change a bit.
 #include "fastkern/optim.h"
 
 #include "optim_blocks.h"
@@ -41,21 +41,24 @@ void step_all(const OptimStep& a, const OptimTable& table) {
     std::int64_t last = -1;
     std::uint64_t step = 0;
     float factor = 1.0f;
-    for_blocks(table, begin, end, [&](std::int64_t i, std::int64_t, std::int64_t at, int n) {
-      const OptimTensor& t = table.tensor()[i];
-      if (i != last) {
-        const optim::Start start = optim_start(a, t);
-        numbers = Formula::numbers(start);
-        factor = optim::gradient_factor(start.group, a.grad_factor, a.grad_scale);
-        step = start.steps, last = i;
-      }
-      load_buffers(a, t, table.grad()[i], at, n, buffers);
-      with_best_isa([&]() __attribute__((always_inline)) {
-        update_block<Formula>(numbers, factor, n, buffers);
-      });
-      store_values(a, t, step, at, n, buffers);
-      store_states(a, t, at, n, buffers);
-    });
+    for_blocks(
+        table, begin, end,
+        [&](std::int64_t i, std::int64_t, std::int64_t at, int n) {
+          const OptimTensor& t = table.tensor()[i];
+          if (i != last) {
+            const optim::Start start = optim_start(a, t);
+            numbers = Formula::numbers(start);
+            factor = optim::gradient_factor(start.group, a.grad_factor, a.grad_scale);
+            step = start.steps, last = i;
+          }
+          load_buffers(a, t, table.grad()[i], at, n, buffers);
+          with_best_isa([&]() __attribute__((always_inline)) {
+            update_block<Formula>(numbers, factor, n, buffers);
+          });
+          store_values(a, t, step, at, n, buffers);
+          store_states(a, t, at, n, buffers);
+        },
+        optim_block(a, table));
   });
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 /// The values of a parameter, as its rounding keeps them.
 FASTKERN_INLINE void get_values(const OptimStep& a, const OptimTensor& t, std::int64_t at, int n,
-                                 float* out) {
+                                float* out) {
   switch (a.rounding) {
     case OptimRounding::master:
       return load_block<float>(t.extra, at, n, out);
@@ -29,7 +29,7 @@ FASTKERN_INLINE void get_values(const OptimStep& a, const OptimTensor& t, std::i
 }
 
 FASTKERN_INLINE void put_values(const OptimStep& a, const OptimTensor& t, std::uint64_t step,
-                                  std::int64_t at, int n, const float* in) {
+                                std::int64_t at, int n, const float* in) {
   auto* const bits = static_cast<std::uint16_t*>(t.param) + at;
   switch (a.rounding) {
     case OptimRounding::stochastic:
@@ -105,8 +105,7 @@ void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, st
 void store_values(const OptimStep& a, const OptimTensor& t, std::uint64_t step, std::int64_t at,
                   int n, const OptimBuffers& b) {
   if (in_place(a)) return;
-  with_best_isa(
-      [&]() __attribute__((always_inline)) { put_values(a, t, step, at, n, b.p); });
+  with_best_isa([&]() __attribute__((always_inline)) { put_values(a, t, step, at, n, b.p); });
 }
 
 void store_states(const OptimStep& a, const OptimTensor& t, std::int64_t at, int n,

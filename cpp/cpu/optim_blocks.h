@@ -32,14 +32,15 @@ FASTKERN_INLINE void store_block(void* to, std::int64_t at, int n, const float* 
   }
 }
 FASTKERN_INLINE void load_block(DType type, const void* from, std::int64_t at, int n, float* out) {
-  dispatch(type, [&]<class T>() __attribute__((always_inline)) { load_block<T>(from, at, n, out); });
+  dispatch(type,
+           [&]<class T>() __attribute__((always_inline)) { load_block<T>(from, at, n, out); });
 }
 FASTKERN_INLINE void store_block(DType type, void* to, std::int64_t at, int n, const float* in) {
   dispatch(type, [&]<class T>() __attribute__((always_inline)) { store_block<T>(to, at, n, in); });
 }
 
-/// A block of a parameter's elements as float32: values, gradients, states. What is float32 in memory
-/// stays there.
+/// A block of a parameter's elements as float32: values, gradients, states. What is float32 in
+/// memory stays there.
 struct OptimBuffers {
   float* p;
   const float* g;
@@ -58,7 +59,8 @@ void store_states(const OptimStep& a, const OptimTensor& t, std::int64_t at, int
 /// f(tensor, chunk, first element, elements) for each block of chunks [begin, end), but of tensors
 /// without a gradient.
 template <class F>
-void for_blocks(const OptimTable& table, std::int64_t begin, std::int64_t end, const F& f) {
+void for_blocks(const OptimTable& table, std::int64_t begin, std::int64_t end, const F& f,
+                std::int64_t block = kOptimBlock) {
   const std::int32_t* const first = table.first_chunk();
   std::int64_t i = std::upper_bound(first, first + table.tensors(), begin) - first - 1;
   for (std::int64_t chunk = begin; chunk < end; ++chunk) {
@@ -66,10 +68,19 @@ void for_blocks(const OptimTable& table, std::int64_t begin, std::int64_t end, c
     if (!table.grad()[i]) continue;
     const std::int64_t start = (chunk - first[i]) * kOptimChunk;
     const std::int64_t stop = std::min(start + kOptimChunk, table.tensor()[i].numel);
-    for (std::int64_t at = start; at < stop; at += kOptimBlock) {
-      f(i, chunk, at, static_cast<int>(std::min<std::int64_t>(kOptimBlock, stop - at)));
+    for (std::int64_t at = start; at < stop; at += block) {
+      f(i, chunk, at, static_cast<int>(std::min<std::int64_t>(block, stop - at)));
     }
   }
+}
+
+/// Elements of a block: a whole chunk where all operands are float32 in memory, and none is
+/// missing.
+inline std::int64_t optim_block(const OptimStep& a, const OptimTable& table) {
+  bool whole = a.param == DType::f32 && a.grad == DType::f32 && a.state == DType::f32 &&
+               a.rounding == OptimRounding::nearest;
+  for (int k = 0; k < optim_states(a.kind); ++k) whole = whole && table.tensor()[0].state[k];
+  return whole ? kOptimChunk : kOptimBlock;
 }
 
 /// What the step of a tensor starts from.

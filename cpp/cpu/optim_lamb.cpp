@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// LAMB on the CPU: the states and, for each chunk, the squares of value and direction; their sums for
-// each tensor, in the order of its chunks; then the parameter, its direction made again of the states.
+// LAMB on the CPU: the states and, for each chunk, the squares of value and direction; their sums
+// for each tensor, in the order of its chunks; then the parameter, its direction made again of the
+// states.
 #include "optim_lamb.h"
 
 #include "optim_blocks.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The norm of gradients and their scaling on the CPU. A sum is that of each block in float32, in
-// eight lanes, of the blocks of a chunk in float32 and of the chunks in float64, one after the other.
+// eight lanes, of the blocks of a chunk in float32 and of the chunks in float64, one after the
+// other.
 #include <cmath>
 
 #include "optim_blocks.h"

@@ -111,13 +111,14 @@ std::tuple<> rmsprop_(const StepLists& lists, const TensorList& square_avgs,
                       const StepTail& tail) {
   FK_CHECK(momentum == 0.0 || lists.params.empty() || !buffers.empty(),
            "fastkern::rmsprop_: momentum_buffers must be given with a momentum, got none");
-  return run("fastkern::rmsprop_", OptimKind::rmsprop,
-             {.lr = lr, .beta1 = momentum, .beta2 = alpha, .eps = eps, .weight_decay = weight_decay},
-             lists,
-             {{square_avgs, "square_avgs"},
-              {grad_avgs, "grad_avgs", true},
-              {buffers, "momentum_buffers", true}},
-             tail);
+  return run(
+      "fastkern::rmsprop_", OptimKind::rmsprop,
+      {.lr = lr, .beta1 = momentum, .beta2 = alpha, .eps = eps, .weight_decay = weight_decay},
+      lists,
+      {{square_avgs, "square_avgs"},
+       {grad_avgs, "grad_avgs", true},
+       {buffers, "momentum_buffers", true}},
+      tail);
 }
 
 std::tuple<> nadam_(const StepLists& lists, const TensorList& exp_avgs,

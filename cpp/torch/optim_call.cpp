@@ -81,7 +81,8 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
   for (const StepList& list : states) {
     check_length(list.tensors, count, op, list.name, list.optional);
   }
-  const bool timeless = (a.kind == OptimKind::sgd && group.beta1 == 0.0) || a.kind == OptimKind::lion;
+  const bool timeless =
+      (a.kind == OptimKind::sgd && group.beta1 == 0.0) || a.kind == OptimKind::lion;
   check_length(steps, count, op, "steps", timeless && a.rounding != OptimRounding::stochastic);
   check_length(products, count, op, "mu_products", a.kind != OptimKind::nadam);
   const bool has_extra = rounding >= 2;

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // LAMB (You et al., 2019): Adam's direction, scaled for each parameter by |value| / |direction|.
 //
-//   work     two launches over the same chunks. The first leaves the states and, for each chunk, the
+//   work     two launches over the same chunks. The first leaves the states and, for each chunk,
+//   the
 //            squares of values and directions; the second makes the direction again, of the states
-//   sync     the block of the first that draws the last number adds the squares up, a warp a tensor,
+//   sync     the block of the first that draws the last number adds the squares up, a warp a
+//   tensor,
 //            in float64, lane t those of chunks t, t + 32, ...; the second counts steps as
 //            optim_step.cuh does
-//   cost     the first reads four operands and writes two, the second reads three and writes one: in
+//   cost     the first reads four operands and writes two, the second reads three and writes one:
+//   in
 //            float32 40 bytes a parameter, 1.43 of AdamW's
 #include "optim/block_sum.cuh"
 #include "optim/optim_launch.h"
@@ -103,8 +106,7 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
   }
 
   const auto sum = [](double x, double y) { return x + y; };
-  const double all_values =
-      block_fold<kOptimThreads>(static_cast<double>(values), sSums, sum);
+  const double all_values = block_fold<kOptimThreads>(static_cast<double>(values), sSums, sum);
   const double all_directions =
       block_fold<kOptimThreads>(static_cast<double>(directions), sSums, sum);
   if (threadIdx.x == 0) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The norm of all gradients, and gradients times a factor.
 //
-//   formula  norm = sqrt(Σ g²) / grad_scale, or the largest |g|; factor = min(1, max_norm / (norm + 1e-6))
-//   work     a block has a chunk of 8192 elements, a thread packs of it, as in optim_step.cuh
-//   sync     a block leaves its sum in `partials` and draws a number; the one that draws the last
+//   formula  norm = sqrt(Σ g²) / grad_scale, or the largest |g|; factor = min(1, max_norm / (norm +
+//   1e-6)) work     a block has a chunk of 8192 elements, a thread packs of it, as in
+//   optim_step.cuh sync     a block leaves its sum in `partials` and draws a number; the one that
+//   draws the last
 //            adds them up in float64, thread t those of chunks t, t + 256, ...: one launch, and an
 //            order of sums that depends on the tensors alone
 //   cost     reads each gradient once. Scaling reads and writes it, but where the factor is 1
@@ -66,14 +67,16 @@ __device__ __forceinline__ void for_elements(const Operand& grad, int count, con
 
 /// The gradient of the block's chunk and how many elements it has there; none without one.
 __device__ __forceinline__ Operand chunk_of(const TableParams& a, DType type, int& count) {
-  const int chunk = static_cast<int>(blockIdx.x), tensor = find_tensor(a.first_chunk, a.tensors, chunk);
+  const int chunk = static_cast<int>(blockIdx.x),
+            tensor = find_tensor(a.first_chunk, a.tensors, chunk);
   const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
   char* const grad = static_cast<char*>(const_cast<void*>(a.grad_of(tensor)));
   count = grad ? static_cast<int>(min(kOptimChunk, a.tensor[tensor].numel - first)) : 0;
   return {grad + first * (type == DType::f32 ? 4 : 2), type};
 }
 
-__global__ void __launch_bounds__(kOptimThreads) optim_norm_kernel(const __grid_constant__ NormParams a) {
+__global__ void __launch_bounds__(kOptimThreads)
+    optim_norm_kernel(const __grid_constant__ NormParams a) {
   __shared__ double sSums[kOptimThreads / 32];
   __shared__ int sLast[1];
   ptx::grid_wait();
@@ -87,8 +90,9 @@ __global__ void __launch_bounds__(kOptimThreads) optim_norm_kernel(const __grid_
     }
   });
   const auto fold = [&](double x, double y) {
-    return a.largest ? static_cast<double>(optim::larger(static_cast<float>(x), static_cast<float>(y)))
-                     : optim::add(x, y);
+    return a.largest
+               ? static_cast<double>(optim::larger(static_cast<float>(x), static_cast<float>(y)))
+               : optim::add(x, y);
   };
   const double sum = block_fold<kOptimThreads>(static_cast<double>(total), sSums, fold);
   if (threadIdx.x == 0) {
@@ -117,7 +121,8 @@ __global__ void __launch_bounds__(kOptimThreads) optim_norm_kernel(const __grid_
   }
 }
 
-__global__ void __launch_bounds__(kOptimThreads) optim_scale_kernel(const __grid_constant__ ScaleParams a) {
+__global__ void __launch_bounds__(kOptimThreads)
+    optim_scale_kernel(const __grid_constant__ ScaleParams a) {
   ptx::grid_wait();
   const float factor = *a.factor;
   if (factor == 1.0f) return;
@@ -146,8 +151,8 @@ void optim_norm(const OptimNorm& args, Stream stream) {
   a.partials = args.partials, a.sum = args.sum, a.norm = args.norm, a.factor = args.factor;
   // A table without elements still has its turn.
   FK_CHECK(a.chunks > 0, args.op, ": the gradients of a norm must have elements, got none");
-  launch(optim_norm_kernel, {.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true},
-         stream, a);
+  launch(optim_norm_kernel,
+         {.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true}, stream, a);
 }
 
 void optim_scale(const OptimScale& args, Stream stream) {
@@ -155,8 +160,8 @@ void optim_scale(const OptimScale& args, Stream stream) {
   static_cast<TableParams&>(a) = table_params(args.host, args.table, args.tensors);
   a.grad = args.grad;
   a.factor = args.factor;
-  launch(optim_scale_kernel, {.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true},
-         stream, a);
+  launch(optim_scale_kernel,
+         {.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true}, stream, a);
 }
 
 }  // namespace fastkern::cuda

@@ -9,8 +9,8 @@
 //            last elements of a tensor, one by one: the same numbers, element by element
 //   memory   nothing is kept; all loads of a thread's packs come before the first use of one
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
-//            float64. Thread 0 then draws a number: the block that draws the last one knows that all
-//            have read the counts of steps, and adds one to each of them
+//            float64. Thread 0 then draws a number: the block that draws the last one knows that
+//            all have read the counts of steps, and adds one to each of them
 //   cost     each operand is read once, and written once but for the gradient: AdamW in float32
 //            moves 28 bytes a parameter
 #pragma once
@@ -81,8 +81,8 @@ struct RawPack {
 
  private:
   template <class T>
-  static __device__ __forceinline__ void halves(const std::uint32_t (&words)[4],
-                                                float (&out)[kVec], T) {
+  static __device__ __forceinline__ void halves(const std::uint32_t (&words)[4], float (&out)[kVec],
+                                                T) {
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {
       const float2 pair = tile::unpack_pair(words[j], T{});
@@ -185,9 +185,9 @@ struct Values {
             random ? optim::stochastic_bf16(v[j], (word >> (j % 2 * 16)) & 0xffffu)
                    : optim::nearest_away_bf16(v[j]);
         bits[j / 2] |= static_cast<std::uint32_t>(high) << (j % 2 * 16);
-        low[j / 2] |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(
-                          optim::remainder_of(v[j])))
-                      << (j % 2 * 16);
+        low[j / 2] |=
+            static_cast<std::uint32_t>(static_cast<std::uint16_t>(optim::remainder_of(v[j])))
+            << (j % 2 * 16);
       }
       RawPack<kVec>::store_words(param.at + element * 2ll, bits);
       if (rounding == OptimRounding::remainder) {
@@ -395,8 +395,7 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
 /// Host: kEvery, an instance each for plain parameters and for all operands of 16 bits; else one.
 template <class Formula, bool kEvery>
 void launch_step(const OptimStep& args, const StepParams& a, Stream stream) {
-  const Launch shape{
-      .op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true};
+  const Launch shape{.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true};
   if constexpr (kEvery) {
     const bool plain = a.rounding == OptimRounding::nearest;
     const bool wide = a.param != DType::f32 && a.grad != DType::f32 && a.state != DType::f32 &&

@@ -45,8 +45,8 @@ inline TableParams table_params(const void* host, void* device, std::int64_t ten
   return p;
 }
 
-/// The tensor of a chunk, the last whose first chunk is not behind it; each warp finds it, 32 places
-/// at a time.
+/// The tensor of a chunk, the last whose first chunk is not behind it; each warp finds it, 32
+/// places at a time.
 __device__ __forceinline__ int find_tensor(const std::int32_t* first_chunk, int tensors,
                                            int chunk) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

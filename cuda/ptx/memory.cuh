@@ -38,8 +38,8 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
   return v;
 }
 
-/// 16 bytes, or the first 8 of them, or none if `bytes` is 0, of memory that the kernel also writes;
-/// what is not read is undefined. Not kept in L1.
+/// 16 bytes, or the first 8 of them, or none if `bytes` is 0, of memory that the kernel also
+/// writes; what is not read is undefined. Not kept in L1.
 __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
   uint4 v;
   asm volatile(

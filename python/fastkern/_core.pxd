@@ -113,10 +113,13 @@ cdef extern from "fastkern/optim.h" namespace "fastkern" nogil:
     cdef cppclass OptimTable:
         OptimTable()
         OptimTable(void* memory, int64_t tensors)
+
         @staticmethod
         int64_t bytes(int64_t tensors)
+
         @staticmethod
         int64_t grad_offset(int64_t tensors)
+
         OptimTensor* tensor()
         const void** grad()
         int64_t chunks()

@@ -115,7 +115,6 @@ cdef class OptimParameters:
     cdef readonly list updated  # the parameters with gradients
 
     def __cinit__(self, kind, rounding, param, grad, state, int device, list params, list likes):
-        cdef Py_ssize_t i
         self._count = len(params)
         self.bytes = OptimTable.bytes(self._count)
         self._host = <char*>PyMem_Malloc(self.bytes)

@@ -21,9 +21,9 @@ struct OptimCase {
 
   std::string text() const {
     return "kind " + std::to_string(static_cast<int>(kind)) + " rounding " +
-           std::to_string(static_cast<int>(rounding)) + " " + name_of(param) + " " +
-           name_of(grad) + " " + name_of(state) + (shifted ? " shifted" : "") +
-           (skip ? " skip" : "") + (scaled ? " scaled" : "") + (found ? " found" : "");
+           std::to_string(static_cast<int>(rounding)) + " " + name_of(param) + " " + name_of(grad) +
+           " " + name_of(state) + (shifted ? " shifted" : "") + (skip ? " skip" : "") +
+           (scaled ? " scaled" : "") + (found ? " found" : "");
   }
 };
 

@@ -212,12 +212,10 @@ void check_norm(const OptimCase& c, bool largest) {
 
 std::vector<Case> optim_cases(const Options& options) {
   std::vector<Case> cases;
-  constexpr DType kTypes[][3] = {{DType::f32, DType::f32, DType::f32},
-                                 {DType::bf16, DType::bf16, DType::bf16},
-                                 {DType::bf16, DType::bf16, DType::f32},
-                                 {DType::bf16, DType::f32, DType::bf16},
-                                 {DType::f16, DType::f16, DType::f16},
-                                 {DType::f16, DType::f32, DType::f32}};
+  constexpr DType kTypes[][3] = {
+      {DType::f32, DType::f32, DType::f32},   {DType::bf16, DType::bf16, DType::bf16},
+      {DType::bf16, DType::bf16, DType::f32}, {DType::bf16, DType::f32, DType::bf16},
+      {DType::f16, DType::f16, DType::f16},   {DType::f16, DType::f32, DType::f32}};
   const Sizes kSizes[] = {{0, 1, 7, 8191, 8192, 8193, 64}, {63, 65, 1023, 20001, 0, 5000}, {16384}};
   unsigned turn = options.seed * 17;
   for (int kind = 0; kind < 9; ++kind) {

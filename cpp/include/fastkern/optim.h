@@ -11,15 +11,15 @@
 namespace fastkern {
 
 enum class OptimKind : std::uint8_t {
-  adam,      // Adam and AdamW: states exp_avg, exp_avg_sq
-  amsgrad,   // the same with max_exp_avg_sq as the third
-  sgd,       // state momentum_buffer, if momentum is not 0
-  lion,      // state exp_avg
-  adagrad,   // state sum
-  rmsprop,   // states square_avg; grad_avg if centered; momentum_buffer if momentum is not 0
-  nadam,     // as adam, with a product for each parameter
-  radam,     // as adam
-  lamb,      // as adam
+  adam,     // Adam and AdamW: states exp_avg, exp_avg_sq
+  amsgrad,  // the same with max_exp_avg_sq as the third
+  sgd,      // state momentum_buffer, if momentum is not 0
+  lion,     // state exp_avg
+  adagrad,  // state sum
+  rmsprop,  // states square_avg; grad_avg if centered; momentum_buffer if momentum is not 0
+  nadam,    // as adam, with a product for each parameter
+  radam,    // as adam
+  lamb,     // as adam
 };
 
 /// How a parameter of 16 bits is kept. `extra` is what OptimTensor::extra points to.
@@ -32,8 +32,8 @@ enum class OptimRounding : std::uint8_t {
 };
 
 inline constexpr int kOptimStates = 3;
-inline constexpr int kOptimGroups = 32;              // of one call
-inline constexpr std::int64_t kOptimChunk = 8192;    // elements
+inline constexpr int kOptimGroups = 32;                 // of one call
+inline constexpr std::int64_t kOptimChunk = 8192;       // elements
 inline constexpr std::int64_t kOptimInlineGrads = 448;  // tensors whose gradients are arguments
 
 /// One parameter. All memory is dense, in the same order of elements; any alignment.
@@ -44,16 +44,16 @@ struct OptimTensor {
   float* step = nullptr;     // steps done; the call adds one. Not given: the call is the first step
   float* product = nullptr;  // NAdam's product of momenta
   std::int64_t numel = 0;
-  std::int32_t group = 0;    // of OptimStep::group
-  std::uint32_t index = 0;   // for stochastic rounding, the parameter's own number
+  std::int32_t group = 0;   // of OptimStep::group
+  std::uint32_t index = 0;  // for stochastic rounding, the parameter's own number
 };
 
 /// What a group of parameters has in common. Fields that an optimizer does not name are ignored.
 struct OptimGroup {
   double lr = 0.0;
   const float* lr_tensor = nullptr;  // in memory that the kernel can read; if given, instead of lr
-  double beta1 = 0.0;  // momentum of sgd and rmsprop, lr_decay of adagrad
-  double beta2 = 0.0;  // dampening of sgd, alpha of rmsprop
+  double beta1 = 0.0;                // momentum of sgd and rmsprop, lr_decay of adagrad
+  double beta2 = 0.0;                // dampening of sgd, alpha of rmsprop
   double eps = 0.0;
   double weight_decay = 0.0;
   double decay_base = 0.0;  // nadam: 0.96 ^ momentum_decay
@@ -95,8 +95,9 @@ class OptimTable {
     for (std::int64_t i = 0; i < tensors_; ++i) {
       first_chunk()[i] = static_cast<std::int32_t>(chunk);
       chunk += (tensor()[i].numel + kOptimChunk - 1) / kOptimChunk;
-      FK_CHECK(chunk < (std::int64_t{1} << 31), op, ": the tensors of one call must have less than ",
-               "2^31 chunks of ", kOptimChunk, " elements, got more");
+      FK_CHECK(chunk < (std::int64_t{1} << 31), op,
+               ": the tensors of one call must have less than ", "2^31 chunks of ", kOptimChunk,
+               " elements, got more");
     }
     first_chunk()[tensors_] = static_cast<std::int32_t>(chunk);
   }
@@ -140,7 +141,7 @@ struct OptimNorm {
   std::int64_t tensors = 0;
   const void* host = nullptr;
   void* table = nullptr;
-  bool largest = false;      // the largest absolute value instead of the root of the squares' sum
+  bool largest = false;  // the largest absolute value instead of the root of the squares' sum
   bool first = true, last = true;
   double max_norm = 0.0;
   const float* grad_scale = nullptr;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What optimizers compute, element by element, for the CPU and the GPU alike: every operation rounds
-// to nearest, and where two are to be one it says so, so that both give the same bits.
+// What optimizers compute, element by element, for the CPU and the GPU alike: every operation
+// rounds to nearest, and where two are to be one it says so, so that both give the same bits.
 //
 // A formula has the numbers of a parameter's step (`Numbers`, from float64, once for each tensor)
 // and what becomes of one element: its value p, its gradient g, its states s.
@@ -72,7 +72,7 @@ template <bool kLargest>
 struct Adam {
   static constexpr int kStates = kLargest ? 3 : 2;
   struct Numbers {
-    float keep, decay;  // p * keep; gradient + p * decay
+    float keep, decay;   // p * keep; gradient + p * decay
     float grow1, grow2;  // 1 - beta
     float step_size, eps, unbias2;
   };
@@ -110,8 +110,13 @@ struct Sgd {
   };
   static FASTKERN_FORMULA Numbers numbers(const Start& s) {
     const OptimGroup& g = s.group;
-    return {narrow(g.weight_decay), narrow(g.beta1), narrow(add(1.0, -g.beta2)), narrow(s.lr),
-            g.beta1 == 0.0,         s.steps == 1,    g.nesterov};
+    return {narrow(g.weight_decay),
+            narrow(g.beta1),
+            narrow(add(1.0, -g.beta2)),
+            narrow(s.lr),
+            g.beta1 == 0.0,
+            s.steps == 1,
+            g.nesterov};
   }
   static FASTKERN_FORMULA float update(const Numbers& n, float p, float g, float (&s)[kStates]) {
     g = fma(p, n.decay, g);
@@ -169,8 +174,10 @@ struct RmsProp {
   };
   static FASTKERN_FORMULA Numbers numbers(const Start& s) {
     const OptimGroup& g = s.group;
-    return {narrow(g.weight_decay), narrow(add(1.0, -g.beta2)), narrow(g.beta1), narrow(s.lr),
-            narrow(g.eps),          s.centered,                 g.beta1 == 0.0};
+    return {narrow(g.weight_decay), narrow(add(1.0, -g.beta2)),
+            narrow(g.beta1),        narrow(s.lr),
+            narrow(g.eps),          s.centered,
+            g.beta1 == 0.0};
   }
   static FASTKERN_FORMULA float update(const Numbers& n, float p, float g, float (&s)[kStates]) {
     g = fma(p, n.decay, g);
@@ -236,10 +243,9 @@ struct RAdam {
     const double most = 2.0 / add(1.0, -g.beta2) - 1.0;
     const double now = add(most, -(mul(mul(2.0, static_cast<double>(s.steps)), beta2t) / bias2));
     const bool adaptive = now > 5.0;
-    const double rect =
-        adaptive ? root(mul(mul(add(now, -4.0), add(now, -2.0)), most) /
-                        mul(mul(add(most, -4.0), add(most, -2.0)), now))
-                 : 1.0;
+    const double rect = adaptive ? root(mul(mul(add(now, -4.0), add(now, -2.0)), most) /
+                                        mul(mul(add(most, -4.0), add(most, -2.0)), now))
+                                 : 1.0;
     return {g.decoupled ? narrow(add(1.0, -mul(s.lr, g.weight_decay))) : 1.0f,
             g.decoupled ? 0.0f : narrow(g.weight_decay),
             narrow(add(1.0, -g.beta1)),
@@ -270,8 +276,12 @@ struct Lamb {
     const OptimGroup& g = s.group;
     const double bias1 = add(1.0, -power(g.beta1, s.steps));
     const double bias2 = add(1.0, -power(g.beta2, s.steps));
-    return {narrow(g.weight_decay), narrow(add(1.0, -g.beta1)), narrow(add(1.0, -g.beta2)),
-            narrow(1.0 / bias1),    narrow(1.0 / root(bias2)),  narrow(g.eps),
+    return {narrow(g.weight_decay),
+            narrow(add(1.0, -g.beta1)),
+            narrow(add(1.0, -g.beta2)),
+            narrow(1.0 / bias1),
+            narrow(1.0 / root(bias2)),
+            narrow(g.eps),
             narrow(s.lr)};
   }
   static FASTKERN_FORMULA void average(const Numbers& n, float g, float (&s)[kStates]) {
@@ -310,7 +320,8 @@ FASTKERN_FORMULA float gradient_factor(const OptimGroup& group, const float* fac
   return scale ? div(by, *scale) : by;
 }
 
-// ---- parameters of 16 bits -----------------------------------------------------------------------
+// ---- parameters of 16 bits
+// -----------------------------------------------------------------------
 
 /// The 16 random bits of element e, of the words of its group of eight.
 FASTKERN_FORMULA std::uint32_t half_word(const PhiloxWords& words, int e) {
