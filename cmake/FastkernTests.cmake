@@ -42,8 +42,8 @@ if(FASTKERN_HAS_CUDA)
   file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/example_include/fastkern")
   file(
     CREATE_LINK
-    "${CMAKE_CURRENT_SOURCE_DIR}/cuda"
-    "${CMAKE_CURRENT_BINARY_DIR}/example_include/fastkern/cuda"
+      "${CMAKE_CURRENT_SOURCE_DIR}/cuda"
+      "${CMAKE_CURRENT_BINARY_DIR}/example_include/fastkern/cuda"
     SYMBOLIC
   )
   add_executable(example_pointwise_cuda examples/pointwise/main.cu)
@@ -51,10 +51,7 @@ if(FASTKERN_HAS_CUDA)
     example_pointwise_cuda
     PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/example_include"
   )
-  target_compile_options(
-    example_pointwise_cuda
-    PRIVATE --extended-lambda --expt-relaxed-constexpr
-  )
+  target_compile_options(example_pointwise_cuda PRIVATE --extended-lambda --expt-relaxed-constexpr)
   set_target_properties(
     example_pointwise_cuda
     PROPERTIES CUDA_ARCHITECTURES "${FASTKERN_ARCHS_GENERAL}"

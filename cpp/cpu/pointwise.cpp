@@ -228,7 +228,8 @@ class Worker {
 
   T* buffer(int i) const { return buffers_.get() + i * kBlock; }
   bool direct(const PointwiseView& v, bool one_row) const {
-    return one_row && v.data && v.dtype == type_ && v.strides[0] == static_cast<std::int64_t>(sizeof(T)) &&
+    return one_row && v.data && v.dtype == type_ &&
+           v.strides[0] == static_cast<std::int64_t>(sizeof(T)) &&
            reinterpret_cast<std::uintptr_t>(v.data) % alignof(T) == 0;
   }
 

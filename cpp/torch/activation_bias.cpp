@@ -254,14 +254,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
   for (const std::string end : {"", "_fwd"}) {
     m.def(("bias_act" + end + "(" + bias_and_act + ") -> Tensor").c_str());
     m.def(("dropout" + end + "(Tensor x, float p=0.5, " + drawn + ") -> Tensor").c_str());
-    m.def(("bias_dropout_add" + end + "(Tensor x, Tensor? bias, Tensor residual, float p=0.0, " + drawn +
-           ") -> Tensor")
+    m.def(("bias_dropout_add" + end + "(Tensor x, Tensor? bias, Tensor residual, float p=0.0, " +
+           drawn + ") -> Tensor")
               .c_str());
   }
   m.def(("bias_act_bwd(Tensor dy, " + bias_and_act + ", " + gradients).c_str());
   m.def(("dropout_bwd(Tensor dy, float p, " + drawn + ") -> Tensor").c_str());
-  m.def(("bias_dropout_add_bwd(Tensor dy, Tensor? bias, float p, " + drawn + ", ScalarType? x_dtype=None, " +
-         gradients)
+  m.def(("bias_dropout_add_bwd(Tensor dy, Tensor? bias, float p, " + drawn +
+         ", ScalarType? x_dtype=None, " + gradients)
             .c_str());
 }
 

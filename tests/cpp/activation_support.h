@@ -208,8 +208,9 @@ inline void expect_bias(const BiasProblem& p, const BiasTensors& t) {
   for (std::int64_t i = 0; i < count; ++i) {
     const double z = t.x.get(i) + t.bias.get(i % p.n), dy = t.dy.get(i);
     if (p.drops()) {
-      const bool keep = p.p == 0.0 || dropout_keeps(static_cast<std::uint64_t>(kTestSeed), static_cast<std::uint64_t>(kTestOffset), i,
-                                   threshold);
+      const bool keep =
+          p.p == 0.0 || dropout_keeps(static_cast<std::uint64_t>(kTestSeed),
+                                      static_cast<std::uint64_t>(kTestOffset), i, threshold);
       const double factor = keep ? dropout_scale(p.p) : 0.0;
       y.value[i] = t.residual.get(i) + factor * z;
       y.scale[i] = std::abs(t.residual.get(i)) + std::abs(factor * z);
