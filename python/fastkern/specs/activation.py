@@ -259,7 +259,7 @@ GEGLU = _spec(
     peers={"liger": _liger_geglu},
 )
 REGLU = _spec("reglu", ({},), _interleaved_bad_calls("reglu"), signed_zeros=False)
-# Beyond 87 the sigmoid's slope is denormal in float32; the kernels of 16-bit types and of float32 share a reciprocal that
+# Beyond 87 the sigmoid's slope is denormal in float32; the kernels of all types share a reciprocal that
 # makes it 0.
 GLU = _spec("glu", ({},), (), values={k: v for k, v in VALUES.items() if k != "mean 100"})
 CLAMPED_SWIGLU = _spec(
