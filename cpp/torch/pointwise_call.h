@@ -68,7 +68,4 @@ class PointwiseArguments {
   TensorRef shape_;
 };
 
-/// A tensor without dimensions as one of shape (1), which is how the kernels want it.
-TensorRef with_dimensions(TensorRef ref);
-
 }  // namespace fastkern::torch_layer

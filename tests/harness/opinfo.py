@@ -59,11 +59,11 @@ def _has_complex32(sample: Any) -> bool:
     return any(isinstance(t, Tensor) and t.dtype == torch.complex32 for t in (sample.input, *sample.args))
 
 
-def samples(info: Any, device: str, dtype: torch.dtype, references: int = 12, **more: Any) -> Iterator[Any]:
+def samples(info: Any, device: str, dtype: torch.dtype, references: int = 8, **more: Any) -> Iterator[Any]:
     """All of torch's samples, and some of the first of its reference ones, which take long to make: small ones."""
     torch.manual_seed(0)
     yield from (s for s in info.sample_inputs(device, dtype, **more) if not _has_complex32(s))
-    if references and dtype in (torch.float32, torch.bfloat16, torch.int32, torch.bool, torch.complex64):
+    if references and dtype in (torch.float32, torch.bfloat16, torch.int32):
         torch.manual_seed(0)
         some = islice(info.reference_inputs(device, dtype, **more), 0, 4 * references, 4)
         yield from (s for s in some if _small(s) and not _has_complex32(s))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fastkern
 from fastkern.specs._refusals import set_to
-from fastkern.specs._spec import BadCall, Dims, Inputs, OpSpec
+from fastkern.specs._spec import VALUES, BadCall, Dims, Inputs, OpSpec
 from fastkern.specs.norm import rows
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -81,6 +81,7 @@ _COMMON: dict[str, Any] = {
     "flops": _flops,
     "bench_dims": _BENCH_DIMS,
     "cpu_bench_dims": _CPU_BENCH_DIMS,
+    "values": {"times 100": VALUES["times 100"]},  # an element is all that a result is made of
 }
 
 
@@ -130,24 +131,49 @@ def _binary(name: str, torch_function: Callable[..., Tensor], **more: Any) -> Op
     )
 
 
-def _clamp(input: Tensor, min: Tensor, max: Tensor) -> Tensor:  # noqa: A002
+# torch's functions, with arguments that have names.
+
+
+def _of_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reference(input: Tensor) -> Tensor:  # noqa: A002
+        return function(input)
+
+    return reference
+
+
+def _of_two(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reference(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+        return function(input, other)
+
+    return reference
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:  # noqa: A002
+    return F.gelu(input, approximate=approximate)
+
+
+def _where(condition: Tensor, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+    return torch.where(condition, input, other)
+
+
+def _clamp(input: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:  # noqa: A002
     return torch.clamp(input, min, max)
 
 
 SPECS = (
-    _unary("exp", torch.exp),
-    _unary("tanh", torch.tanh),
-    _unary("sigmoid", torch.sigmoid),
-    _unary("silu", F.silu),
-    _unary("gelu", F.gelu, make=_one_gelu, variants=({"approximate": "none"}, {"approximate": "tanh"}),
+    _unary("exp", _of_one(torch.exp)),
+    _unary("tanh", _of_one(torch.tanh)),
+    _unary("sigmoid", _of_one(torch.sigmoid)),
+    _unary("silu", _of_one(F.silu)),
+    _unary("gelu", _gelu, make=_one_gelu, variants=({"approximate": "none"}, {"approximate": "tanh"}),
            bench_variant={"approximate": "none"}),
     # Gradients of what is broadcast are torch's sums, which depend on the batch.
-    _binary("add", torch.add, data=("input",), batched=(), reproducible=False, bench_variant={"over": "bias"},
+    _binary("add", _of_two(torch.add), data=("input",), batched=(), reproducible=False, bench_variant={"over": "bias"},
             variants=({"over": "bias"}, {"other": torch.float32, "over": "column"})),
-    _binary("mul", torch.mul),
-    _binary("div", torch.div, data=("input",), batched=(), reproducible=False, variants=({"over": "column"},)),
-    _binary("maximum", torch.maximum, signed_zeros=False),
-    _binary("where", torch.where, make=_where_inputs, strided=("condition", "input", "other"),
+    _binary("mul", _of_two(torch.mul)),
+    _binary("div", _of_two(torch.div), data=("input",), batched=(), reproducible=False, variants=({"over": "column"},)),
+    _binary("maximum", _of_two(torch.maximum), signed_zeros=False),
+    _binary("where", _where, make=_where_inputs, strided=("condition", "input", "other"),
             batched=("condition", "input", "other"), data=("input", "other"), contained=False),
     OpSpec(
         name="clamp",
