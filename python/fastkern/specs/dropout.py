@@ -44,19 +44,19 @@ def _add_inputs(
     }
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+def _dropped(x: Tensor, p: float = 0.5, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
     """The formula, in the dtype of x; the mask is that of the operator."""
     if seed is None:
         return x * 1
     return torch.where(_philox.keep_mask(x.shape, p, seed, offset), x * _philox.keep_scale(p), 0.0)
 
 
-def _float32(x: Tensor, p: float, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+def _float32(x: Tensor, p: float = 0.5, seed: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
     return _dropped(x.float(), p, seed, offset).to(x.dtype)
 
 
 def _add(
-    x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None = None,
+    x: Tensor, bias: Tensor | None, residual: Tensor, p: float = 0.0, seed: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     dtype = residual.dtype
