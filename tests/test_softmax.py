@@ -305,8 +305,9 @@ def test_float64_on_the_cpu(ours: Function, theirs: Function, shape: tuple[int, 
         dy = torch.randn_like(expected)
         (da,), (db,) = torch.autograd.grad(got, a, dy), torch.autograd.grad(expected, b, dy)
         torch.testing.assert_close(da, db, rtol=1e-12, atol=1e-14)
-        torch.autograd.gradcheck(lambda t, d=dim: ours(t, d), (a,))
-        torch.autograd.gradgradcheck(lambda t, d=dim: ours(t, d), (a,))
+        if a.numel():
+            torch.autograd.gradcheck(lambda t, d=dim: ours(t, d), (a,))
+            torch.autograd.gradgradcheck(lambda t, d=dim: ours(t, d), (a,))
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])

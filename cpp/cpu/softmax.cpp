@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax and its relatives on the CPU, forward: fallback for CPU tensors and oracle of the CUDA
 // tests. A row goes through the loops one after the other: the largest value; the exponentials,
-// which wait in the result where that is f32 and near, and their sum; the result.
+// which wait in the result where that is f32, and their sum; the result.
 #include "fastkern/softmax.h"
 
 #include <cmath>
@@ -36,7 +36,7 @@ struct Forward {
         !mask.given() || as_mask_rows(mask, mask_rows), op,
         ": mask must have leading dimensions that merge into at most three strides, got shape ",
         mask.shape());
-    stream = kind != SoftmaxKind::logsumexp && streamed(a.y);
+    stream = kind == SoftmaxKind::log_softmax && streamed(a.y);
     narrow = kind != SoftmaxKind::logsumexp && a.y.dtype != DType::f32 && a.y.dtype != a.x.dtype;
   }
 
@@ -139,7 +139,7 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
     }
     float* e;
     if constexpr (std::is_same_v<Out, float>) {
-      e = f.stream ? scratch.row(1) : out;
+      e = out;
     } else {
       e = scratch.row(1);
     }
@@ -147,9 +147,8 @@ FASTKERN_INLINE void softmax_rows(const Forward& f, std::int64_t begin, std::int
     const float inverse = max == kInfinity          ? std::numeric_limits<float>::quiet_NaN()
                           : f.masked && sum == 0.0f ? 0.0f
                                                     : 1.0f / sum;
-    write_columns(out, n, f.stream, [=](std::int64_t c) __attribute__((always_inline)) {
-      return from_float<Out>(e[c] * inverse);
-    });
+    columns(n, [=](std::int64_t c)
+                   __attribute__((always_inline)) { out[c] = from_float<Out>(e[c] * inverse); });
   }
 }
 
@@ -161,7 +160,7 @@ void softmax(const SoftmaxFwd& args) {
   const Forward f(args);
   const bool as_bf16 = f.x.dtype() == DType::bf16 && !f.masked && !f.narrow;
   // Exponentials of a row that is no f32 itself wait in scratch memory.
-  const bool keep = f.kind == SoftmaxKind::softmax && (f.y.dtype() != DType::f32 || f.stream);
+  const bool keep = f.kind == SoftmaxKind::softmax && f.y.dtype() != DType::f32;
   parallel_for(f.x.rows.count, row_grain(f.n), [&](std::int64_t begin, std::int64_t end) {
     Scratch scratch(2, keep || !as_bf16 ? std::max(f.n, kSumStretch) : kSumStretch);
     dispatch(f.y.dtype(), [&]<class Out>() {

@@ -15,10 +15,12 @@
 namespace fastkern::cpu {
 
 /// Whether rows of `t`, a result, are written past the caches: it is larger than they, so whoever
-/// reads it next finds nothing of it there, and its rows are long enough for a copy of each.
+/// reads it next finds nothing of it there, its rows are long enough for a copy of each, and its
+/// elements are wide: of 16-bit ones the loops take longer than memory does.
 inline bool streamed(const TensorRef& t) {
   constexpr std::int64_t kBytes = 64 << 20, kColumns = 1024;
-  return t.sizes[t.ndim - 1] >= kColumns && t.numel() * size_of(t.dtype) >= kBytes;
+  return t.dtype == DType::f32 && t.sizes[t.ndim - 1] >= kColumns &&
+         t.numel() * size_of(t.dtype) >= kBytes;
 }
 
 /// memcpy past the caches. stream_end() comes after the last one of a thread.
