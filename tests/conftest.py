@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
-settings.register_profile("ci", max_examples=1000, derandomize=True, **_COMMON)
+settings.register_profile("ci", max_examples=400, derandomize=True, **_COMMON)
 settings.register_profile("quick", max_examples=100, derandomize=True, **_COMMON)
 settings.register_profile("nightly", max_examples=20_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -60,6 +60,11 @@ inline T __shfl_xor_sync(unsigned mask, T value, int offset) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ offset);
 }
 
+/// The lower word of high:low, moved down by `shift` bits.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  shift &= 31;
+  return shift == 0 ? low : low >> shift | high << (32 - shift);
+}
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, int offset) {
   const int lane = static_cast<int>(threadIdx.x % 32);
