@@ -22,7 +22,7 @@ rm -rf "$stage"
 mkdir -p "$stage"
 cp cuda/dispatch.h "$stage"
 for room in cuda/*/; do
-  [ "$room" = cuda/ptx/ ] || cp -r "$room" "$stage"
+  case $room in cuda/ptx/ | cuda/core/) ;; *) cp -r "$room" "$stage" ;; esac
 done
 # asm without instructions, which only hides values from nvcc; shared memory, dynamic and static;
 # what headers that are installed include by their place
