@@ -449,4 +449,30 @@ inline std::vector<PointwiseProblem> layout_problems(DType a, DType b, DType out
   return all;
 }
 
+/// check(problem) for every function and type, with and without special values, until one fails.
+template <class Check>
+void every_function(const Check& check) {
+  for (int f = 0; f < kPointwiseCount; ++f) {
+    const auto function = static_cast<Pointwise>(f);
+    const PointwiseInfo& info = pointwise_info(function);
+    for (const DType type : stored_as(info.types)) {
+      if (type == DType::boolean && (info.promotion == Promotion::standard)) continue;
+      for (const bool special : {false, true}) {
+        // C++ has other infinities and NaN for products of complex numbers.
+        if (special && (is_complex(type) || is_integer(type))) continue;
+        // f32 finds infinities on the way that f64 does not.
+        if (special && (function == Pointwise::div_floor || function == Pointwise::div_trunc ||
+                        function >= Pointwise::relu_bwd))
+          continue;
+        PointwiseProblem p = dense_problem(function, type, 1003);
+        p.special = special;
+        if (function == Pointwise::add || function == Pointwise::rsub)
+          p.scalars[0] = is_integer(type) ? Number(3) : Number(special ? 1.0 : 0.75);
+        check(p);
+        if (testing::Test::HasFailure()) return;
+      }
+    }
+  }
+}
+
 }  // namespace fastkern::test
