@@ -87,7 +87,7 @@ def test_size_one(spec: OpSpec, device: str, dtype: torch.dtype, variant: Varian
     numerics.check_size_one(spec, device, dtype, variant)
 
 
-@all_rows
+@core_rows
 def test_wide_accumulation(spec: OpSpec, device: str, dtype: torch.dtype, variant: Variant) -> None:
     numerics.check_wide_accumulation(spec, device, dtype, variant)
 

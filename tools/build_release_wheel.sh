@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the wheel that is published, in dist/: every architecture (or WHEEL_ARCHS="80;90a"), one file
-# for all Pythons and torches, tagged manylinux_2_28. Incremental in build/release.
+# for all Pythons and torches, tagged manylinux_2_28. Incremental in build/release, or $WHEEL_BUILD.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -17,7 +17,7 @@ fi
 
 rm -rf build/wheel
 mkdir -p build
-"$python" -m build --wheel --no-isolation --outdir build/wheel -Cbuild-dir=build/release . >build/wheel.log 2>&1 ||
+"$python" -m build --wheel --no-isolation --outdir build/wheel -Cbuild-dir="${WHEEL_BUILD:-build/release}" . >build/wheel.log 2>&1 ||
   { cat build/wheel.log; exit 1; }
 mkdir -p dist
 rm -f dist/*.whl

@@ -55,15 +55,30 @@ __attribute__((target("avx2,fma,f16c"))) void run_avx2(const F& f) {
 }
 #endif
 
+/// The widest vectors of this processor that there is code for; all have f16 conversions.
+enum class Isa { basic, avx2, avx512 };
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  static const Isa best = [] {
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::basic;
+  }();
+  return best;
+#else
+  return Isa::basic;
+#endif
+}
+
 template <class F>
 void with_best_isa(const F& f) {
 #if defined(__x86_64__)
-  static const bool has_avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return run_avx512(f);
-  if (has_avx2) return run_avx2(f);
+  const Isa isa = best_isa();
+  if (isa == Isa::avx512) return run_avx512(f);
+  if (isa == Isa::avx2) return run_avx2(f);
 #endif
   run_body<4>(f);
 }

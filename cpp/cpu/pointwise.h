@@ -20,6 +20,14 @@ Evaluate evaluate_i64(Pointwise f);
 Evaluate evaluate_c64(Pointwise f);
 Evaluate evaluate_c128(Pointwise f);
 
+/// The function of dense runs of S, bf16 or f16, computed in f32, into one of S: conversions and
+/// formula in one loop. `numbers`: the inputs after the first, where they are no tensors; or
+/// nullptr.
+using EvaluateStored = void (*)(const void* const* in, const float* numbers, const Number* scalars,
+                                void* out, std::int64_t n);
+/// nullptr where there is no such loop.
+EvaluateStored evaluate_stored(Pointwise f, DType stored);
+
 /// n elements that lie `stride` bytes apart, to or from n of the compute type T.
 template <class T>
 void load_block(DType dtype, const char* from, std::int64_t stride, std::int64_t n, T* to);

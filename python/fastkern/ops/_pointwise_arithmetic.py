@@ -55,6 +55,17 @@ def _operand(name: str, input: Tensor, other: Any, argument: str = "other") -> t
     return ("", other) if isinstance(other, Tensor) else number(name, argument, input, other)
 
 
+def _result_type(name: str, input: Any, other: Any) -> torch.dtype:
+    """Of the operands; torch's refusal of float8 names no operator."""
+    try:
+        return torch.result_type(input, other)
+    except RuntimeError as error:
+        types = [str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in (input, other)]
+        raise RuntimeError(
+            f"fastkern::{name}: other must have a type that input's promotes with, got {types}"
+        ) from error
+
+
 def _scaled(name: str, input: Tensor, other: Any, alpha: Any) -> tuple[Any, float]:
     """The second operand and the number it is multiplied with."""
     if type(alpha) is int:
@@ -63,11 +74,11 @@ def _scaled(name: str, input: Tensor, other: Any, alpha: Any) -> tuple[Any, floa
         if not (input.is_complex() or (isinstance(other, Tensor) and other.is_complex())):
             raise RuntimeError(f"fastkern::{name}: alpha must be real where the operands are, got {alpha}")
         return other * alpha if not isinstance(other, Tensor) else torch.ops.fastkern.mul(
-            other, torch.tensor(alpha, dtype=torch.result_type(other, alpha))
+            other, torch.tensor(alpha, dtype=_result_type(name, other, alpha))
         ), 1.0  # fmt: skip
     if not isinstance(alpha, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"fastkern::{name}: alpha must be a number, got {type(alpha).__name__}")
-    result = torch.result_type(input, other)
+    result = _result_type(name, input, other)
     if isinstance(alpha, bool) and result != torch.bool:
         raise RuntimeError(f"fastkern::{name}: alpha must not be bool for results of {result}")
     if isinstance(alpha, float) and not (result.is_floating_point or result.is_complex):
