@@ -9,6 +9,7 @@
 
 #include "exponential.h"
 #include "fastkern/activation_formula.h"
+#include "fastkern/pointwise_math.h"
 #include "rowwise.h"
 
 namespace fastkern::cpu {
@@ -20,10 +21,11 @@ struct HostMath {
     return v > 88.0f ? std::numeric_limits<float>::infinity() : e;
   }
   FASTKERN_INLINE static float reciprocal(float v) { return 1.0f / v; }
+  FASTKERN_INLINE static float below(float z) { return math::normal_cdf(z); }
 };
 
 /// Elements that are worked on at a time, in the nearest cache.
-constexpr std::int64_t kPiece = 2048;
+constexpr std::int64_t kPiece = 512;
 
 /// Whether rows follow one another without a gap.
 inline bool is_dense(const Rows& r) {
