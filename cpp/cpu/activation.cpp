@@ -32,23 +32,27 @@ struct Inputs {
   RowTensor gate, up, pairs;
 };
 
-void gated_piece(ActivationKind kind, const ActivationNumbers& numbers, std::int64_t count,
-                 const float* gate, const float* up, float* y) {
-  formula::with_gate(kind, [&]<ActivationKind kKind>() {
-    for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-      y[c] = formula::gated<kKind, HostMath>(gate[c], up[c], numbers);
+void gated_piece(DType type, ActivationKind kind, const ActivationNumbers& numbers,
+                 std::int64_t count, const float* gate, const float* up, float* y) {
+  with_math(type, [&]<class M>() {
+    formula::with_gate(kind, [&]<ActivationKind kKind>() {
+      for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
+        y[c] = formula::gated<kKind, M>(gate[c], up[c], numbers);
+      });
     });
   });
 }
 
-void gated_bwd_piece(ActivationKind kind, const ActivationNumbers& numbers, std::int64_t count,
-                     const float* dy, const float* gate, const float* up, float* dgate,
-                     float* dup) {
-  formula::with_gate(kind, [&]<ActivationKind kKind>() {
-    for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-      const auto slopes = formula::gated_slopes<kKind, HostMath>(dy[c], gate[c], up[c], numbers);
-      dgate[c] = slopes.gate;
-      dup[c] = slopes.up;
+void gated_bwd_piece(DType type, ActivationKind kind, const ActivationNumbers& numbers,
+                     std::int64_t count, const float* dy, const float* gate, const float* up,
+                     float* dgate, float* dup) {
+  with_math(type, [&]<class M>() {
+    formula::with_gate(kind, [&]<ActivationKind kKind>() {
+      for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
+        const auto slopes = formula::gated_slopes<kKind, M>(dy[c], gate[c], up[c], numbers);
+        dgate[c] = slopes.gate;
+        dup[c] = slopes.up;
+      });
     });
   });
 }
@@ -67,7 +71,7 @@ void gated(const GatedFwd& args) {
                const auto [gate, up] = in.read(row, first, count, scratch);
                float* const out =
                    quant ? scratch.row(2) : target_piece(y, row, first, scratch.row(2));
-               gated_piece(a.kind, a.numbers, count, gate, up, out);
+               gated_piece(quant ? DType::f32 : y.dtype(), a.kind, a.numbers, count, gate, up, out);
                if (!quant) return write_piece(y, row, first, count, out);
                dispatch_stored(y.dtype(), [&]<class T>() {
                  T* q = y.row<T>(row) + first;
@@ -93,7 +97,7 @@ void gated_bwd(const GatedBwd& args) {
                    dgate.given() ? target_piece(dgate, row, first, scratch.row(3)) : scratch.row(3);
                float* const du =
                    dup.given() ? target_piece(dup, row, first, scratch.row(4)) : scratch.row(4);
-               gated_bwd_piece(a.kind, a.numbers, count, d, gate, up, dg, du);
+               gated_bwd_piece(dy.dtype(), a.kind, a.numbers, count, d, gate, up, dg, du);
                if (dgate.given()) write_piece(dgate, row, first, count, dg);
                if (dup.given()) write_piece(dup, row, first, count, du);
                if (!dpairs.given()) return;

@@ -59,9 +59,11 @@ void bias_act(const BiasAct& a) {
                const float* const in = read_piece(x, row, first, count, scratch.row(0));
                const float* const b = bias.row(0) + first;
                float* const out = target_piece(y, row, first, scratch.row(1));
-               formula::with_activation(a.kind, [&]<ActivationKind kKind>() {
-                 for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-                   out[c] = formula::value<kKind, HostMath>(in[c] + b[c], {});
+               with_math(y.dtype(), [&]<class M>() {
+                 formula::with_activation(a.kind, [&]<ActivationKind kKind>() {
+                   for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
+                     out[c] = formula::value<kKind, M>(in[c] + b[c], {});
+                   });
                  });
                });
                write_piece(y, row, first, count, out);
@@ -87,9 +89,11 @@ void bias_act_bwd(const BiasActBwd& a) {
           const float* const b = bias.row(0) + first;
           float* const out =
               dx.given() ? target_piece(dx, row, first, scratch.row(2)) : scratch.row(2);
-          formula::with_activation(a.kind, [&]<ActivationKind kKind>() {
-            for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
-              out[c] = formula::gradient<kKind, HostMath>(d[c], in[c] + b[c]);
+          with_math(dy.dtype(), [&]<class M>() {
+            formula::with_activation(a.kind, [&]<ActivationKind kKind>() {
+              for_columns(count, [=](std::int64_t c) __attribute__((always_inline)) {
+                out[c] = formula::gradient<kKind, M>(d[c], in[c] + b[c]);
+              });
             });
           });
           if (dx.given()) write_piece(dx, row, first, count, out);

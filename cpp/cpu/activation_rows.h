@@ -9,20 +9,26 @@
 
 #include "exponential.h"
 #include "fastkern/activation_formula.h"
-#include "fastkern/pointwise_math.h"
 #include "rowwise.h"
 
 namespace fastkern::cpu {
 
+template <bool kWide>
 struct HostMath {
-  static constexpr bool kPrecise = true;
+  static constexpr bool kPrecise = kWide;
   FASTKERN_INLINE static float exp(float v) {
     const float e = exp_to_zero(v);
     return v > 88.0f ? std::numeric_limits<float>::infinity() : e;
   }
   FASTKERN_INLINE static float reciprocal(float v) { return 1.0f / v; }
-  FASTKERN_INLINE static float below(float z) { return math::normal_cdf(z); }
 };
+
+/// f.template operator()<M>() with the arithmetic for results of a type.
+template <class F>
+void with_math(DType type, const F& f) {
+  if (type == DType::f32) return f.template operator()<HostMath<true>>();
+  f.template operator()<HostMath<false>>();
+}
 
 /// Elements that are worked on at a time, in the nearest cache.
 constexpr std::int64_t kPiece = 512;

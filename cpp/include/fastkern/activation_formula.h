@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations and their slopes, one source for the CPU and the GPU. M has exp(v) and reciprocal(v),
 // and says whether a result is to have the last digits of an f32 (kPrecise) or is rounded to 16
-// bits. It may have a P of its own, below(z).
+// bits.
 //
 //   silu          z s(z)                         s(z) = 1 / (1 + exp(-z))
 //   quick_gelu    z s(1.702 z)
@@ -53,7 +53,6 @@ template <class M>
 FASTKERN_FORMULA Normal normal(float z) {
   const float size = z < 0.0f ? -z : z, square = z * z;
   const float e = M::exp(-0.5f * square);
-  if constexpr (requires { M::below(z); }) return {M::below(z), 0.39894228f * e};
   float tail, p;
   if constexpr (M::kPrecise) {
     const float t = M::reciprocal(1.0f + 0.3050000071525574f * size);
