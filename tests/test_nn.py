@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastkern import nn
-from harness.modules import assert_like, assert_loads_both_ways, run
+from harness.modules import assert_like, assert_loads_both_ways, run, turned
 from torch import Tensor
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -73,7 +73,7 @@ def test_norms_with_an_offset() -> None:
     silu = nn.GroupNorm(2, 4, activation="silu")
     z = torch.randn(2, 4, 3)
     torch.testing.assert_close(silu(z), F.silu(F.group_norm(z, 2)))
-    with pytest.raises(RuntimeError, match="GroupNorm: activation must be .*got 'relu'"):
+    with pytest.raises(RuntimeError, match=r"GroupNorm: activation must be .*got 'relu'"):
         nn.GroupNorm(2, 4, activation="relu")
 
 
@@ -97,7 +97,7 @@ def test_fused_add_norm(kind: str, dtype: torch.dtype, device: str) -> None:
     y, h = ours(x)
     assert h is x
     assert torch.equal(y, theirs.norm(x)) or torch.allclose(y, theirs.norm(x), atol=1e-6, rtol=1e-2)
-    with pytest.raises(RuntimeError, match="FusedAddNorm: kind must be .*, got 'batch'"):
+    with pytest.raises(RuntimeError, match=r"FusedAddNorm: kind must be .*, got 'batch'"):
         nn.FusedAddNorm(8, "batch")
 
 
@@ -106,18 +106,10 @@ def test_dropout_is_read_at_call_time() -> None:
     dropped = norm(x, torch.zeros_like(x))[1]
     assert 0 < int((dropped == 0).sum()) < dropped.numel()
     assert torch.equal(norm.eval()(x, torch.zeros_like(x))[1], x)
-    assert (norm.train()(x)[1] == 0).any()
+    assert norm.train()(x)[1] is x  # the stream itself, not what a block gives
 
 
 # ---- rotary embeddings -----------------------------------------------------------------------------------------------
-
-
-def turned(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    """Llama's formula, in the type of x."""
-    half = x.shape[-1] // 2
-    angles = positions[..., None].double() * theta ** (-torch.arange(half).double() / half)
-    cos, sin = (torch.cat([t(angles)] * 2, -1)[..., None, :].to(x.dtype) for t in (torch.cos, torch.sin))
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
 def test_rotary_embedding() -> None:
@@ -214,10 +206,12 @@ def test_gated_mlp_layouts() -> None:
         torch.nn.Sequential(mlp).load_state_dict({f"0.{key}": value for key, value in state.items()})
         torch.testing.assert_close(mlp(x), wanted)
     with pytest.raises(RuntimeError, match=r"gate_proj.weight must have 20 rows .*, got shape \(19, 12\)"):
-        mlp.load_state_dict({"gate_proj.weight": gate_up[:19], "up_proj.weight": gate_up[20:], "down_proj.weight": down})
+        mlp.load_state_dict(
+            {"gate_proj.weight": gate_up[:19], "up_proj.weight": gate_up[20:], "down_proj.weight": down}
+        )
     with pytest.raises(RuntimeError, match="Missing key"):
         mlp.load_state_dict({"gate_proj.weight": gate_up[:20], "down_proj.weight": down})
-    with pytest.raises(RuntimeError, match="GatedMLP: activation must be one of swiglu, .*, got 'gelu'"):
+    with pytest.raises(RuntimeError, match=r"GatedMLP: activation must be one of swiglu, .*, got 'gelu'"):
         nn.GatedMLP(4, 4, "gelu")
     assert nn.GEGLU(4, 8, approximate="tanh").activation == "geglu_tanh"
 
@@ -232,7 +226,9 @@ def test_mlp(activation: str, dtype: torch.dtype, device: str) -> None:
     ).to(device, dtype)
     ours = nn.MLP(12, 20, activation, device=device, dtype=dtype)
     of_theirs = {"fc1": "0", "fc2": "2"}
-    ours.load_state_dict({k.replace("0.", "fc_in.").replace("2.", "fc_out."): v for k, v in theirs.state_dict().items()})
+    ours.load_state_dict(
+        {k.replace("0.", "fc_in.").replace("2.", "fc_out."): v for k, v in theirs.state_dict().items()}
+    )
     assert_like(
         ours,
         theirs,

@@ -36,6 +36,14 @@ def unpacked(module: torch.nn.Module, found: dict[str, Tensor]) -> dict[str, Ten
     return found
 
 
+def turned(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    """Llama's formula, in the type of x."""
+    half = x.shape[-1] // 2
+    angles = positions[..., None].double() * theta ** (-torch.arange(half).double() / half)
+    cos, sin = (torch.cat([t(angles)] * 2, -1)[..., None, :].to(x.dtype) for t in (torch.cos, torch.sin))
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
 def assert_like(
     ours: torch.nn.Module,
     theirs: torch.nn.Module,

@@ -211,11 +211,3 @@ def _without_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if type(layer) is not nn.Linear:
         return layer(x), None
     return F.linear(x, layer.weight), layer.bias
-
-
-def make_mlp(
-    dim: int, hidden: int, activation: str, bias: bool, device: Any = None, dtype: torch.dtype | None = None
-) -> GatedMLP | MLP:
-    """Gated or plain, as the activation says."""
-    kind = GatedMLP if activation in GATED else MLP
-    return kind(dim, hidden, activation, bias, device=device, dtype=dtype)

@@ -60,7 +60,7 @@ class RMSNorm(nn.RMSNorm):
     Raises:
         RuntimeError: in forward, by the operator: a dtype or shape that does not fit.
 
-    Shapes: (..., \\*normalized_shape) to the same, of the dtype of x, under autocast too. Computed in float32 and
+    Shapes: ``(..., *normalized_shape)`` to the same, of the dtype of x, under autocast too. Computed in float32 and
     rounded once; deterministic.
     """
 
@@ -108,7 +108,7 @@ class LayerNorm(nn.LayerNorm):
     Raises:
         RuntimeError: in forward, by the operator: a dtype or shape that does not fit.
 
-    Shapes: (..., \\*normalized_shape) to the same, of the dtype of x, under autocast too. Computed in float32 and
+    Shapes: ``(..., *normalized_shape)`` to the same, of the dtype of x, under autocast too. Computed in float32 and
     rounded once; deterministic.
     """
 
@@ -158,7 +158,7 @@ class GroupNorm(nn.GroupNorm):
         RuntimeError: ``activation`` is another; in forward, by the operator: a dtype or shape that does not fit.
         ValueError: as torch's: ``num_groups`` does not divide ``num_channels``.
 
-    Shapes: (N, C, \\*) to the same, of the dtype of x; channels-last stays that. Deterministic.
+    Shapes: ``(N, C, *)`` to the same, of the dtype of x; channels-last stays that. Deterministic.
     """
 
     def __init__(
@@ -208,7 +208,8 @@ class FusedAddNorm(nn.Module):
 
     Shapes: ``module(x, residual)`` with (..., N) both gives ``(y, h)``, (..., N). y has the dtype of x, under autocast
     that of autocast, or ``out_dtype``; h that of the residual, which may be float32 where x has 16 bits. Without a
-    residual ``h = dropout(x)``. Deterministic but for the dropout's seed, which torch's generator draws.
+    residual x is the stream: h is x itself, and nothing is dropped. Deterministic but for the dropout's seed, which
+    torch's generator draws.
     """
 
     weight: nn.Parameter | None
@@ -254,12 +255,12 @@ class FusedAddNorm(nn.Module):
         p = self.dropout if self.training else 0.0
         out_dtype = autocast_dtype(x) if out_dtype is None else out_dtype
         if self.kind == "rms":
-            if residual is None and p == 0:
+            if residual is None:
                 return rms_norm(x, self.weight, self.eps, None, self.weight_offset, out_dtype), x
             return add_rms_norm(
                 x, residual, self.weight, self.eps, weight_offset=self.weight_offset, dropout_p=p, out_dtype=out_dtype
             )
-        if residual is None and p == 0:
+        if residual is None:
             return layer_norm(x, self.weight, self.bias, self.eps, self.weight_offset, out_dtype), x
         return add_layer_norm(
             x, residual, self.weight, self.bias, self.eps, self.weight_offset, dropout_p=p, out_dtype=out_dtype

@@ -151,7 +151,7 @@ class RotaryEmbedding(nn.Module):
         cu_seqlens: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """q and k turned.
+        """The heads, turned.
 
         Args:
             q: (B, S, H, D) or, packed, (total, H, D), as in :func:`fastkern.rope`.
