@@ -169,8 +169,8 @@ class GPT2Attention(_Attention):
     Parameters: ``c_attn`` and ``c_proj``, with ``is_cross_attention`` also ``q_attn``; weights are (in, out).
 
     Args:
-        config: has ``hidden_size``, ``num_attention_heads``, ``attn_pdrop``, ``resid_pdrop``; ``scale_attn_weights`` and
-            ``scale_attn_by_inverse_layer_idx`` are read too. Scores are float32 in any case, as
+        config: has ``hidden_size``, ``num_attention_heads``, ``attn_pdrop``, ``resid_pdrop``; ``scale_attn_weights``
+            and ``scale_attn_by_inverse_layer_idx`` are read too. Scores are float32 in any case, as
             ``reorder_and_upcast_attn`` asks for.
         is_cross_attention: queries of ``hidden_states``, keys and values of ``encoder_hidden_states``.
         layer_idx: number of the layer, for a cache.
