@@ -63,7 +63,8 @@ def assert_like(
     largest = max(float(t.detach().abs().max()) for t in truth.values())
     for name, exact in truth.items():
         assert not renamed[name].isnan().any(), f"{name}: NaN"
-        if float(exact.detach().abs().max()) < 1e-12 * largest:  # zero by the formula, as of a bias of keys: noise of all kinds
+        # zero by the formula, as of a bias of keys: both have noise
+        if float(exact.detach().abs().max()) < 1e-12 * largest:
             assert float(renamed[name].abs().max()) <= 16 * torch.finfo(renamed[name].dtype).eps * largest, name
             continue
         factor = 2.0 if name.startswith("output") else 3.0
