@@ -137,6 +137,16 @@ def test_rotary_tables_stay_float32() -> None:
     assert torch.equal(empty.cos, before)
 
 
+def test_rotary_tables_of_other_devices() -> None:
+    rotary = nn.RotaryEmbedding(8, max_length=4)
+    home, elsewhere = rotary.cos, torch.randn(1, 9, 1, 8, device="meta")
+    assert rotary(elsewhere).is_meta
+    there = rotary.tables(9, elsewhere.device)
+    assert there[0] is rotary.tables(5, elsewhere.device)[0]
+    assert rotary.tables(4)[0] is home
+    assert torch.equal(copy.deepcopy(rotary)(torch.ones(1, 3, 1, 8)), rotary(torch.ones(1, 3, 1, 8)))
+
+
 def test_rotary_embedding_from_a_config() -> None:
     config = {
         "head_dim": 16,

@@ -107,9 +107,9 @@ class MultiheadAttention(nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self._sizes = (num_heads * self.head_dim, groups * self.head_dim, groups * self.head_dim)
         sources = (embed_dim, embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim)
-        self._packed = sources == (embed_dim,) * 3
+        self._one_source = sources == (embed_dim,) * 3
         shapes: dict[str, tuple[int, int]] = {"in_proj_weight": (sum(self._sizes), embed_dim)}
-        if not self._packed:
+        if not self._one_source:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             shapes = dict(zip(names, zip(self._sizes, sources, strict=True), strict=True))
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -144,7 +144,7 @@ class MultiheadAttention(nn.Module):
         """How the packed parameters are made of Hugging Face's."""
         parts = ("q_proj", "k_proj", "v_proj")
         both = _packed.linear_parts(parts, self._sizes, {"weight": "in_proj_weight", "bias": "in_proj_bias"})
-        return both if self._packed else both[1:]
+        return both if self._one_source else both[1:]
 
     def export_unpacked(self, state: MutableMapping[str, Any], prefix: str = "") -> None:
         """Replace the parameters of ``state`` by Hugging Face's."""

@@ -56,6 +56,7 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim, self.theta, self.max_length = rotary_dim, theta, max_length
         self.rope_type, self.interleaved, self.scaling = rope_type, interleaved, scaling
         self.table_length = max_length  # what rope_types that look at it were given
+        self._elsewhere: dict[torch.device, tuple[int, Tables]] = {}
         for name, table in zip(("cos", "sin"), self._table(max_length, device), strict=True):
             self.register_buffer(name, table, persistent=False)
 
@@ -96,6 +97,9 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = tables
         self.table_length = length
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_elsewhere": {}}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         before = self.cos
         super()._apply(fn, recurse)
@@ -103,23 +107,22 @@ class RotaryEmbedding(nn.Module):
             self._keep(self.table_length, self._table(self.table_length, self.cos.device))
         return self
 
-    def _fits(self, length: int) -> bool:
-        """Whether the tables at hand are those of a call of this length."""
-        if length > self.cos.shape[0]:
+    def _fits(self, length: int, made_for: int, tables: Tables) -> bool:
+        """Whether these tables are those of a call of this length."""
+        if length > tables[0].shape[0]:
             return False
         original = self.scaling.get("original_length")
         if original is None or self.rope_type not in ("dynamic", "longrope"):
             return True
-        if length <= original or self.table_length <= original:
-            return (length <= original) == (self.table_length <= original)
-        return self.rope_type == "longrope" or length == self.table_length
+        if length <= original or made_for <= original:
+            return (length <= original) == (made_for <= original)
+        return self.rope_type == "longrope" or length == made_for
 
     def _length_for(self, length: int) -> int:
         """How long to make the tables: longer than asked for where that does not change them."""
         original = self.scaling.get("original_length")
         if original is None or self.rope_type not in ("dynamic", "longrope"):
-            rows = self.cos.shape[0]
-            return rows if length <= rows else 2 * length
+            return self.max_length if length <= self.max_length else 2 * length
         if length <= original:
             return original
         return length if self.rope_type == "dynamic" else max(length, self.max_length)
@@ -129,18 +132,24 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             length: how many positions will be asked for.
-            device: where; None: where the module is. A module that is elsewhere moves its tables.
+            device: where; None: where the module is. Tables of other devices are kept beside the module's own.
         """
+        home = device is None or device == self.cos.device
         device = self.cos.device if device is None else device
-        if self._fits(length) and self.cos.device == device:
-            return self.cos, self.sin
-        longer = self._length_for(length)
+        kept = (self.table_length, (self.cos, self.sin)) if home else self._elsewhere.get(device)
+        if kept is not None and self._fits(length, *kept):
+            return kept[1]
         if torch.compiler.is_compiling():  # what a graph computes is not to be kept beyond it
             return self._table(length, device)
+        longer = self._length_for(length)
         with torch.inference_mode(False):  # kept, so autograd must be able to save it
             tables = self._table(longer, device)
-        if type(tables[0]) is Tensor:  # no fake ones
+        if type(tables[0]) is not Tensor:  # a fake one, as while tracing
+            return tables
+        if home:
             self._keep(longer, tables)
+        else:
+            self._elsewhere[device] = (longer, tables)
         return tables
 
     def forward(

@@ -88,7 +88,7 @@ class TransformerConfig:
     rope_dim: int | None = None
     rope_interleaved: bool = False
     rope_type: str = "default"
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
     window: Window = (-1, -1)
     softcap: float = 0.0
     sinks: bool = False
