@@ -73,6 +73,7 @@ def test_import_is_light() -> None:
 import sys, torch
 before = set(sys.modules)
 import fastkern
+assert "fastkern.nn" not in sys.modules
 print(*sorted({m.split(".")[0] for m in set(sys.modules) - before}))
 """
     extra = set(run_python(code).split()) - {"fastkern"}

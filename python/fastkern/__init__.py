@@ -10,10 +10,15 @@ The documented Python functions are the same operators with defaults::
 from __future__ import annotations
 
 import gc
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastkern import _core
 from fastkern._library import load_operators
+
+if TYPE_CHECKING:
+    from fastkern import nn as nn
 
 # What is registered stays: a collection in between would only look at all of torch's objects, in 80 ms.
 _collects = gc.isenabled()
@@ -22,7 +27,6 @@ try:
     load_operators(Path(_core.__file__).parent / "lib")
 
     # These register fakes and gradients of the loaded operators.
-    from fastkern import nn as nn
     from fastkern import optim as optim
     from fastkern.ops import elementwise as _elementwise
     from fastkern.ops.activation import (
@@ -150,6 +154,15 @@ __all__ = [
     "swiglu_static_quant",
 ]
 __all__ += _elementwise.__all__
+
+
+_SUBMODULES = ("nn",)  # imported when asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastkern.{name}")
+    raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
 
 
 def get_library_dir() -> str:

@@ -184,6 +184,25 @@ def rope_table_from_config(
     return mrope_table(positions.to(device), found.sections, found.rotary_dim, found.theta, **call)
 
 
+def rope_table_arguments(
+    config: Any, layer_type: str | None = None
+) -> tuple[int, float, str, dict[str, Any], int | None]:
+    """``(rotary_dim, theta, rope_type, scaling, max_length)`` of a configuration, for :func:`rope_table`.
+
+    Args:
+        config: as in :func:`rope_table_from_config`.
+        layer_type: as in :func:`rope_table_from_config`.
+
+    Returns:
+        The last one may be None: the configuration does not say how long its sequences are.
+
+    Raises:
+        RuntimeError: what is missing in the configuration.
+    """
+    found = _config(config, layer_type)
+    return found.rotary_dim, found.theta, found.rope_type, found.scaling, found.max_length
+
+
 # ---- frequencies -----------------------------------------------------------------------------------------------------
 
 
