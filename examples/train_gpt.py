@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 
 def torch_add_norm(branch: Tensor | None, stream: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The seam between two halves of a block: the residual stream with a branch added to it, normalised and as it is."""
+    """The seam between two halves of a block: the residual stream with the branch added to it, normed and as it is."""
     stream = stream if branch is None else stream + branch
     return F.rms_norm(stream, weight.shape, weight, 1e-6), stream
 
