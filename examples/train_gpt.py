@@ -172,12 +172,16 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The mean cross entropy of targets (B, S) or, without targets, the logits of the next token (B, vocab)."""
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head is applied to: (B, S, width) of tokens (B, S)."""
         branch, x, length = None, self.embedding(tokens), tokens.shape[1]
         for block in self.blocks:
             branch, x = block(branch, x, self.cos[:length], self.sin[:length])
-        x, _ = self.kernels.add_norm(branch, x, self.norm)
+        return self.kernels.add_norm(branch, x, self.norm)[0]
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The mean cross entropy of targets (B, S) or, without targets, the logits of the next token (B, vocab)."""
+        x = self.hidden(tokens)
         if targets is None:
             return self.head(x[:, -1])
         return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())

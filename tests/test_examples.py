@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_gpt.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPT = EXAMPLES / "train_gpt.py"
 TINY = "--device cpu --steps 12 --batch 2 --context 16 --layers 1 --width 16 --heads 2 --kv-heads 1 --sample-bytes 8"
 
 
@@ -28,17 +29,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def load(name: str) -> ModuleType:
+    """A script as a module, known to the other scripts by its name."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def train_gpt() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("train_gpt", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
+    module, threads = load("train_gpt"), torch.get_num_threads()
     torch.set_num_threads(1)  # too tiny for more
     yield module
     torch.set_num_threads(threads)
     del sys.modules["train_gpt"]
+
+
+@pytest.fixture(scope="module")
+def generate(train_gpt: ModuleType) -> Iterator[ModuleType]:
+    yield load("generate")
+    del sys.modules["generate"]
 
 
 def run(*options: object) -> subprocess.CompletedProcess[str]:
@@ -172,3 +184,71 @@ def test_train_gpt_without_fastkern(
     train_gpt.main([*options, "--kernels", "torch"])
     with pytest.raises(SystemExit, match="fastkern cannot be imported"):
         train_gpt.main(options)
+
+
+def test_generate(generate: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--data", str(data), "--steps", "2", "--tokens", "5"]
+    generate.main([*options, "--prompt", "line 1: the", "--prompt", "s"])
+    written = capsys.readouterr().out
+    assert written.count(" is followed by\n") == 2
+    assert "agree: plain PyTorch without a cache" in written
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generate_writes_what_a_model_without_a_cache_would(
+    train_gpt: ModuleType, generate: ModuleType, temperature: float
+) -> None:
+    """Random weights, prompts of different lengths: row by row, token by token, the same choices."""
+    torch.manual_seed(1)
+    model = train_gpt.GPT(train_gpt.parse([*TINY.split(), "--layers", "2"]), train_gpt.fastkern_kernels())
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6]]
+    rows, logits = generate.generate(model, prompts, 9, temperature, seed=3)
+    assert [row[: len(prompt)] for row, prompt in zip(rows, prompts, strict=True)] == prompts
+    assert generate.largest_difference(model, rows, logits) < 1e-5
+    generator = torch.Generator().manual_seed(3)
+    expected = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for _ in range(9):
+            last = torch.cat([model(torch.tensor([row])) for row in expected])
+            for row, token in zip(expected, generate.pick(last, temperature, generator).tolist(), strict=True):
+                row.append(token)
+    assert rows == expected
+
+
+@pytest.mark.parametrize("fault", ["a lost token", "a wrong position", "nan"])
+def test_generate_notices_a_wrong_cache(train_gpt: ModuleType, generate: ModuleType, fault: str) -> None:
+    torch.manual_seed(1)
+    model = train_gpt.GPT(train_gpt.parse([*TINY.split(), "--layers", "2"]), train_gpt.fastkern_kernels())
+
+    class Wrong(generate.Decoder):
+        def __init__(self, model: torch.nn.Module, batch: int, capacity: int) -> None:
+            super().__init__(model, batch, 2 * capacity)
+
+        def advance(self, tokens: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            logits = super().advance(tokens, new)
+            if fault == "a lost token":
+                self.keys[:, :, 1] = 0
+            elif fault == "a wrong position":
+                self.lengths = self.lengths + 1
+            return logits * torch.nan if fault == "nan" else logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "Decoder", Wrong)
+        rows, logits = generate.generate(model, [[3, 1, 4, 1, 5], [9, 2]], 9, 0.0)
+    assert generate.largest_difference(model, rows, logits) > generate.LIMIT
+
+
+def test_vision_learns() -> None:
+    vision = load("vision")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, accuracy = vision.train(vision.parse(["--device", "cpu", "--steps", "50", "--batch", "32"]))
+    finally:
+        torch.set_num_threads(threads)
+        del sys.modules["vision"]
+    assert accuracy > 0.5, "a sixth would be chance"
+    assert model.training
+    images, labels = vision.make_images(40, torch.Generator().manual_seed(7))
+    assert images.shape == (40, 3, 32, 32)
+    assert set(labels.tolist()) == set(range(6))
