@@ -136,13 +136,19 @@ def reference() -> Iterator[tuple[str, str]]:
         prefix = f"{CLASSES[page][1]}." if page in CLASSES else "fastkern."
         text = [f"# {titles[page]}", f"Of `{prefix[:-1]}`, from the docstrings: `help({prefix}{entries[0][0]})`."]
         for name, value in entries:
-            text += [f"## {name}", f"```python\n{signature(prefix + name, value)}\n```", docstring(value.__doc__, known)]
+            text += [
+                f"## {name}",
+                f"```python\n{signature(prefix + name, value)}\n```",
+                docstring(value.__doc__, known),
+            ]
         yield f"api/{page}.md", "\n\n".join(text) + "\n"
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
 
-_LINK = re.compile(r"(?P<code>^```.*?^```$|`[^`\n]+`(?!\]))|(?<!!)\[(?P<text>[^]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S)
+_LINK = re.compile(
+    r"(?P<code>^```.*?^```$|`[^`\n]+`(?!\]))|(?P<image>!?)\[(?P<text>[^]]*)\]\((?P<target>[^)\s]+)\)", re.M | re.S
+)
 
 
 def relink(text: str, source: Path, place: str, repository: str) -> str:
@@ -165,7 +171,7 @@ def relink(text: str, source: Path, place: str, repository: str) -> str:
         if inside is None and path.is_relative_to(DOCS) and path.is_file():
             inside = path.relative_to(DOCS).as_posix()
         if inside is not None:
-            return f"[{found['text']}]({os.path.relpath(inside, Path(place).parent)}{hash_}{anchor})"
+            return f"{found['image']}[{found['text']}]({os.path.relpath(inside, Path(place).parent)}{hash_}{anchor})"
         shown = f"[{found['text']}]({repository}{path.relative_to(ROOT).as_posix()})"
         return shown if repository else found["text"]
 
