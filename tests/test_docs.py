@@ -243,6 +243,14 @@ def test_reference_shows_a_docstring_in_sections(site: ModuleType) -> None:
     )
 
 
+def test_reference_shows_signatures(site: ModuleType) -> None:
+    assert site.signature("f", fastkern.abs) == "def f(input: Tensor, *, out: Tensor | None = None) -> Tensor"
+    assert '\n    approximate: str = "none",\n' in site.signature("f", fastkern.geglu)
+    assert "\n    *,\n    causal: bool = False,\n" in site.signature("f", fastkern.flash_attn)
+    assert site.signature("C", fastkern.optim.SGD).startswith("class C(\n    params: Any,\n")
+    assert "-> None" not in site.signature("C", fastkern.optim.SGD)
+
+
 def test_links_of_the_site(site: ModuleType) -> None:
     def relink(text: str, source: str, repository: str = "") -> str:
         place = site.OUTSIDE.get(source, source.removeprefix("docs/"))

@@ -60,6 +60,11 @@ def public_objects() -> dict[str, list[tuple[str, Any]]]:
     return pages
 
 
+def _annotation(annotation: Any) -> str:
+    """A type in the words of the source."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
 def signature(name: str, value: Any) -> str:
     """A definition in Python's words; in one line where that fits."""
     try:
@@ -73,8 +78,14 @@ def signature(name: str, value: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not star:
             texts.append("*")
         star = star or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
-        texts.append(str(parameter).replace("'", ""))
-    back = "" if given.return_annotation in (given.empty, None) else f" -> {given.return_annotation}".replace("'", "")
+        bare = str(parameter.replace(annotation=parameter.empty))
+        name_, equals, default = bare.partition("=")
+        if isinstance(parameter.default, str):
+            default = f'"{parameter.default}"'
+        shown = "" if parameter.annotation is parameter.empty else f": {_annotation(parameter.annotation)}"
+        texts.append(f"{name_}{shown}" + (f" = {default}" if equals else ""))
+    back = "" if inspect.isclass(value) or given.return_annotation is given.empty else given.return_annotation
+    back = back and f" -> {_annotation(back)}"
     line = f"{word} {name}({', '.join(texts)}){back}"
     return line if len(line) <= 100 else f"{word} {name}(\n    " + ",\n    ".join(texts) + f",\n){back}"
 
@@ -83,8 +94,10 @@ def _plain(text: str, known: dict[str, str]) -> str:
     """Roles, literal blocks and formulas of a docstring in Markdown; `known` are links of names."""
 
     def role(found: re.Match[str]) -> str:
-        name = found[1].lstrip("~").rsplit(".", 1)[-1]
-        return f"[`{name}`]({known[name]})" if name in known else f"`{found[1].lstrip('~')}`"
+        path = found[1].lstrip("~")
+        place, _, name = path.rpartition(".")
+        ours = not place or place.startswith("fastkern")
+        return f"[`{name}`]({known[name]})" if ours and name in known else f"`{path}`"
 
     def formula(found: re.Match[str]) -> str:
         return f"\n```latex\n{textwrap.dedent(found[1]).strip()}\n```\n"

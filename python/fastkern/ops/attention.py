@@ -75,8 +75,8 @@ def flash_attn(
     ``bias`` have True. The same operator is ``torch.ops.fastkern.flash_attn``, which draws no seed.
 
     Args:
-        q: (B, S, H, D), float32, float16 or bfloat16, on the CPU. Any strides where the last dimension is dense, those
-            of expanded tensors too; else a dense copy is made first.
+        q: (B, S, H, D), float32, float16 or bfloat16, on the CPU or a CUDA device. Any strides where the last dimension
+            is dense, those of expanded tensors too; else a dense copy is made first.
         k: (B, T, G, D), dtype and device of ``q``. G divides H: query head h reads key head ``h // (H // G)``
             (multi-query and grouped-query attention).
         v: (B, T, G, Dv), dtype and device of ``q``.
@@ -116,7 +116,7 @@ def flash_attn(
     Raises:
         RuntimeError: a dtype, shape, device or number other than the above; the message names the argument. Also
             ``alibi_slopes`` that require grad, a second derivative, and forward mode (the operator itself then gives no
-            tangent). On CUDA tensors, for which there is no kernel yet.
+            tangent).
         TypeError: an operand is no tensor; ``window`` is no pair.
 
     Notes:
@@ -266,8 +266,7 @@ def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
         -inf has no weight; where all are, out is 0 and lse -inf.
 
     Raises:
-        RuntimeError: a dtype, shape or device other than the above; the message names the argument. On CUDA tensors,
-            for which there is no kernel yet.
+        RuntimeError: a dtype, shape or device other than the above; the message names the argument.
         TypeError: an operand is no tensor.
 
     Notes:
@@ -301,8 +300,7 @@ def attn_dropout_mask(
         (B, H, S, T) bool, True where a weight is kept.
 
     Raises:
-        RuntimeError: a negative size, another probability, seed or offset; the message names the argument. On CUDA
-            tensors, for which there is no kernel yet.
+        RuntimeError: a negative size, another probability, seed or offset; the message names the argument.
     """
     return _attn_dropout_mask(B, H, S, T, dropout_p, seed, offset)
 
