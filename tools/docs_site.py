@@ -53,7 +53,7 @@ def public_objects() -> dict[str, list[tuple[str, Any]]]:
         value = getattr(fastkern, name)
         if name.startswith("__") or inspect.ismodule(value):
             continue
-        pages[page_of.get(value.__module__, OTHERS[0])].append((name, value))
+        pages[page_of.get(getattr(value, "__module__", ""), OTHERS[0])].append((name, value))
     for page, (_, package) in CLASSES.items():
         module = importlib.import_module(package)
         pages[page] = [(name, getattr(module, name)) for name in sorted(module.__all__, key=str.lower)]
@@ -149,6 +149,8 @@ def reference() -> Iterator[tuple[str, str]]:
         prefix = f"{CLASSES[page][1]}." if page in CLASSES else "fastkern."
         text = [f"# {titles[page]}", f"Of `{prefix[:-1]}`, from the docstrings: `help({prefix}{entries[0][0]})`."]
         for name, value in entries:
+            if not value.__doc__:
+                raise ValueError(f"{prefix}{name} has no docstring for the reference")
             text += [
                 f"## {name}",
                 f"```python\n{signature(prefix + name, value)}\n```",
