@@ -6,6 +6,7 @@
 #   make build   the libraries and an editable install in .venv, again and again quickly
 #   make lint    formatters, linters, types          make format  lets the formatters write
 #   make wheel   the release wheel, in dist/         make bench   operator benchmarks
+#   make docs    the site of docs/, in build/site
 #   make clean   removes builds (not .venv)
 #
 # FASTKERN_CUDA=auto|on|off and CUDAARCHS="90a;100" choose what is compiled; JOBS=n how many at a time.
@@ -24,7 +25,7 @@ export PYTHON VENV JOBS FASTKERN_CUDA CUDAARCHS FASTKERN_BUILD
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
-.PHONY: demo test build build-tests lint format wheel bench clean
+.PHONY: demo test build build-tests lint format wheel bench docs clean
 
 demo: build $(STAMPS)/bench
 	$(BIN)/python examples/train_gpt.py $(DEMO_ARGS)
@@ -40,6 +41,9 @@ build: $(STAMPS)/env
 
 build-tests: $(STAMPS)/env $(STAMPS)/bench $(STAMPS)/test
 	tools/build_editable.sh tests
+
+docs: build $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMPS)/env $(STAMPS)/lint $(STAMPS)/test
 	tools/lint.sh
@@ -59,6 +63,6 @@ $(STAMPS)/env: tools/setup_env.sh
 	@mkdir -p $(STAMPS) && touch $@
 
 # The extras of pyproject.toml.
-$(STAMPS)/bench $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/wheel: $(STAMPS)/%: pyproject.toml $(STAMPS)/env
+$(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/wheel: $(STAMPS)/%: pyproject.toml $(STAMPS)/env
 	$(BIN)/python tools/install_extra.py $*
 	@touch $@

@@ -4,12 +4,14 @@
 
     python examples/train_gpt.py                              # both, on the GPU if there is one: about a minute
     python examples/train_gpt.py --kernels fastkern --steps 5000 --data shakespeare.txt
-    python examples/train_gpt.py --preset gpu --compile       # 124 M parameters, 32 x 1024 tokens a step, bfloat16
+    python examples/train_gpt.py --model 124m --compile       # 124 M parameters, 32 x 1024 tokens a step, bfloat16
+    python examples/train_gpt.py --kernels fastkern --optimizer lion
 
 The text is the source code of Python's standard library, which every machine has, or --data FILE. The model is a modern
-decoder: RMSNorm, rotary positions, grouped-query causal attention, SwiGLU. What it computes with is a table, `Kernels`:
-changing the kernels is changing the table. `--kernels both` trains two models from the same initial weights on the same
-batches, shows their losses and speeds, draws them, and fails if the two did not learn the same.
+decoder: RMSNorm, rotary positions, grouped-query causal attention, SwiGLU. All that it computes with, but for plain
+matrix products, is a table, `Kernels`: changing the kernels is changing the table. `--kernels both` trains two models
+from the same initial weights on the same batches, shows their losses and speeds, draws them, and fails if the two did
+not learn the same.
 """
 
 from __future__ import annotations
@@ -22,14 +24,22 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def torch_add_norm(branch: Tensor | None, stream: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The seam between two halves of a block: the residual stream with the branch added to it, normed and as it is."""
+    stream = stream if branch is None else stream + branch
+    return F.rms_norm(stream, weight.shape, weight, 1e-6), stream
 
 
 def torch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,8 +56,23 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
+def torch_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def torch_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    return getattr(torch.optim, name)(groups, fused=True, **options)
+
+
+def torch_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """A step with gradients scaled down to a norm of at most `max_norm`."""
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    optimizer.step()
 
 
 @dataclass(frozen=True)
@@ -55,12 +80,13 @@ class Kernels:
     """All that the model and its training compute with, apart from plain matrix products. The defaults are PyTorch."""
 
     name: str = "torch"
-    rms_norm: Callable[[Tensor, Tensor], Tensor] = lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6)
+    add_norm: Callable[[Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]] = torch_add_norm
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = torch_rope
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_attention
-    swiglu: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: F.silu(gate) * up
+    swiglu: Callable[[Tensor], Tensor] = torch_swiglu
     linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_linear_cross_entropy
-    adamw: Callable[..., torch.optim.Optimizer] = lambda *args, **kw: torch.optim.AdamW(*args, **kw, fused=True)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch_optimizer
+    step: Callable[[torch.optim.Optimizer, float], None] = torch_step
 
 
 def fastkern_kernels() -> Kernels:
@@ -68,9 +94,33 @@ def fastkern_kernels() -> Kernels:
         import fastkern
     except ModuleNotFoundError as error:
         raise SystemExit(f"fastkern cannot be imported ({error}): `pip install .`, or use --kernels torch") from None
+
+    def autocast(x: Tensor) -> torch.dtype:
+        """What torch's matrix products take at this moment; fastkern keeps the types that it is given."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    def add_norm(branch: Tensor | None, stream: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if branch is None:
+            return fastkern.rms_norm(stream, weight, out_dtype=autocast(stream)), stream
+        return fastkern.add_rms_norm(branch, stream, weight, out_dtype=autocast(stream))
+
+    def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        dtype = autocast(hidden)
+        return fastkern.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), target)
+
+    def optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+        return getattr(fastkern.optim, name)(groups, **options)
+
     return Kernels(
         name="fastkern",
-        rms_norm=fastkern.rms_norm,
+        add_norm=add_norm,
+        rope=fastkern.rope,
+        attention=partial(fastkern.flash_attn, causal=True),
+        swiglu=fastkern.swiglu,
+        linear_cross_entropy=linear_cross_entropy,
+        optimizer=optimizer,
+        step=lambda optimizer, max_norm: optimizer.step(max_norm=max_norm),
     )
 
 
@@ -78,7 +128,11 @@ def fastkern_kernels() -> Kernels:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The last sum is left to the next block, whose norm does it in the same pass: a block takes and gives a branch and
+    the residual stream that it is still to be added to.
+    """
 
     def __init__(self, width: int, heads: int, kv_heads: int, kernels: Kernels) -> None:
         super().__init__()
@@ -90,13 +144,13 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv = self.qkv(self.kernels.rms_norm(x, self.norm_attention)).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split(self.heads, dim=-2)
+    def forward(self, branch: Tensor | None, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        y, x = self.kernels.add_norm(branch, x, self.norm_attention)
+        q, k, v = self.qkv(y).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
         q, k = self.kernels.rope(q, k, cos, sin)
-        x = x + self.attention_out(self.kernels.attention(q, k, v).flatten(-2))
-        gate, up = self.gate_up(self.kernels.rms_norm(x, self.norm_mlp)).chunk(2, dim=-1)
-        return x + self.mlp_out(self.kernels.swiglu(gate, up))
+        branch = self.attention_out(self.kernels.attention(q, k, v).flatten(-2))
+        y, x = self.kernels.add_norm(branch, x, self.norm_mlp)
+        return self.mlp_out(self.kernels.swiglu(self.gate_up(y))), x
 
 
 class GPT(nn.Module):
@@ -118,12 +172,16 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head is applied to: (B, S, width) of tokens (B, S)."""
+        branch, x, length = None, self.embedding(tokens), tokens.shape[1]
+        for block in self.blocks:
+            branch, x = block(branch, x, self.cos[:length], self.sin[:length])
+        return self.kernels.add_norm(branch, x, self.norm)[0]
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """The mean cross entropy of targets (B, S) or, without targets, the logits of the next token (B, vocab)."""
-        x, length = self.embedding(tokens), tokens.shape[1]
-        for block in self.blocks:
-            x = block(x, self.cos[:length], self.sin[:length])
-        x = self.kernels.rms_norm(x, self.norm)
+        x = self.hidden(tokens)
         if targets is None:
             return self.head(x[:, -1])
         return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
@@ -200,7 +258,8 @@ class Run:
         self.autocast = torch.autocast(o.device.type, getattr(torch, o.dtype), enabled=o.dtype != "float32")
         groups = [[p for p in self.model.parameters() if p.dim() == dim] for dim in (1, 2)]
         decay = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.0, 0.1), strict=True)]
-        self.optimizer = self.kernels.adamw(decay, lr=o.lr, betas=(0.9, 0.95))
+        name, rate, options = OPTIMIZERS[o.optimizer]
+        self.optimizer = self.kernels.optimizer(name, decay, lr=o.lr * rate, **options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
 
     def schedule(self, step: int) -> float:
@@ -217,8 +276,7 @@ class Run:
             if step == 0:
                 gradients = {name: weight.grad for name, weight in self.model.named_parameters()}
                 self.gradients = {name: 0.0 if g is None else g.norm().item() for name, g in gradients.items()}
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
+            self.kernels.step(self.optimizer, 1.0)
             self.optimizer.zero_grad()
             self.scheduler.step()
         self.speeds.append(len(steps) * self.options.batch * self.options.context / (self.finished() - start))
@@ -267,6 +325,17 @@ def train(o: argparse.Namespace, text: Text, tables: Sequence[Kernels]) -> list[
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row for each run; the last column compares blocks of steps that were run in turns, and takes the median."""
+    lines = ["kernels     training loss   validation loss     tokens/s    speed"]
+    for run in runs:
+        last = statistics.fmean(run.losses[-max(1, len(run.losses) // 20) :])
+        ratio = statistics.median(b / a for a, b in zip(runs[0].speeds, run.speeds, strict=True))
+        speed = statistics.median(run.speeds)
+        lines.append(f"{run.kernels.name:<10}{last:15.4f}{run.validation:18.4f}{speed:13,.0f}{ratio:8.2f}x")
+    return "\n".join(lines)
 
 
 class DisagreementError(AssertionError):
@@ -327,7 +396,14 @@ def plot(runs: Sequence[Run], path: Path) -> str:
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-PRESETS: dict[str, tuple[int | float | str, int | float | str, str]] = {  # option: on the CPU, on the GPU, meaning
+# The class, its learning rate in units of --lr, and what else it is given.
+OPTIMIZERS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "adamw": ("AdamW", 1.0, {"betas": (0.9, 0.95)}),
+    "sgd": ("SGD", 30.0, {"momentum": 0.9}),
+    "lion": ("Lion", 0.1, {"betas": (0.9, 0.99)}),
+}
+
+DEFAULTS: dict[str, tuple[int | float | str, int | float | str, str]] = {  # option: small, 124m, meaning
     "steps": (400, 300, "training steps"),
     "batch": (8, 32, "sequences a step"),
     "context": (128, 1024, "bytes a sequence"),
@@ -348,11 +424,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=summary, epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kernels", choices=("fastkern", "torch", "both"), default="both")
-    parser.add_argument("--preset", choices=("cpu", "gpu"), help="defaults for a CPU or a GPU (default: the device's)")
-    for name, (cpu, gpu, meaning) in PRESETS.items():
+    parser.add_argument(
+        "--model", choices=("small", "124m"), help="defaults of what follows (124m on a GPU, else small)"
+    )
+    for name, (small, large, meaning) in DEFAULTS.items():
         choices = ("float32", "bfloat16") if name == "dtype" else None
-        text = f"{meaning} (cpu {cpu}, gpu {gpu})"
-        parser.add_argument("--" + name.replace("_", "-"), type=type(cpu), choices=choices, metavar="X", help=text)
+        text = f"{meaning} ({small}, 124m: {large})"
+        parser.add_argument("--" + name.replace("_", "-"), type=type(small), choices=choices, metavar="X", help=text)
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="torch has no lion")
     parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding's weights")
     parser.add_argument("--compile", action="store_true", help="train the models under torch.compile")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
@@ -371,9 +450,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {o.device}: fastkern has kernels for cpu and cuda")
     if o.device.type == "cuda" and (o.device.index or 0) >= gpus:
         parser.error(f"--device {o.device}: PyTorch {torch.__version__} sees {gpus} GPUs; --device cpu always works")
-    for name, (cpu, gpu, _) in PRESETS.items():
+    o.model = o.model or ("124m" if o.device.type == "cuda" else "small")
+    for name, (small, large, _) in DEFAULTS.items():
         if getattr(o, name) is None:
-            setattr(o, name, gpu if (o.preset or ("gpu" if o.device.type == "cuda" else "cpu")) == "gpu" else cpu)
+            setattr(o, name, large if o.model == "124m" else small)
     for name in ("steps", "batch", "context", "layers", "width", "heads", "kv_heads", "lr"):
         if not 0 < getattr(o, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: must be positive")
@@ -381,6 +461,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--width {o.width} is not a multiple of 2 x --heads {o.heads}: rotary positions turn pairs")
     if o.heads % o.kv_heads:
         parser.error(f"--heads {o.heads} is not a multiple of --kv-heads {o.kv_heads}")
+    if o.optimizer == "lion" and o.kernels != "fastkern":
+        parser.error(f"--optimizer lion: torch has none; --kernels fastkern has, got --kernels {o.kernels}")
     if o.vocab < 256:
         parser.error(f"--vocab {o.vocab}: a byte has 256 values")
     return o
@@ -393,15 +475,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         runs = train(o, Text(o), tables)
     except torch.OutOfMemoryError:
-        raise SystemExit("out of GPU memory: try a smaller --batch or --context, or --preset cpu") from None
-    print()
-    for run in runs:
-        speed = statistics.median(run.speeds)
-        print(f"{run.kernels.name:>8}: validation loss {run.validation:.4f}, {speed:10,.0f} tokens/s")
+        raise SystemExit("out of GPU memory: try a smaller --batch or --context, or --model small") from None
+    print(f"\n{table(runs)}\n")
     print(f"    plot: {plot(runs, Path(o.plot))}")
     if len(runs) == 2:
-        ratio = statistics.median(b / a for a, b in zip(*(run.speeds for run in runs), strict=True))
-        print(f"   speed: {runs[1].kernels.name} / {runs[0].kernels.name} = {ratio:.2f}, median of blocks run in turns")
         print(f"   agree: {assert_agreement(*runs)}")
     if o.sample_bytes > 0:
         prompt = "\n" if o.data else "class Reader:\n    def __init__(self"

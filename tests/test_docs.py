@@ -10,6 +10,7 @@ must stand in that file, but for white space, where lines of ``...`` skip some o
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import fastkern
 import pytest
@@ -25,7 +27,7 @@ from fastkern import _core
 from fastkern.specs import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
 WRITTEN_BY_THE_BENCHMARK = ROOT / "docs" / "benchmarks.md"
 ROOMS = ("cmake", "cpp", "cuda", "docs", "examples", "python", "tests", "tools", ".ci", ".github")
 
@@ -176,10 +178,123 @@ def test_public_names_are_documented() -> None:
 
 
 def test_operators_are_documented() -> None:
-    operators = (ROOT / "README.md").read_text().partition("## Operators")[2].partition("\n## ")[0]
+    operators = (ROOT / "docs" / "operators.md").read_text()
     for spec in SPECS:
-        assert f"`{spec.name}(" in operators, f"README.md: no row for {spec.name} in the table of operators"
+        assert f"`{spec.name}(" in operators, f"docs/operators.md: no row for {spec.name}"
         assert (ROOT / "docs" / f"{spec.family}.md").exists(), f"there is no docs/{spec.family}.md"
+
+
+# ---- the site, the chart, the messages -------------------------------------------------------------------------------
+
+
+def load(tool: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site() -> ModuleType:
+    return load("docs_site")
+
+
+def test_site_has_every_page(site: ModuleType) -> None:
+    """The navigation names the pages of docs/, those from outside and the reference, each once."""
+    named = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(named) == sorted([*pages, *site.OUTSIDE.values(), *dict(site.reference())])
+
+
+def test_reference_has_every_public_name(site: ModuleType) -> None:
+    text = "\n".join(text for _, text in site.reference())
+    names = {name for name in fastkern.__all__ if not name.startswith("__")}
+    for name in sorted({*names, *fastkern.optim.__all__, *fastkern.nn.__all__}):
+        assert f"\n## {name}\n" in text or inspect.ismodule(getattr(fastkern, name, None)), f"no reference of {name}"
+    assert not re.search(r":(func|class|meth|mod):`", text), "roles of docstrings are left"
+    assert "\n* `eps`: " in text, "arguments are no list"
+
+
+def test_reference_shows_a_docstring_in_sections(site: ModuleType) -> None:
+    text = """Sums, as :func:`add` does::
+
+        a + b
+
+    Args:
+        a: (N,), like
+            :func:`~fastkern.other`.
+        *more: none.
+
+    Returns:
+        (N,).
+
+    The end.
+    """
+    assert site.docstring(text, {"add": "elementwise.md#add"}) == "\n\n".join(
+        [
+            "Sums, as [`add`](elementwise.md#add) does:",
+            "    a + b",
+            "**Arguments**",
+            "* `a`: (N,), like\n    `fastkern.other`.\n* `*more`: none.",
+            "**Returns**",
+            "(N,).",
+            "The end.",
+        ]
+    )
+
+
+def test_reference_shows_signatures(site: ModuleType) -> None:
+    assert site.signature("f", fastkern.abs) == "def f(input: Tensor, *, out: Tensor | None = None) -> Tensor"
+    assert '\n    approximate: str = "none",\n' in site.signature("f", fastkern.geglu)
+    assert "\n    *,\n    causal: bool = False,\n" in site.signature("f", fastkern.flash_attn)
+    assert site.signature("C", fastkern.optim.SGD).startswith("class C(\n    params: Any,\n")
+    assert "-> None" not in site.signature("C", fastkern.optim.SGD)
+
+
+def test_links_of_the_site(site: ModuleType) -> None:
+    def relink(text: str, source: str, repository: str = "") -> str:
+        place = site.OUTSIDE.get(source, source.removeprefix("docs/"))
+        return site.relink(text, ROOT / source, place, repository)
+
+    assert relink("[a](docs/norm.md#limits) `[b](c)`", "README.md") == "[a](norm.md#limits) `[b](c)`"
+    assert relink("[a](../operators.md)", "docs/coming_from/apex.md") == "[a](../operators.md)"
+    assert relink("[a](../README.md)", "docs/norm.md") == "[a](overview.md)"
+    assert relink("[a](../cuda/launch.cuh), [b](https://x.y)", "docs/norm.md") == "a, [b](https://x.y)"
+    assert relink("[a](../LICENSE)", "docs/norm.md", "https://x.y/blob/main/") == "[a](https://x.y/blob/main/LICENSE)"
+    assert relink("![a](docs/speed.svg)", "README.md") == "![a](speed.svg)"
+
+
+def test_chart_is_that_of_the_tables() -> None:
+    chart = load("speed_chart")
+    assert chart.CHART.read_text() == chart.chart(), "run python tools/speed_chart.py to draw docs/speed.svg anew"
+
+
+def rows(page: Path, section: str) -> list[str]:
+    """The messages in the first column of a section's table, as regular expressions."""
+    text = page.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
+    assert found
+    return [re.escape(message).replace(r"\.\.\.", ".*") for message in found]
+
+
+def test_messages_of_the_installation_are_in_the_sources() -> None:
+    page = ROOT / "docs" / "troubleshooting.md"
+    files = [*ROOT.glob("python/fastkern/*.py"), *ROOT.glob("cmake/*.cmake"), *ROOT.glob("tools/*")]
+    sources = "\n".join(file.read_text() for file in files if file.is_file())
+    for message in rows(page, "Importing and building"):
+        assert re.search(message, sources), f"{page.name}: nothing says {message}"
+
+
+def test_messages_of_calls_are_raised() -> None:
+    page = ROOT / "docs" / "troubleshooting.md"
+    namespace: dict[str, object] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(block.text, namespace)
+    expected = rows(page, "Calls")
+    assert len(expected) == len(namespace["messages"])
+    for pattern, message in zip(expected, namespace["messages"], strict=True):
+        assert re.search(pattern, message), f"{page.name}: {message!r} is not {pattern!r}"
 
 
 # ---- tables of launch plans ------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def flash_attn(
     ``bias`` have True. The same operator is ``torch.ops.fastkern.flash_attn``, which draws no seed.
 
     Args:
-        q: (B, S, H, D), float32, float16 or bfloat16, on the CPU. Any strides where the last dimension is dense, those
-            of expanded tensors too; else a dense copy is made first.
+        q: (B, S, H, D), float32, float16 or bfloat16, on the CPU or a CUDA device. Any strides where the last dimension
+            is dense, those of expanded tensors too; else a dense copy is made first.
         k: (B, T, G, D), dtype and device of ``q``. G divides H: query head h reads key head ``h // (H // G)``
             (multi-query and grouped-query attention).
         v: (B, T, G, Dv), dtype and device of ``q``.
