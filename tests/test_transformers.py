@@ -220,9 +220,9 @@ def test_dropout() -> None:
 @pytest.mark.parametrize(
     ("seen", "options", "message"),
     [
-        (torch.ones(B, T), {}, r"attention_mask must broadcast to .* = \(2, 4, 5, 7\), got shape \(2, 7\)"),
+        (torch.ones(B, T), {}, "attention_mask must broadcast to .* = .2, 4, 5, 7., got shape .2, 7."),
         (torch.ones(B, 1, S, T, dtype=torch.int64), {}, "attention_mask must be None or a bool or floating .*int64"),
-        (torch.ones(B, 1, S, T + 1), {}, "last dimension of T = 7, got shape"),
+        (torch.ones(B, 1, S, T + 1), {}, "attention_mask must have a last dimension of T = 7, got shape"),
         (object(), {}, "attention_mask must .*, got object"),
         (None, {"output_attentions": True}, 'output_attentions must be False: .*"eager"'),
         (None, {"indices": torch.zeros(1)}, "indices must be None"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastkern import _core
 from fastkern._library import load_operators
@@ -89,9 +90,13 @@ finally:
     if _collects:
         gc.enable()
 
+if TYPE_CHECKING:
+    from fastkern.integrations.patch import PatchReport, patch, unpatch
+
 __version__: str = _core.build_info()["version"]
 
 __all__ = [
+    "PatchReport",
     "__version__",
     "adagrad_",
     "adam_",
@@ -132,6 +137,7 @@ __all__ = [
     "merge_attention",
     "mrope_table",
     "nadam_",
+    "patch",
     "qk_norm_rope",
     "radam_",
     "reglu",
@@ -148,6 +154,7 @@ __all__ = [
     "softmax",
     "swiglu",
     "swiglu_static_quant",
+    "unpatch",
 ]
 __all__ += _elementwise.__all__
 
@@ -165,3 +172,20 @@ def get_include() -> str:
 def get_cmake_dir() -> str:
     """Directory for ``find_package(fastkern CONFIG PATHS ...)``."""
     return str(Path(_core.__file__).parent / "lib" / "cmake" / "fastkern")
+
+
+# Imported when they are asked for: few programs need them.
+_LAZY = {
+    "PatchReport": "fastkern.integrations.patch",
+    "patch": "fastkern.integrations.patch",
+    "unpatch": "fastkern.integrations.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
+    import importlib
+
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
