@@ -92,6 +92,7 @@ finally:
 
 if TYPE_CHECKING:
     from fastkern.integrations.patch import PatchReport, patch, unpatch
+    from fastkern.integrations.sdpa import disable_sdpa, enable_sdpa, sdpa
 
 __version__: str = _core.build_info()["version"]
 
@@ -116,7 +117,9 @@ __all__ = [
     "clamped_swiglu",
     "clamped_swiglu_static_quant",
     "cross_entropy",
+    "disable_sdpa",
     "dropout",
+    "enable_sdpa",
     "flash_attn",
     "flash_attn_varlen",
     "geglu",
@@ -149,6 +152,7 @@ __all__ = [
     "rope_",
     "rope_table",
     "rope_table_from_config",
+    "sdpa",
     "sgd_",
     "silu_and_mul",
     "softmax",
@@ -177,7 +181,10 @@ def get_cmake_dir() -> str:
 # Imported when they are asked for: few programs need them.
 _LAZY = {
     "PatchReport": "fastkern.integrations.patch",
+    "disable_sdpa": "fastkern.integrations.sdpa",
+    "enable_sdpa": "fastkern.integrations.sdpa",
     "patch": "fastkern.integrations.patch",
+    "sdpa": "fastkern.integrations.sdpa",
     "unpatch": "fastkern.integrations.patch",
 }
 

@@ -113,6 +113,6 @@ def run(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str
 def assert_near(ours: Tensor, reference: Tensor, what: str, limit: float = 2e-5) -> None:
     """Largest difference against the largest number of the reference."""
     assert bool(ours.isfinite().all()), f"{what}: not finite"
-    error = float((ours.float() - reference.float()).abs().max())
-    size = float(reference.float().abs().max()) + 1e-6
+    error = float((ours.detach().float() - reference.detach().float()).abs().max())
+    size = float(reference.detach().float().abs().max()) + 1e-6
     assert error <= limit * size, f"{what}: differs by {error:.3g} of {size:.3g}"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkern.integrations._patched import FLOATS, Patched, patched_class, say_once
-from fastkern.integrations._probe import _numbers, _small_linear, obstacle, stand_in
+from fastkern.integrations._probe import numbers, obstacle, small_linear, stand_in
 from fastkern.ops.linear_cross_entropy import linear_cross_entropy
 from fastkern.ops.loss import cross_entropy
 
@@ -186,8 +186,8 @@ def _try_loss(model: Any, recipe: Loss) -> Loss | str:
     if prefix not in model._modules:
         return "its base model is no part of its own"
     width = 8
-    hidden = _numbers(2, 5, width) * 3
-    small = _small_linear(width, classes, 1)
+    hidden = numbers(2, 5, width) * 3
+    small = small_linear(width, classes, 1)
     if getattr(model, recipe.head).bias is None:
         small.bias = None  # type: ignore[assignment]
     made = stand_in(model, _modules={**model._modules, prefix: _Base(hidden), recipe.head: small}, training=True)

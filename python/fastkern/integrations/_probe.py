@@ -8,6 +8,7 @@ Every finding is a recipe that gave the same results, or a sentence that says wh
 
 from __future__ import annotations
 
+import inspect
 from itertools import permutations
 from typing import Any
 
@@ -40,7 +41,7 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _numbers(*shape: int, seed: int = 0) -> Tensor:
+def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -77,8 +78,8 @@ def norm(module: nn.Module) -> Norm | str | None:
 
 def _norm_recipe(module: nn.Module, own: dict[str, Any], eps: str, n: int) -> Norm | str:
     # Far from zero (is the mean taken out?), of the size of eps, and large.
-    x = (_numbers(3, 4, n) + 0.5) * torch.tensor([1.0, 1e-3, 30.0, 3e-4])[:, None]
-    weights = {k: _numbers(n, seed=1 + i) for i, k in enumerate(sorted(own))}
+    x = (numbers(3, 4, n) + 0.5) * torch.tensor([1.0, 1e-3, 30.0, 3e-4])[:, None]
+    weights = {k: numbers(n, seed=1 + i) for i, k in enumerate(sorted(own))}
 
     def run(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
         parameters = {**dict.fromkeys(module._parameters), **{k: w.to(w_dtype) for k, w in weights.items()}}
@@ -121,6 +122,8 @@ def mlp(module: nn.Module) -> Mlp | str | None:
     rest: dict[str, Any] = {k: m for k, m in children.items() if k not in linears}
     if len(linears) not in (2, 3) or any(p is not None for p in module._parameters.values()):
         return None
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # self and the input; attention takes more
+        return None
     sizes = {k: (m.in_features, m.out_features) for k, m in linears.items()}
     orders = [order for order in permutations(linears) if _fits([sizes[k] for k in order])]
     if not orders:
@@ -144,22 +147,22 @@ def _fits(sizes: list[tuple[int, int]]) -> bool:
     return first[0] == first[1] == (down[1], down[0])
 
 
-def _small_linear(n_in: int, n_out: int, seed: int) -> nn.Linear:
+def small_linear(n_in: int, n_out: int, seed: int) -> nn.Linear:
     made = nn.Linear(n_in, n_out, device="meta")
-    made.weight = nn.Parameter(_numbers(n_out, n_in, seed=seed))
-    made.bias = nn.Parameter(_numbers(n_out, seed=seed + 10))
+    made.weight = nn.Parameter(numbers(n_out, n_in, seed=seed))
+    made.bias = nn.Parameter(numbers(n_out, seed=seed + 10))
     return made
 
 
 def _mlp_recipe(module: nn.Module, orders: list[tuple[str, ...]]) -> Mlp | str:
     hidden, inner = 8, 6
-    x = _numbers(2, 3, hidden)
+    x = numbers(2, 3, hidden)
     error = None
     for order in orders:
         *first, down = order
         width = inner if len(first) == 2 else 2 * inner
-        small = {k: _small_linear(hidden, width, i) for i, k in enumerate(first)}
-        small[down] = _small_linear(inner, hidden, 5)
+        small = {k: small_linear(hidden, width, i) for i, k in enumerate(first)}
+        small[down] = small_linear(inner, hidden, 5)
         made = stand_in(module, _modules={**module._modules, **small})
         with torch.no_grad():
             try:
