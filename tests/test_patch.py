@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import inspect
 import io
 import logging
 import pickle
@@ -15,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("transformers", minversion="5.24", reason="needs transformers >= 5.24")
 
 from fastkern.integrations import _patched
-from harness.hf_models import DECODERS, assert_near, build, inputs_of, run
+from fastkern.integrations import transformers as classes
+from harness.hf_models import DECODERS, assert_near, build, config_of, inputs_of, run
 
 # Replaced in each model of two layers: what, how often.
 REPLACED = {
@@ -45,10 +47,11 @@ def _trace(model: nn.Module) -> Any:
 @pytest.mark.parametrize("name", REPLACED)
 def test_models(name: str) -> None:
     model, inputs = build(name), inputs_of(name)
-    before, trace = run(model, inputs), _trace(model)
+    before, trace, signature = run(model, inputs), _trace(model), inspect.signature(model.forward)
     report = fastkern.patch(model, return_logits=True)
     assert collections.Counter(e.what for e in report.replaced) == REPLACED[name]
     assert list(model.state_dict()) == trace[1]
+    assert inspect.signature(model.forward) == signature
     loss, logits, grads = run(model, inputs)
     assert_near(loss, before[0], "loss")
     assert_near(logits, before[1], "logits")
@@ -166,7 +169,7 @@ def test_gradient_checkpointing() -> None:
     model, inputs = build("llama"), inputs_of("llama")
     fastkern.patch(model, return_logits=True)
     expected = run(model, inputs)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     again = run(model, {**inputs, "use_cache": False})  # type: ignore[dict-item]
     assert torch.equal(again[0], expected[0])
     assert all(torch.equal(again[2][key], grad) for key, grad in expected[2].items())
@@ -200,9 +203,27 @@ def test_refusals() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
     fastkern.patch(model)
     model[1].__class__ = type("Sharded", (type(model[1]),), {})
-    with pytest.raises(RuntimeError, match="the class of 1 must be .*, got Sharded"):
+    with pytest.raises(RuntimeError, match=r"the class of 1 must be .*, got Sharded"):
         fastkern.unpatch(model)
     assert isinstance(model[0], _patched.Patched)
+
+
+def test_classes() -> None:
+    """Before a model is built, and gone again for the next one."""
+    before, inputs = build("llama"), inputs_of("llama")
+    names = classes.patch_classes(config_of("llama"))
+    try:
+        assert set(names) == {"LlamaRMSNorm", "LlamaMLP"}
+        assert classes.patch_classes(config_of("llama")) == []
+        model = build("llama")
+    finally:
+        classes.unpatch_classes(names)
+    assert sum(isinstance(m, _patched.Patched) for m in model.modules()) == 7
+    expected = run(before, inputs)
+    assert_near(run(model, inputs)[1], expected[1], "logits")
+    fastkern.unpatch(model)
+    assert torch.equal(run(model, inputs)[1], expected[1])
+    assert not any(isinstance(m, _patched.Patched) for m in build("llama").modules())
 
 
 # ---- modules of no one's library -------------------------------------------------------------------------------------
@@ -261,7 +282,7 @@ def test_torch_norms() -> None:
         "layer": nn.LayerNorm(12), "no bias": nn.LayerNorm(12, bias=False),
         "bare": nn.LayerNorm(12, elementwise_affine=False), "rms": nn.RMSNorm(12), "rms eps": nn.RMSNorm(12, eps=1e-3),
         "two": nn.LayerNorm((3, 12)), "group": nn.GroupNorm(3, 12), "batch": nn.BatchNorm1d(12),
-        "half": nn.LayerNorm(12).double(), "meta": nn.LayerNorm(12, device="meta"),
+        "f64": nn.LayerNorm(12).double(), "meta": nn.LayerNorm(12, device="meta"),
     })  # fmt: skip
     x = torch.randn(2, 3, 12)
     names = ("layer", "no bias", "bare", "rms", "rms eps")
@@ -272,7 +293,7 @@ def test_torch_norms() -> None:
         assert_near(model[name](x), expected[name], name, 1e-6)
     reasons = {e.path: e.why for e in report.left}
     assert reasons["two"] == "is over several dimensions"
-    assert reasons["half"] == "has weights of torch.float64"
+    assert reasons["f64"] == "has weights of torch.float64"
     assert "meta device" in reasons["meta"]
 
 
@@ -332,8 +353,9 @@ def test_projections_and_hooks_are_called() -> None:
     assert not seen
     assert entry.by == "fastkern.swiglu"
     model.up = LowRank(model.up)
-    assert_near(model(x), Gated.forward(model, x), "out", 1e-6)
-    assert len(seen) == 3
+    out = model(x)
+    assert len(seen) == 2  # up is another module by now
+    assert_near(out, Gated.forward(model, x), "out", 1e-6)
 
     hooked = Gated(nn.SiLU())
     hooked.act.register_forward_hook(lambda *given: None)

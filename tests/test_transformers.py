@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("transformers", minversion="5.24", reason="needs transformers >= 5.24")
 
 from fastkern.integrations import transformers as ours
 from harness.hf_models import DECODERS, ENCODERS, assert_near, build, inputs_of, run
@@ -56,7 +56,12 @@ def test_packed_sequences(name: str) -> None:
         positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
         assert_near(model(ids, position_ids=positions, use_cache=False).logits, expected, "position_ids")
         starts = torch.tensor([0, 6, 13], dtype=torch.int32)
-        packed: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 7, "max_length_k": 7}
+        packed: dict[str, Any] = {
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": 7,
+            "max_length_k": 7,
+        }
         assert_near(model(ids, position_ids=positions, **packed).logits, expected, "cu_seq_lens")
 
 

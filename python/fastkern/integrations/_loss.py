@@ -102,7 +102,7 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers's ForCausalLMLoss; ``logits`` are hidden states where the head is put off."""
+    """Transformers's ForCausalLMLoss; ``logits`` are hidden states where the head is put off."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)

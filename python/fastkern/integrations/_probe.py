@@ -57,8 +57,11 @@ def _agree(got: Any, want: Tensor, dtype: torch.dtype) -> bool:
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
-def norm(module: nn.Module) -> Norm | str | None:
-    """The recipe of a norm over the last dimension; None if it does not look like a norm at all."""
+def norm(module: nn.Module, weights: bool = True) -> Norm | str | None:
+    """The recipe of a norm over the last dimension; None if it does not look like a norm at all.
+
+    ``weights``: whether they must be where a forward can use them.
+    """
     own = {k: p for k, p in module._parameters.items() if p is not None}
     eps = next((k for k in _EPS if isinstance(getattr(module, k, None), float)), None)
     if eps is None and isinstance(module, nn.RMSNorm):
@@ -72,7 +75,7 @@ def norm(module: nn.Module) -> Norm | str | None:
         return None
     if any(p.dtype not in FLOATS for p in own.values()):
         return f"has weights of {next(p.dtype for p in own.values())}"
-    blocked = obstacle(module)
+    blocked = obstacle(module) if weights else None
     return blocked if blocked is not None else _norm_recipe(module, own, eps, shape[0])
 
 
@@ -94,7 +97,7 @@ def _norm_recipe(module: nn.Module, own: dict[str, Any], eps: str, n: int) -> No
             try:
                 if own:
                     runs.append((torch.bfloat16, *run(torch.bfloat16, torch.float32)))
-                    promote = runs[-1][2].dtype == torch.float32
+                    promote = getattr(runs[-1][2], "dtype", None) == torch.float32
             except (RuntimeError, TypeError):  # refuses mixed types, so what it would give does not matter
                 promote = False
             for kind in ("rms", "layer"):
@@ -115,8 +118,8 @@ def _is_linear(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, k, None), int) for k in ("in_features", "out_features"))
 
 
-def mlp(module: nn.Module) -> Mlp | str | None:
-    """The recipe of a gated MLP; None if it does not look like one."""
+def mlp(module: nn.Module, weights: bool = True) -> Mlp | str | None:
+    """The recipe of a gated MLP; None if it does not look like one. ``weights`` as for :func:`norm`."""
     children = {k: m for k, m in module._modules.items() if m is not None}
     linears: dict[str, Any] = {k: m for k, m in children.items() if _is_linear(m)}
     rest: dict[str, Any] = {k: m for k, m in children.items() if k not in linears}
@@ -135,7 +138,7 @@ def mlp(module: nn.Module) -> Mlp | str | None:
             return f"has other parts: {k}"
         if m._forward_hooks or m._forward_pre_hooks:
             return f"{k} has hooks, which would not run"
-    blocked = obstacle(module)
+    blocked = obstacle(module) if weights else None
     return blocked if blocked is not None else _mlp_recipe(module, orders)
 
 

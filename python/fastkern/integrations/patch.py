@@ -173,7 +173,9 @@ def unpatch(model: nn.Module) -> None:
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration that says what attention a part of the model uses, once."""
     found: dict[int, Any] = {}
-    waiting = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
+    waiting = [
+        m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")
+    ]
     while waiting:
         config = waiting.pop()
         if id(config) not in found:

@@ -44,7 +44,11 @@ def _random(query: Tensor, dropout_p: float) -> tuple[dict[str, Any], Tensor, Te
     if not dropout_p:
         return {}, torch.zeros(2, dtype=torch.uint64, device=query.device), unused
     seed, offset = _philox.draw("flash_attn", None, q=query)
-    return {"dropout_p": dropout_p, "seed": seed, "offset": offset}, torch.stack([seed, offset]).view(torch.uint64), unused
+    return (
+        {"dropout_p": dropout_p, "seed": seed, "offset": offset},
+        torch.stack([seed, offset]).view(torch.uint64),
+        unused,
+    )
 
 
 def _drawn(dropout_p: float, state: Tensor) -> dict[str, Any]:
@@ -232,7 +236,7 @@ class _Overrides:
     """The kernels of one dispatch key, from its making until ``remove``."""
 
     def __init__(self, key: str) -> None:
-        self.library = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+        self.library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel.*")
             for name in _KERNELS:

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
     from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
+    from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
 except ImportError as error:
     raise ImportError(
         f"fastkern.integrations.transformers needs transformers >= 5.24 (pip install 'fastkern[integrations]'): {error}"
     ) from error
 
+from fastkern.integrations import _probe
+from fastkern.integrations._patched import Patched, patched_class
 from fastkern.ops.attention import flash_attn, flash_attn_varlen
 
-__all__ = ["NAME", "attention", "mask", "register"]
+__all__ = ["NAME", "attention", "mask", "patch_classes", "register", "unpatch_classes"]
 
 NAME = "fastkern"
 _WHERE = "fastkern.integrations.transformers.attention"
@@ -222,6 +225,56 @@ def attention(
     out = flash_attn(q, k, v, causal=causal, window=window, bias=seen, **options)
     assert isinstance(out, Tensor)
     return out, None
+
+
+# ---- classes, before a model is built --------------------------------------------------------------------------------
+
+
+def patch_classes(config: Any, *, norm: bool = True, mlp: bool = True) -> list[str]:
+    """Replaces the norms and gated MLPs of an architecture in every model of it that is built from now on.
+
+    Through transformers's own mapping, which ``from_pretrained`` and ``from_config`` follow. What
+    :func:`fastkern.patch` does to the modules of one model, this does to their classes, found in a model of ``config``
+    without weights; so it is there before weights are loaded, sharded or quantised.
+
+    Args:
+        config: a configuration of transformers, of any size.
+        norm: RMS and layer norms of transformers's own classes (not ``torch.nn.LayerNorm``).
+        mlp: gated MLPs.
+
+    Returns:
+        The names of the classes that are replaced, for :func:`unpatch_classes`. Those that are replaced already are
+        left out.
+    """
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    found: dict[str, set[Any]] = {}
+    for module in model.modules():
+        kind = type(module)
+        if not kind.__module__.startswith("transformers.") or isinstance(module, Patched):
+            continue
+        recipe = _probe.norm(module, weights=False) if norm else None
+        if recipe is None and mlp:
+            recipe = _probe.mlp(module, weights=False)
+        if recipe is not None:
+            made = None if isinstance(recipe, str) else patched_class(kind, recipe)
+            found.setdefault(kind.__name__, set()).add(made)
+    alike = {name: made for name, (made, *others) in found.items() if made is not None and not others}
+    new = {name: made for name, made in alike.items() if name not in get_patch_mapping()}
+    register_patch_mapping(new)
+    return list(new)
+
+
+def unpatch_classes(names: list[str]) -> None:
+    """Undoes :func:`patch_classes`: models built from now on have the classes of before. Those there stay as they are.
+
+    Args:
+        names: what :func:`patch_classes` returned.
+
+    Raises:
+        ValueError: a name that is not replaced.
+    """
+    unregister_patch_mapping(names)
 
 
 register()
