@@ -2,8 +2,9 @@
 """What the documentation says is so: its code runs, its quotes are in the sources, its links and names exist.
 
 A ``python`` block is executed, blocks of one page one after the other in one namespace; a ``python cuda`` block on a
-GPU only, one with the name of a module (``python transformers``) where that is installed. A ``cpp`` block is compiled against the public headers. A block after ``<!-- quote: PATH -->`` is neither: it
-must stand in that file, but for white space, where lines of ``...`` skip some of it. Tables between
+GPU only, one with the name of a module (``python transformers``) where that is installed. A ``cpp`` block is compiled
+against the public headers. A block after ``<!-- quote: PATH -->`` is neither: it must stand in that file, but for white
+space, where lines of ``...`` skip some of it. Tables between
 ``<!-- plan: OP -->`` and ``<!-- /plan -->`` are written by ``python tests/test_docs.py``.
 """
 

@@ -309,6 +309,11 @@ class Gated(nn.Module):
         return down(self.act(gate(x)) * up(x))
 
 
+class Dropping(Gated):
+    def forward(self, x: Tensor) -> Any:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
 @pytest.mark.parametrize(
     ("module", "by"),
     [
@@ -318,14 +323,17 @@ class Gated(nn.Module):
         (Gated(nn.functional.gelu, sizes=(8, 6)), "fastkern.geglu"),
         (Gated(nn.Sigmoid()), None),
         (Gated(nn.Dropout(0.5)), None),
+        (Dropping(nn.SiLU()).eval(), None),
     ],
-    ids=["silu", "relu", "square", "function", "sigmoid", "dropout"],
+    ids=["silu", "relu", "square", "function", "sigmoid", "dropout", "in training"],
 )
 def test_mlps_are_known_by_what_they_compute(module: nn.Module, by: str | None) -> None:
     module = copy.deepcopy(module)
     x = torch.randn(3, 8)
     expected = module(x)
+    state = torch.get_rng_state()
     [entry] = fastkern.patch(module).entries
+    assert torch.equal(torch.get_rng_state(), state)
     assert entry.by == by
     if by is not None:
         assert_near(module(x), expected, by, 1e-6)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkern.integrations._patched import FLOATS, Patched, patched_class, say_once
-from fastkern.integrations._probe import numbers, obstacle, small_linear, stand_in
+from fastkern.integrations._probe import numbers, obstacle, quietly, small_linear, stand_in
 from fastkern.ops.linear_cross_entropy import linear_cross_entropy
 from fastkern.ops.loss import cross_entropy
 
@@ -25,11 +25,11 @@ from fastkern.ops.loss import cross_entropy
 class HeadForward(Patched):
     """``forward`` of a linear layer that can be put off."""
 
-    _fastkern_put_off: bool
+    _fastkern_put_off = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, or the hidden states as they came."""
-        return x if self.__dict__.get("_fastkern_put_off") else self._fastkern_base.forward(self, x)
+        return x if self._fastkern_put_off else self._fastkern_base.forward(self, x)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _causal_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    if head.__dict__.get("_fastkern_put_off"):
+    if getattr(head, "_fastkern_put_off", False):
         hidden, weight, bias = logits.reshape(-1, logits.shape[-1]), head.weight, head.bias
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -161,7 +161,7 @@ def loss(model: nn.Module, return_logits: bool | None) -> Loss | str | None:
     if not hasattr(type(model), "loss_function") or get_head is None or get_head() is None:
         return None
     named = (getattr(model, "loss_type", None) or "") == "ForCausalLM" or "LMHead" in type(model).__name__
-    if not named:
+    if not named or not hasattr(getattr(model, "config", None), "get_text_config"):
         return None
     head = get_head()
     name = next((k for k, m in model._modules.items() if m is head), None)
@@ -190,10 +190,10 @@ def _try_loss(model: Any, recipe: Loss) -> Loss | str:
     small = small_linear(width, classes, 1)
     if getattr(model, recipe.head).bias is None:
         small.bias = None  # type: ignore[assignment]
-    made = stand_in(model, _modules={**model._modules, prefix: _Base(hidden), recipe.head: small}, training=True)
+    made = stand_in(model, _modules={**model._modules, prefix: _Base(hidden), recipe.head: small})
     put_off = stand_in(small)
     put_off.__class__ = patched_class(nn.Linear, Head())
-    ours = stand_in(model, _modules={**made._modules, recipe.head: put_off}, training=True)
+    ours = stand_in(model, _modules={**made._modules, recipe.head: put_off})
     ours.__class__ = patched_class(type(model), Loss(recipe.head, False))
     labels = torch.arange(10).reshape(2, 5) * 7 % min(classes, 50)
     labels[0, 3] = -100
@@ -206,7 +206,7 @@ def _try_loss(model: Any, recipe: Loss) -> Loss | str:
     with torch.no_grad():
         for extra in calls:
             try:
-                want, got = (m.forward(input_ids=ids, **extra)["loss"] for m in (made, ours))
+                want, got = (quietly(m, input_ids=ids, **extra)["loss"] for m in (made, ours))
             except Exception as error:  # the forward of any class: whatever it raises is the reason
                 return f"its forward does not run with a stand-in for the base model: {type(error).__name__}: {error}"
             if float((got - want).abs()) > 2e-5 * float(want.abs()):

@@ -9,6 +9,7 @@ Every finding is a recipe that gave the same results, or a sentence that says wh
 from __future__ import annotations
 
 import inspect
+import warnings
 from itertools import permutations
 from typing import Any
 
@@ -23,10 +24,20 @@ _DIFFERENT = "computes something else"
 
 
 def stand_in(module: nn.Module, **places: Any) -> Any:
-    """An object with the class and attributes of ``module``, but for the ones given. Its ``forward`` runs no hooks."""
+    """An object with the class and attributes of ``module``, but for the ones given. Its ``forward`` runs no hooks.
+
+    In training, so that what is random then shows.
+    """
     made = object.__new__(type(module))
-    made.__dict__ = {**module.__dict__, **places}
+    made.__dict__ = {**module.__dict__, "training": True, **places}
     return made
+
+
+def quietly(made: Any, *args: Any, **kwargs: Any) -> Any:
+    """Its forward, without gradients, warnings, and random numbers of the program."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return made.forward(*args, **kwargs)
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -87,7 +98,7 @@ def _norm_recipe(module: nn.Module, own: dict[str, Any], eps: str, n: int) -> No
     def run(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
         parameters = {**dict.fromkeys(module._parameters), **{k: w.to(w_dtype) for k, w in weights.items()}}
         made = stand_in(module, _parameters=parameters)
-        return made, made.forward(x.to(x_dtype)), x.to(x_dtype)
+        return made, quietly(made, x.to(x_dtype)), x.to(x_dtype)
 
     inherited = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
     try:
@@ -169,7 +180,7 @@ def _mlp_recipe(module: nn.Module, orders: list[tuple[str, ...]]) -> Mlp | str:
         made = stand_in(module, _modules={**module._modules, **small})
         with torch.no_grad():
             try:
-                got = made.forward(x)
+                got = quietly(made, x)
             except Exception as caught:  # the forward of any class: whatever it raises is the reason
                 error = f"does not run on one tensor with projections of other sizes: {type(caught).__name__}"
                 continue

@@ -186,15 +186,13 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _switch_attention(model: Any, report: PatchReport) -> None:
-    name, owner = type(model).__name__, model
     if "transformers" not in sys.modules or not _configs(model):
         return
-    if not hasattr(model, "set_attn_implementation"):  # a wrapper: the model of transformers inside
-        owner = next((m for m in model.modules() if hasattr(m, "set_attn_implementation")), None)
-        if owner is None:
-            return
-        name = type(owner).__name__
-    path = next(path for path, m in model.named_modules() if m is owner)
+    # Of the type: a wrapper may pass attributes on.
+    owner = next((m for m in model.modules() if hasattr(type(m), "set_attn_implementation")), None)
+    if owner is None:
+        return
+    name, path = type(owner).__name__, next(path for path, m in model.named_modules() if m is owner)
     device = next((p.device.type for p in owner.parameters()), "cpu")
     if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("fastkern::flash_attn_fwd", "CUDA"):
         report.entries.append(Entry(path, name, "attention", None, "this build has no attention kernels for CUDA"))
