@@ -86,7 +86,7 @@ def _can_put_off(head: Any) -> bool:
     if not isinstance(head, HeadForward):
         say_once(f"the head of the model is a {type(head).__name__} by now: its logits are computed before the loss")
         return False
-    if any(kind.__name__ == "DTensor" for kind in type(head.weight).__mro__):
+    if hasattr(head.weight, "device_mesh"):  # a DTensor
         say_once("the weight of the head is sharded by now: its logits are computed before the loss")
         return False
     return not (head._forward_hooks or head._forward_pre_hooks)  # type: ignore[attr-defined]

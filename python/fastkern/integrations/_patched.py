@@ -121,7 +121,7 @@ class Norm:
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         weight, bias, eps = module._parameters.get("weight"), module._parameters.get("bias"), getattr(module, self.eps)
         if eps is None:
-            eps = torch.finfo(x.dtype).eps
+            eps = torch.finfo(torch.float32).eps  # as torch.nn.RMSNorm, whatever the type
         dtype = x.dtype
         if self.torch_autocast and x.is_cuda and torch.is_autocast_enabled("cuda"):
             dtype = torch.float32

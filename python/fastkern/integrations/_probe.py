@@ -47,7 +47,7 @@ def obstacle(module: nn.Module) -> str | None:
     for parameter in module.parameters():
         if parameter.is_meta:
             return "its weights are on the meta device: patch after they are loaded"
-        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+        if hasattr(parameter, "device_mesh"):
             return "its weights are sharded (DTensor)"
     return None
 
