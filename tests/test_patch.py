@@ -87,6 +87,8 @@ def test_loss_without_logits(name: str) -> None:
         assert float((parameter.grad - grads[key]).abs().max()) <= 2e-5 * largest, key
     assert model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.shape[-1] == 97
     assert model.eval()(**inputs).logits.shape[-1] == 97
+    fastkern.unpatch(model)
+    assert _trace(model) == _trace(build(name).eval())
 
 
 def test_loss_in_other_calls() -> None:

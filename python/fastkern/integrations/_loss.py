@@ -55,7 +55,7 @@ class LossForward(Patched):
         try:
             out = self._fastkern_base.forward(self, *args, **kwargs)
         finally:
-            del head._fastkern_put_off
+            head._fastkern_put_off = False
         if isinstance(out, tuple):  # (loss, logits, ...)
             return (out[0], *out[2:])
         return type(out)(**{k: v for k, v in out.items() if k != "logits"})

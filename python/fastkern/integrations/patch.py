@@ -163,6 +163,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Patched):
             module.__class__ = module._fastkern_base
+            module.__dict__.pop("_fastkern_put_off", None)
         for config, before in reversed(module.__dict__.pop(_ATTENTION, ())):
             config._attn_implementation_internal = before
 
