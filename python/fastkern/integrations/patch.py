@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastkern.integrations import _loss, _probe
 from fastkern.integrations._patched import Patched, patched_class
+from fastkern.integrations.sdpa import has_cuda_kernels
 
 __all__ = ["PatchReport", "patch", "unpatch"]
 
@@ -195,7 +195,7 @@ def _switch_attention(model: Any, report: PatchReport) -> None:
         return
     name, path = type(owner).__name__, next(path for path, m in model.named_modules() if m is owner)
     device = next((p.device.type for p in owner.parameters()), "cpu")
-    if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("fastkern::flash_attn_fwd", "CUDA"):
+    if device == "cuda" and not has_cuda_kernels():
         report.entries.append(Entry(path, name, "attention", None, "this build has no attention kernels for CUDA"))
         return
     from fastkern.integrations.transformers import NAME

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import attention
 
+from fastkern import _core
 from fastkern.ops import _attention_check, _philox
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
@@ -213,6 +214,11 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
+def has_cuda_kernels() -> bool:
+    """Whether this build computes attention on a GPU."""
+    return bool(_core.build_info()["cuda"]) and _has_kernel("fastkern::flash_attn_fwd", "CUDA")
+
+
 def _routed(name: str, key: str) -> Callable[..., Any]:
     """The kernel of an operator of torch, which passes on to the one of before what it does not take."""
     function = _KERNELS[name]
@@ -293,7 +299,7 @@ def enable_sdpa() -> None:
         * Rows that see nothing have an lse of -inf.
     """
     global _before
-    if not _has_kernel("fastkern::flash_attn_fwd", "CUDA"):
+    if not has_cuda_kernels():
         raise RuntimeError("fastkern.enable_sdpa: this build of fastkern has no attention kernels for CUDA")
     if _is_current():
         return
