@@ -36,6 +36,8 @@ REPLACED = {
     "vit": {"norm": 5, "attention": 1},
 }
 
+LEFT = {"gemma2": ["loss"], "gpt_oss": ["mlp", "mlp"]}
+
 
 def _trace(model: nn.Module) -> Any:
     """Everything about a model that patching might leave behind."""
@@ -50,6 +52,7 @@ def test_models(name: str) -> None:
     before, trace, signature = run(model, inputs), _trace(model), inspect.signature(model.forward)
     report = fastkern.patch(model, return_logits=True)
     assert collections.Counter(e.what for e in report.replaced) == REPLACED[name]
+    assert [e.what for e in report.left] == LEFT.get(name, [])
     assert list(model.state_dict()) == trace[1]
     assert inspect.signature(model.forward) == signature
     loss, logits, grads = run(model, inputs)
@@ -117,6 +120,32 @@ def test_loss_in_other_calls() -> None:
     out = model(**inputs)
     assert out.logits.shape[-1] == 97
     assert_near(out.loss, expected, "loss")
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_16_bits(autocast: bool) -> None:
+    """No farther from float32 than the model as it was, in logits and gradients, and the same loss without logits."""
+    inputs, errors, losses = inputs_of("gemma3"), [], []
+    _, reference, grads = run(build("gemma3"), inputs)
+    for patched in (False, True, True):
+        model = build("gemma3") if autocast else build("gemma3").bfloat16()
+        if patched:
+            fastkern.patch(model, return_logits=len(errors) < 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(**inputs)
+        out.loss.backward()
+        losses.append(out.loss.detach())
+        rows = inputs["attention_mask"].bool()
+        parts = [(p.grad, grads[k]) for k, p in model.named_parameters()]
+        if out.logits is not None:
+            parts.append((out.logits[rows], reference))
+        squares = [float((ours.detach().float() - want).square().sum() / want.square().sum()) for ours, want in parts]
+        assert all(square == square for square in squares)
+        errors.append(squares)
+    assert out.logits is None
+    assert torch.equal(losses[1], losses[2])
+    for name, before, *after in zip([*grads, "logits"], *errors[:2], strict=True):
+        assert max(after) <= 2**2 * before + 1e-5, name
 
 
 def test_training_curve() -> None:

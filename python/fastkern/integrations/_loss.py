@@ -25,6 +25,7 @@ from fastkern.ops.loss import cross_entropy
 class HeadForward(Patched):
     """``forward`` of a linear layer that can be put off."""
 
+    weight: Tensor
     _fastkern_put_off = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,9 +193,11 @@ def _try_loss(model: Any, recipe: Loss) -> Loss | str:
         small.bias = None  # type: ignore[assignment]
     made = stand_in(model, _modules={**model._modules, prefix: _Base(hidden), recipe.head: small})
     put_off = stand_in(small)
-    put_off.__class__ = patched_class(nn.Linear, Head())
+    linear: Any = nn.Linear
+    put_off.__class__ = patched_class(linear, Head())
     ours = stand_in(model, _modules={**made._modules, recipe.head: put_off})
-    ours.__class__ = patched_class(type(model), Loss(recipe.head, False))
+    kind: Any = type(model)
+    ours.__class__ = patched_class(kind, Loss(recipe.head, False))
     labels = torch.arange(10).reshape(2, 5) * 7 % min(classes, 50)
     labels[0, 3] = -100
     ids = torch.zeros_like(labels)

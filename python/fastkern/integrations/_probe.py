@@ -131,6 +131,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def mlp(module: nn.Module, weights: bool = True) -> Mlp | str | None:
     """The recipe of a gated MLP; None if it does not look like one. ``weights`` as for :func:`norm`."""
+    if {"gate_up_proj", "down_proj"} <= set(module._parameters):
+        return "its experts are stacked parameters, not projections"
     children = {k: m for k, m in module._modules.items() if m is not None}
     linears: dict[str, Any] = {k: m for k, m in children.items() if _is_linear(m)}
     rest: dict[str, Any] = {k: m for k, m in children.items() if k not in linears}

@@ -126,14 +126,15 @@ def patch(
             recipe = "is patched already"
         elif any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
             recipe = "excluded"
-        kind = type(module).__name__
+        kind: Any = type(module)
         if isinstance(recipe, str):
-            report.entries.append(Entry(path, kind, what, None, recipe))
+            report.entries.append(Entry(path, kind.__name__, what, None, recipe))
             continue
         if what == "loss":
-            getattr(module, recipe.head).__class__ = patched_class(nn.Linear, _loss.Head())
-        module.__class__ = patched_class(type(module), recipe)
-        report.entries.append(Entry(path, kind, what, recipe.by, ""))
+            linear: Any = nn.Linear
+            getattr(module, recipe.head).__class__ = patched_class(linear, _loss.Head())
+        module.__class__ = patched_class(kind, recipe)
+        report.entries.append(Entry(path, kind.__name__, what, recipe.by, ""))
     if attention:
         _switch_attention(model, report)
     return report
@@ -174,9 +175,8 @@ def unpatch(model: nn.Module) -> None:
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration that says what attention a part of the model uses, once."""
     found: dict[int, Any] = {}
-    waiting = [
-        m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")
-    ]
+    own: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    waiting = [config for config in own if hasattr(config, "_attn_implementation_internal")]
     while waiting:
         config = waiting.pop()
         if id(config) not in found:

@@ -250,10 +250,10 @@ def patch_classes(config: Any, *, norm: bool = True, mlp: bool = True) -> list[s
         model = AutoModel.from_config(config)
     found: dict[str, set[Any]] = {}
     for module in model.modules():
-        kind = type(module)
+        kind: Any = type(module)
         if not kind.__module__.startswith("transformers.") or isinstance(module, Patched):
             continue
-        recipe = _probe.norm(module, weights=False) if norm else None
+        recipe: Any = _probe.norm(module, weights=False) if norm else None
         if recipe is None and mlp:
             recipe = _probe.mlp(module, weights=False)
         if recipe is not None:
