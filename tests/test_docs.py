@@ -2,8 +2,9 @@
 """What the documentation says is so: its code runs, its quotes are in the sources, its links and names exist.
 
 A ``python`` block is executed, blocks of one page one after the other in one namespace; a ``python cuda`` block on a
-GPU only. A ``cpp`` block is compiled against the public headers. A block after ``<!-- quote: PATH -->`` is neither: it
-must stand in that file, but for white space, where lines of ``...`` skip some of it. Tables between
+GPU only, one with the name of a module (``python transformers``) where that is installed. A ``cpp`` block is compiled
+against the public headers. A block after ``<!-- quote: PATH -->`` is neither: it must stand in that file, but for white
+space, where lines of ``...`` skip some of it. Tables between
 ``<!-- plan: OP -->`` and ``<!-- /plan -->`` are written by ``python tests/test_docs.py``.
 """
 
@@ -83,7 +84,8 @@ def test_python_blocks_run(page: Path) -> None:
     for block in blocks(page):
         if block.language == "python" and not block.quotes:
             compiled = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-            if gpu or "cuda" not in block.info.split():
+            needs = block.info.split()[1:]
+            if all(gpu if word == "cuda" else importlib.util.find_spec(word) for word in needs):
                 exec(compiled, namespace)
 
 

@@ -93,9 +93,14 @@ finally:
     if _collects:
         gc.enable()
 
+if TYPE_CHECKING:
+    from fastkern.integrations.patch import PatchReport, patch, unpatch
+    from fastkern.integrations.sdpa import disable_sdpa, enable_sdpa, sdpa
+
 __version__: str = _core.build_info()["version"]
 
 __all__ = [
+    "PatchReport",
     "__version__",
     "adagrad_",
     "adam_",
@@ -115,7 +120,9 @@ __all__ = [
     "clamped_swiglu",
     "clamped_swiglu_static_quant",
     "cross_entropy",
+    "disable_sdpa",
     "dropout",
+    "enable_sdpa",
     "flash_attn",
     "flash_attn_varlen",
     "geglu",
@@ -136,6 +143,7 @@ __all__ = [
     "merge_attention",
     "mrope_table",
     "nadam_",
+    "patch",
     "qk_norm_rope",
     "radam_",
     "reglu",
@@ -147,11 +155,13 @@ __all__ = [
     "rope_",
     "rope_table",
     "rope_table_from_config",
+    "sdpa",
     "sgd_",
     "silu_and_mul",
     "softmax",
     "swiglu",
     "swiglu_static_quant",
+    "unpatch",
 ]
 __all__ += _elementwise.__all__
 
@@ -178,3 +188,23 @@ def get_include() -> str:
 def get_cmake_dir() -> str:
     """Directory for ``find_package(fastkern CONFIG PATHS ...)``."""
     return str(Path(_core.__file__).parent / "lib" / "cmake" / "fastkern")
+
+
+# Imported when they are asked for: few programs need them.
+_LAZY = {
+    "PatchReport": "fastkern.integrations.patch",
+    "disable_sdpa": "fastkern.integrations.sdpa",
+    "enable_sdpa": "fastkern.integrations.sdpa",
+    "patch": "fastkern.integrations.patch",
+    "sdpa": "fastkern.integrations.sdpa",
+    "unpatch": "fastkern.integrations.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
+    import importlib
+
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
