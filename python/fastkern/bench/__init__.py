@@ -3,6 +3,6 @@
 
 One idea a module: ``scope`` (what a run covers), ``cases`` (what is called), ``accuracy`` (is it right), ``timing``
 (how long, how much memory), ``runner`` (which measurements, in which order), ``results`` (the document they make),
-``tables`` (what is read in it), ``report`` (terminal, JSON, CSV), ``markdown`` and ``plot`` (files for people), ``cli``
-(the command line).
+``tables`` (what is read in it), ``report`` (terminal, JSON, CSV), ``markdown``, ``plot``, ``html`` and ``svg`` (files
+for people), ``compare`` (with an earlier run), ``cli`` (the command line).
 """

@@ -8,8 +8,8 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.benchmark import Timer
@@ -44,16 +44,26 @@ class Measurement:
     method: str
 
 
+COPY, MATMUL = "copy", "matmul"
+
+
 @dataclass(frozen=True)
 class Ceiling:
-    """Copy bandwidth of the device, counting bytes read and bytes written."""
+    """What the device reaches in this run: bytes read and written by a copy, torch's matrix product of each dtype."""
 
     gbps: float
     bytes: int
+    tflops: Mapping[str, float] = field(default_factory=dict)
 
     def us(self, traffic: int) -> float:
         """The time that ``traffic`` bytes take at this bandwidth."""
         return traffic / self.gbps / 1e3
+
+    def floor(self, traffic: int, flops: int, dtype: str) -> tuple[str, float]:
+        """Which of the two bounds a job, ``"copy"`` or ``"matmul"``, and the microseconds it takes at least."""
+        moved = self.us(traffic)
+        computed = flops / self.tflops[dtype] / 1e6 if self.tflops.get(dtype) else 0.0
+        return (MATMUL, computed) if computed > moved else (COPY, moved)
 
 
 def _keep_freed_memory() -> None:
@@ -226,6 +236,13 @@ class Clock:
         measured = self.time(lambda: lambda: target.copy_(source), capture=False)
         assert torch.equal(source, target), "the copy is not a copy"
         return Ceiling(gbps=2 * size / measured.us / 1e3, bytes=size)
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """TFLOP/s of torch's product of two square matrices (8192 on CUDA, 1024 on the CPU; ``quick`` half of that)."""
+        n = (8192 if self.cuda else 1024) // (2 if self.quick else 1)
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return 2 * n**3 / self.time(lambda: lambda: torch.mm(a, b, out=out), capture=False).us / 1e6
 
     def _synchronize(self) -> None:
         if self.cuda:

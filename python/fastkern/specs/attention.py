@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastkern
 from fastkern.specs import _attention_formula as formula
 from fastkern.specs._attention_refusals import attention_bad_calls, merge_bad_calls, varlen_bad_calls
+from fastkern.specs._peers import flash_attention, xformers_attention
 from fastkern.specs._spec import Dims, Inputs, OpSpec
 
 # ---- the functions, called with the arguments of the operators -------------------------------------------------------
@@ -374,6 +375,8 @@ FLASH_ATTN = OpSpec(
     peers={
         "torch flash": _torch_kernels(SDPBackend.FLASH_ATTENTION),
         "torch cudnn": _torch_kernels(SDPBackend.CUDNN_ATTENTION),
+        "flash_attn": flash_attention,
+        "xformers": xformers_attention,
     },
     benchmark={
         "function": lambda *args, **options: flash_attn(*args, **options)[0],
