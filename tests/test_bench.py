@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -34,7 +35,9 @@ from fastkern.bench.timing import EVENTS, GRAPH, Ceiling, Clock
 from typer.testing import CliRunner, Result
 
 CPU = torch.device("cpu")
-SMALL = dataclasses.replace(specs.RMS_NORM, bench_dims=({"M": 1, "N": 64}, {"M": 4, "N": 96}), peers={})
+SMALL = dataclasses.replace(
+    specs.RMS_NORM, bench_dims=({"M": 1, "N": 64}, {"M": 4, "N": 96}), cpu_bench_dims=(), peers={}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -537,7 +540,10 @@ def test_host_time_is_the_time_of_a_call() -> None:
     calls = []
     us = Clock(CPU, quick=True).host(lambda: calls.append(1))
     assert 0 < us < 1000
-    assert len(calls) == 20 * 6
+    assert len(calls) == 20 * 6 + 2
+    long = Clock(CPU, quick=True).host(lambda: (calls.append(1), time.sleep(2e-3)))
+    assert long > 1500
+    assert len(calls) == 20 * 6 + 2 + 8
 
 
 def test_timing_leaves_preparation_out() -> None:

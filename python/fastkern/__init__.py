@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastkern import _core
 from fastkern._library import load_operators
@@ -89,6 +90,9 @@ finally:
     if _collects:
         gc.enable()
 
+if TYPE_CHECKING:
+    from fastkern.profiler import profile as profile
+
 __version__: str = _core.build_info()["version"]
 
 __all__ = [
@@ -132,6 +136,7 @@ __all__ = [
     "merge_attention",
     "mrope_table",
     "nadam_",
+    "profile",
     "qk_norm_rope",
     "radam_",
     "reglu",
@@ -150,6 +155,14 @@ __all__ = [
     "swiglu_static_quant",
 ]
 __all__ += _elementwise.__all__
+
+
+def __getattr__(name: str) -> Any:
+    if name == "profile":  # torch's profiler takes its time to import
+        from fastkern.profiler import profile
+
+        return profile
+    raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
 
 
 def get_library_dir() -> str:

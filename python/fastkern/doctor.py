@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,8 @@ def operators(device: str) -> Iterator[Finding]:
     rows = {spec.name: spec for spec in SPECS}
     for name, dims in TRIED.items():
         spec = rows[name].benchmarked
-        yield _tried(device, f"{name}, forward and backward", lambda s=spec, d=dims: _operator(s, d, device))
-    yield _tried(device, "AdamW, two steps", lambda: _optimizer(device))
+        yield _tried(device, f"{name}, forward and backward", partial(_operator, spec, dims, device))
+    yield _tried(device, "AdamW, two steps", partial(_optimizer, device))
 
 
 def _tried(device: str, what: str, run: Callable[[], str]) -> Finding:
@@ -194,7 +195,6 @@ def _optimizer(device: str) -> str:
     from fastkern import optim
     from fastkern.specs import assert_accurate
 
-    options = {"lr": 1e-2, "weight_decay": 0.1}
     start = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (1, 257, 1000)]
     trained = []
     for make, dtype in (
@@ -203,7 +203,7 @@ def _optimizer(device: str) -> str:
         (torch.optim.AdamW, torch.float64),
     ):
         parameters = [torch.nn.Parameter(t.to(device, dtype, copy=True)) for t in start]
-        optimizer = make(parameters, **options)
+        optimizer = make(parameters, lr=1e-2, weight_decay=0.1)
         for _ in range(2):
             for p in parameters:
                 p.grad = p.detach().cos()

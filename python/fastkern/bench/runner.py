@@ -226,7 +226,7 @@ class _OpRun:
 
     def _host(self, dtype: torch.dtype) -> None:
         self._forget_compiled()
-        case = Case(self.spec, cases.smallest(self.spec), dtype, self.options.device)
+        case = Case(self.spec, cases.smallest(self.spec, self.options.device), dtype, self.options.device)
         for name in self.providers:
             entry = HostRecord(self.spec.name, cases.label(case.dims), name_of(dtype), name)
             try:

@@ -57,7 +57,8 @@ def sizes(spec: OpSpec, options: Options) -> tuple[Dims, ...]:
     limit = QUICK_ELEMENTS if options.quick else CPU_ELEMENTS if on_cpu else None
     if limit is None:
         return spec.bench_dims
-    return tuple(d for d in spec.bench_dims if cases.elements(d) <= limit) or (cases.smallest(spec),)
+    known = cases.known_sizes(spec, options.device)
+    return tuple(d for d in known if cases.elements(d) <= limit) or (cases.smallest(spec, options.device),)
 
 
 def device_name(device: torch.device) -> str:

@@ -34,6 +34,7 @@ GRAPH_BELOW_US = 20.0
 # all the same, unless its fastest column takes longer than the second and so does more than move bytes.
 TINY_TRAFFIC_US = 5.0
 GRAPH_NEVER_ABOVE_US = 200.0
+LONG_CALL = 1e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def _keep_freed_memory() -> None:
 
 
 class Clock:
-    """Measures calls on one device. ``quick`` trades precision for time."""
+    """Measures calls on one device. ``quick`` trades precision for time; ``keep_memory`` sets malloc to keep it."""
 
-    def __init__(self, device: torch.device, quick: bool = False) -> None:
+    def __init__(self, device: torch.device, quick: bool = False, keep_memory: bool = True) -> None:
         self.device, self.quick = device, quick
         self.cuda = device.type == "cuda"
         # A shared machine's memory is faster in one second than in the next: there all columns are timed by turns.
         self.turns = 1 if self.cuda or quick else 7
-        if not self.cuda:
+        if not self.cuda and keep_memory:
             _keep_freed_memory()
 
     def time(self, prepare: Prepare, quick: bool | None = None, capture: bool = True) -> Measurement:
@@ -200,6 +201,12 @@ class Clock:
         the depth of the launch queue, so the host never waits for the device inside it.
         """
         batch, batches = (20, 5) if self.quick else (200, 50)
+        call()
+        start = time.perf_counter()
+        call()
+        self._synchronize()
+        if time.perf_counter() - start > LONG_CALL:  # on the CPU, where the host computes
+            batch, batches = 1, 5
         for _ in range(batch):
             call()
         times = []
