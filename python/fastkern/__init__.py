@@ -157,12 +157,14 @@ __all__ = [
 __all__ += _elementwise.__all__
 
 
-def __getattr__(name: str) -> Any:
-    if name == "profile":  # torch's profiler takes its time to import
-        from fastkern.profiler import profile
+if not TYPE_CHECKING:  # a type checker would take every name to be there
 
-        return profile
-    raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name == "profile":  # torch's profiler takes its time to import
+            from fastkern.profiler import profile
+
+            return profile
+        raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
 
 
 def get_library_dir() -> str:
