@@ -88,21 +88,14 @@ def test_devices_and_plans_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cuda:0  GPU, capability 9.0, 132 multiprocessors, 128 GiB, L2 64 MiB: served by PTX" in text
     assert "rms_norm forward" not in text
     assert "rms_norm_bwd_kernel" in text
-    assert "short: 2 to a block, in registers" in text
+    assert "short: 2 to a block" in text
 
 
 def test_what_is_told_of_the_rows_of_a_plan() -> None:
     if not _core.build_info()["cuda"]:
         pytest.skip("a build without CUDA knows no plans")
     found = {n: p["why"] for n, p in info.plans()["rms_norm"]["forward"].items()}
-    words = [
-        "short",
-        "stays in one block",
-        "stays in one block",
-        "stays in one block",
-        "waits in shared",
-        "a cluster of",
-    ]
+    words = ["short", "short", "kept by one", "kept by one", "waits in shared", "a cluster of"]
     assert all(word in found[n] for n, word in zip(info.PLAN_SIZES, words, strict=True)), found
     assert "once more" in info.why(_core.plan("rms_norm", 2**22, "bfloat16"))
 

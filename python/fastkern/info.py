@@ -148,11 +148,11 @@ def why(plan: dict[str, Any]) -> str:
         return "too long to stay on the chip: read once more for each pass"
     if plan["blocks_per_row"] > 1:
         return f"shared by a cluster of {plan['blocks_per_row']} blocks"
-    if plan["shared_bytes"]:
+    if plan["kernel"] == "norm_shared_kernel":
         return "longer than registers hold: waits in shared memory"
     if plan["rows_per_block"] > 1:
-        return f"short: {plan['rows_per_block']} to a block, in registers"
-    return "stays in one block's registers between its reduction and its scaling"
+        return f"short: {plan['rows_per_block']} to a block"
+    return "kept by one block between reading and writing it"
 
 
 def same_plans() -> dict[str, list[str]]:
@@ -246,9 +246,8 @@ def text(facts: dict[str, Any]) -> str:
             lines.append(f"  forward of {', '.join(also)}: as {name}")
     lines += ["", f"linear_cross_entropy, {facts['plan_dtype']}: rows of logits in memory at a time"]
     lines.append(f"  {'classes':>8}" + "".join(f"{f'{m} rows':>14}" for m in CHUNK_ROWS))
-    lines += [
-        f"  {v:>8}" + "".join(f"{rows:>14}" for rows in by_rows.values()) for v, by_rows in facts["chunks"].items()
-    ]
+    for classes, by_rows in facts["chunks"].items():
+        lines.append(f"  {classes:>8}" + "".join(f"{rows:>14}" for rows in by_rows.values()))
     return "\n".join(lines)
 
 

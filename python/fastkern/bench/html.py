@@ -27,7 +27,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px; }
+main { max-width: 1320px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 27px; margin: 0; letter-spacing: -.01em; }
 h2 { font-size: 20px; margin: 0 0 4px; font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; }
 h3 { font-size: 15px; margin: 26px 0 6px; }
@@ -42,9 +42,9 @@ nav { display: flex; flex-wrap: wrap; gap: 6px; margin: 14px 0; }
 nav a { color: inherit; text-decoration: none; border: 1px solid var(--line); border-radius: 999px; padding: 2px 11px;
   background: var(--card); font-size: 13px; } nav a:hover { border-color: var(--accent); }
 .scroll { overflow-x: auto; max-width: 100%; }
-.pair { display: flex; flex-wrap: wrap; gap: 12px 36px; align-items: center; } .times { flex: 1 1 420px; min-width: 0; }
+.pair { display: flex; flex-wrap: wrap; gap: 12px 36px; align-items: center; } .times { flex: 1 1 540px; min-width: 0; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; margin: 6px 0; }
-th, td { padding: 5px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: 5px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 .ours { background: var(--tint); } .best { font-weight: 700; }
 .failed { color: var(--bad); font-weight: 600; } .good { color: var(--good); }
