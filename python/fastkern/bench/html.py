@@ -172,8 +172,8 @@ def _operator(results: Results, op: str) -> str:
         said.update(table.notes)
     for extra in (memory(results, op), host(results, op)):
         if extra is not None:
-            name = escape(extra.title.removeprefix(f"{op}: ").capitalize())
-            parts.append(f"<h3>{name}</h3>{table_html(extra)}")
+            name = extra.title.removeprefix(f"{op}: ")
+            parts.append(f"<h3>{escape(name[:1].upper() + name[1:])}</h3>{table_html(extra)}")
     return f'<section id="{escape(op)}">{"".join(parts)}</section>'
 
 

@@ -8,7 +8,7 @@ from html import escape
 
 from fastkern.bench.cases import OURS
 from fastkern.bench.results import Record, Results, Row, column_order
-from fastkern.bench.tables import compute_bound, microseconds
+from fastkern.bench.tables import bandwidth, compute_bound, microseconds, teraflops
 
 SERIES = 10  # colours that the page's style sheet has
 MARKS = ("circle", "square", "triangle", "diamond")
@@ -25,11 +25,12 @@ def rate(record: Record | None, computes: bool) -> float | None:
 
 
 def ceiling_of(rows: dict[str, Row], results: Results, computes: bool) -> tuple[str, float | None]:
-    """The dashed line: its name and its height."""
+    """The dashed line: what it is called, and its height."""
     dtype = next(r.dtype for row in rows.values() for r in row.values())
     if computes:
-        return "matrix product", results.ceiling.tflops.get(dtype)
-    return "copy", results.ceiling.gbps
+        tflops = results.ceiling.tflops.get(dtype)
+        return f"matrix product, {teraflops(tflops)} TFLOP/s", tflops
+    return f"copy, {bandwidth(results.ceiling.gbps)} GB/s", results.ceiling.gbps
 
 
 def ticks(top: float) -> list[float]:
@@ -126,5 +127,5 @@ def legend(rows: dict[str, Row], results: Results) -> str:
         line = (
             '<svg width="26" height="12" viewBox="0 0 26 12"><line class="ceiling" x1="1" x2="25" y1="6" y2="6"/></svg>'
         )
-        items.append(f"<span>{line}{name}, {ceiling:.3g} {'TFLOP/s' if computes else 'GB/s'}</span>")
+        items.append(f"<span>{line}{name}</span>")
     return f'<p class="legend">{"".join(items)}</p>'
