@@ -92,6 +92,16 @@ def test_what_cannot_be_told_is_a_dash() -> None:
     assert "no fastkern operator" in profiler.table([])
 
 
+def test_without_triton_there_are_no_ceilings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(profiler.importlib.util, "find_spec", lambda name: None)
+    calls = [profiler._Call("gelu", 10, 1, "formula", "float32", torch.device(d)) for d in ("cpu", "cuda:0")]
+    assert profiler.profile._measured(calls[:1]).keys() == {torch.device("cpu")}
+    assert profiler.profile._measured(calls) == {}
+    assert "needs triton" in caplog.text
+
+
 def test_an_error_inside_leaves_nothing_behind(tmp_path: Path) -> None:
     prof = fastkern.profile(tmp_path / "out")
     with pytest.raises(RuntimeError, match="rms_norm"), prof:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -267,6 +268,9 @@ class profile:  # noqa: N801 - a context manager, named as torch.profiler.profil
 
     @staticmethod
     def _measured(calls: Sequence[_Call]) -> dict[torch.device, Ceiling]:
+        if any(c.device.type == "cuda" for c in calls) and importlib.util.find_spec("triton") is None:
+            _LOG.warning("profile: no ceilings, measuring them on CUDA needs triton")
+            return {}
         known = {"float32", "float16", "bfloat16"}
         dtypes: dict[torch.device, set[str]] = {}
         for call in calls:
