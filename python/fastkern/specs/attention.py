@@ -22,12 +22,12 @@ from fastkern.specs._spec import Dims, Inputs, OpSpec
 
 def flash_attn(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """fastkern.flash_attn with its lse."""
-    return fastkern.flash_attn(*args, **_in_words(options), return_lse=True)  # type: ignore[return-value]
+    return fastkern.flash_attn(*args, **_in_words(options), return_lse=True)
 
 
 def flash_attn_varlen(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """fastkern.flash_attn_varlen with its lse."""
-    return fastkern.flash_attn_varlen(*args, **_in_words(options), return_lse=True)  # type: ignore[return-value]
+    return fastkern.flash_attn_varlen(*args, **_in_words(options), return_lse=True)
 
 
 def _in_words(options: dict[str, Any]) -> dict[str, Any]:

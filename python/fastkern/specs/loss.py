@@ -31,7 +31,7 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: int = 1, **options:
         return torch.ops.fastkern.cross_entropy(logits, target, reduction=reduction, **options)[:3]
     return fastkern.cross_entropy(
         logits, target, reduction=word(reduction), return_lse=True, return_z_loss=True, **options
-    )  # type: ignore[return-value]
+    )
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
