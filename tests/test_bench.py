@@ -25,7 +25,7 @@ pytest.importorskip("rich")
 
 from fastkern import specs
 from fastkern.bench import html as report_page
-from fastkern.bench import markdown, tables
+from fastkern.bench import markdown, optimizers, tables
 from fastkern.bench.accuracy import check
 from fastkern.bench.cases import Case
 from fastkern.bench.cli import app, select
@@ -56,6 +56,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     def run(*arguments: object, table: tuple[specs.OpSpec, ...] = (SMALL,)) -> Result:
         monkeypatch.setattr(specs, "SPECS", table)
+        monkeypatch.setattr(optimizers, "SPECS", ())
         return CliRunner().invoke(app, [*map(str, arguments), "--quick", "--device", "cpu"])
 
     return run
@@ -186,6 +187,7 @@ def test_an_operators_name_wins_over_its_familys(monkeypatch: pytest.MonkeyPatch
     row = dataclasses.replace
     table = (row(SMALL, name="softmax", family="softmax"), row(SMALL, name="logsumexp", family="softmax"), SMALL)
     monkeypatch.setattr(specs, "SPECS", table)
+    monkeypatch.setattr(optimizers, "SPECS", ())
     assert [s.name for s in select("softmax")[0]] == ["softmax"]
     assert [s.name for s in select("family:softmax")[0]] == ["softmax", "logsumexp"]
     assert [s.name for s in select("", "softmax")[0]] == ["softmax", "logsumexp"]
@@ -325,7 +327,10 @@ def test_a_reference_that_is_not_exact_is_no_truth() -> None:
         check(case, {"fastkern": SMALL.function}, ["forward"])
 
 
-@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in specs.SPECS if s.name != "linear_cross_entropy"])
+ROWS = [*specs.SPECS, *optimizers.SPECS]
+
+
+@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in ROWS if s.name != "linear_cross_entropy"])
 def test_every_row_is_right_on_the_cpu(spec: specs.OpSpec) -> None:
     """Its benchmark inputs, reference and directions belong together; linear_cross_entropy's reference is compiled."""
     row = spec.benchmarked
@@ -407,9 +412,19 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
-@pytest.mark.parametrize(
-    "op", ["rms_norm", "layer_norm", "flash_attn", "swiglu", "geglu", "cross_entropy"],
-)  # fmt: skip
+THIRD_PARTY = ("apex", "bitsandbytes", "flag_gems", "flash_attn", "xformers")
+
+
+def _step(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: int, **numbers: float) -> None:
+    """torch's, of numbers under the names of others."""
+    assert numbers == {
+        "lr": optimizers.LR, "eps": optimizers.EPS, "decay": optimizers.DECAY,
+        "beta1": optimizers.BETAS[0], "beta2": optimizers.BETAS[1],
+    }  # fmt: skip
+    optimizers.adamw_foreach(param=p, grad=g, exp_avg=m, exp_avg_sq=v, step=torch.tensor(step - 1.0))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "flash_attn", "swiglu", "geglu", "cross_entropy", "adamw_"])
 def test_peers_are_called_with_their_own_arguments(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """Stand-ins of the packages' functions take arguments in the packages' order and names."""
     _installed(
@@ -429,16 +444,31 @@ def test_peers_are_called_with_their_own_arguments(monkeypatch: pytest.MonkeyPat
         cross_entropy_loss=lambda inp, target: F.cross_entropy(inp, target),
     )  # fmt: skip
     _installed(monkeypatch, "flash_attn", flash_attn_func=lambda q, k, v, causal: _sdpa(q, k, v, causal))
+    _installed(monkeypatch, "amp_C", multi_tensor_adam="adam")
+    _installed(
+        monkeypatch, "apex.multi_tensor_apply",
+        multi_tensor_applier=lambda kernel, overflow, lists, lr, beta1, beta2, eps, step, decoupled, corrected, decay: (
+            _step(lists[1][0], lists[0][0], lists[2][0], lists[3][0], step,
+                  lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay)
+        ),
+    )  # fmt: skip
+    _installed(
+        monkeypatch, "bitsandbytes.functional",
+        optimizer_update_32bit=lambda name, g, p, state1, beta1, eps, step, lr, state2, beta2, weight_decay: _step(
+            p, g, state1, state2, step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=weight_decay
+        ),
+    )  # fmt: skip
     mask = types.SimpleNamespace(LowerTriangularFromBottomRightMask=lambda: "causal")
     _installed(
         monkeypatch, "xformers.ops", fmha=types.SimpleNamespace(attn_bias=mask),
         memory_efficient_attention=lambda q, k, v, attn_bias: _sdpa(q, k, v, attn_bias == "causal"),
     )  # fmt: skip
-    row = next(s for s in specs.SPECS if s.name == op).benchmarked
-    peers = {n: f for n, f in row.peers.items() if n in ("apex", "flag_gems", "flash_attn", "xformers")}
+    row = next(s for s in ROWS if s.name == op).benchmarked
+    peers = {n: f for n, f in row.peers.items() if n in THIRD_PARTY}
     assert peers
     case = Case(row, {k: min(v, 16) for k, v in row.bench_dims[0].items()}, torch.float32, CPU)
-    for name, by_direction in check(case, peers, ["forward", "backward"]).items():
+    directions = ["forward", "backward"] if row.differentiable else ["forward"]
+    for name, by_direction in check(case, peers, directions).items():
         for direction, verdict in by_direction.items():
             assert verdict.correct is True, f"{name} {direction}: {verdict.error}"
 

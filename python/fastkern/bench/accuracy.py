@@ -47,7 +47,7 @@ class Truth:
         with torch.no_grad():
             self.outputs = tensors(case.spec.reference(**specs.in_float64(case.inputs)))
             self._assert_exact(self.outputs, "output")
-            self.baseline = self._numbers(tensors(case.spec.measure(**case.inputs)))
+            self.baseline = self._numbers(tensors(case.once(case.spec.measure)))
         self.slack = case.spec.slack(case.inputs, tuple(self.outputs))
         self.grads: tuple[Tensor | None, ...] = ()
         self.baseline_grads: tuple[Tensor | None, ...] = ()
@@ -79,7 +79,7 @@ class Truth:
 
     def check_forward(self, function: Function) -> None:
         """Raise AssertionError, naming the output, unless ``function`` is as accurate as the spec asks."""
-        self._compare(tensors(self.case.forward(function)()))
+        self._compare(tensors(self.case.once(function)))
 
     def check_backward(self, function: Function) -> None:
         """The same for a recorded forward and every gradient."""

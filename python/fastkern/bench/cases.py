@@ -107,6 +107,12 @@ class Case:
         """A call without gradients."""
         return lambda: function(**self.inputs)
 
+    def once(self, function: Function) -> Any:
+        """The result of one call without gradients, on inputs that nothing has written over."""
+        if not self.spec.inplace:
+            return function(**self.inputs)
+        return function(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
+
     def forward_with_grad(self, function: Function) -> Call:
         """A call that records the graph for backward."""
         return lambda: function(**self.leaves)

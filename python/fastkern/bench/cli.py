@@ -14,7 +14,7 @@ import typer
 from fastkern import _core, specs
 from fastkern.bench import compare as comparing
 from fastkern.bench import html as page
-from fastkern.bench import markdown, report, runner
+from fastkern.bench import markdown, optimizers, report, runner
 from fastkern.bench.cases import label, provider_names
 from fastkern.bench.scope import Options, device_name, name_of
 from fastkern.specs import OpSpec
@@ -34,27 +34,32 @@ def _nearest(name: str, known: list[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
+def table() -> list[OpSpec]:
+    """All rows: the operators of ``fastkern.specs``, and the optimizers."""
+    return [*specs.SPECS, *optimizers.SPECS]
+
+
 def select(only_run: str, family: str = "") -> tuple[list[OpSpec], dict[str, str]]:
     """The operators that ``--only-run`` and ``--family`` name, and why the others are left out.
 
     A word of ``--only-run`` is an operator, else a family; ``family:softmax`` is a family whatever operators there are.
     """
     if not only_run.strip() and not family.strip():
-        return list(specs.SPECS), {}
-    operators = {s.name for s in specs.SPECS}
-    families = {s.family for s in specs.SPECS}
+        return table(), {}
+    operators = {s.name for s in table()}
+    families = {s.family for s in table()}
     words = _words(only_run) + [f"family:{name}" for name in _words(family)]
     names = {w for w in words if w in operators}
     whole = {w.removeprefix("family:") for w in words if w not in operators}
     unknown = sorted(whole - families)
     if unknown or not words:
-        rows = ", ".join(f"{s.name} ({s.family})" for s in specs.SPECS)
+        rows = ", ".join(f"{s.name} ({s.family})" for s in table())
         wrong = f"no operator or family named {', '.join(unknown)}." if unknown else "no operator named."
         hint = _nearest(unknown[0], sorted(operators | families)) if unknown else ""
         option = "--only-run" if only_run.strip() else "--family"
         raise typer.BadParameter(f"{wrong}{hint} There are: {rows}", param_hint=option)
-    chosen = [s for s in specs.SPECS if s.name in names or s.family in whole]
-    return chosen, {s.name: "not named by --only-run" for s in specs.SPECS if s not in chosen}
+    chosen = [s for s in table() if s.name in names or s.family in whole]
+    return chosen, {s.name: "not named by --only-run" for s in table() if s not in chosen}
 
 
 def _device(text: str) -> torch.device:
@@ -111,7 +116,7 @@ def _baseline(path: Path | None, device: torch.device) -> dict[str, Any] | None:
 
 
 def _list() -> None:
-    for s in specs.SPECS:
+    for s in table():
         typer.echo(f"{s.name} ({s.family})")
         typer.echo(f"  dtypes: {', '.join(name_of(d) for d in s.dtypes)}")
         typer.echo(f"  sizes ({' x '.join(s.bench_dims[0])}): {', '.join(label(d) for d in s.bench_dims)}")
