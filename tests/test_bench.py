@@ -6,9 +6,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,20 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from fastkern import specs
-from fastkern.bench import markdown, tables
+from fastkern.bench import html as report_page
+from fastkern.bench import markdown, optimizers, tables
+from fastkern.bench.accuracy import check
 from fastkern.bench.cases import Case
-from fastkern.bench.cli import app
+from fastkern.bench.cli import app, select
+from fastkern.bench.compare import compare
 from fastkern.bench.results import Record, Results, speedup
 from fastkern.bench.timing import EVENTS, GRAPH, Ceiling, Clock
 from typer.testing import CliRunner, Result
 
 CPU = torch.device("cpu")
-SMALL = dataclasses.replace(specs.RMS_NORM, bench_dims=({"M": 1, "N": 64}, {"M": 4, "N": 96}), peers={})
+SMALL = dataclasses.replace(
+    specs.RMS_NORM, bench_dims=({"M": 1, "N": 64}, {"M": 4, "N": 96}), cpu_bench_dims=(), peers={}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +50,11 @@ def _one_thread() -> Iterator[None]:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run the command line on the given spec table."""
     monkeypatch.setattr(Clock, "copy_bandwidth", lambda self: Ceiling(gbps=10.0, bytes=2**20))
+    monkeypatch.setattr(Clock, "matmul_rate", lambda self, dtype: 0.1)
 
     def run(*arguments: object, table: tuple[specs.OpSpec, ...] = (SMALL,)) -> Result:
         monkeypatch.setattr(specs, "SPECS", table)
+        monkeypatch.setattr(optimizers, "SPECS", ())
         return CliRunner().invoke(app, [*map(str, arguments), "--quick", "--device", "cpu"])
 
     return run
@@ -63,13 +73,13 @@ def document(path: Path) -> dict[str, Any]:
 
 def test_files_agree(bench: Callable[..., Result], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = {name: tmp_path / "deep" / f"out.{name}" for name in ("json", "csv", "markdown")}
+    paths = {name: tmp_path / "deep" / f"out.{name}" for name in ("json", "csv", "markdown", "html")}
     plots = tmp_path / "plots"
     files = [part for name, path in paths.items() for part in (f"--{name}", path)]
     result = bench("--only-run", "rms_norm", *files, "--plot", plots)
     assert result.exit_code == 0, result.output
     assert "Selected: rms_norm" in result.output
-    assert "Running selected 1/1: rms_norm" in result.output
+    assert "[1/1] benchmarking rms_norm" in result.output
     assert "Skipped: rms_norm torch.compile" in result.output
 
     found = document(paths["json"])
@@ -84,6 +94,8 @@ def test_files_agree(bench: Callable[..., Result], tmp_path: Path) -> None:
         assert r["method"] == "timer"
         assert r["gbps"] == pytest.approx(r["bytes"] / r["us"] / 1e3)
         assert r["percent_of_copy"] == pytest.approx(100 * r["gbps"] / found["ceiling"]["copy_gbps"])
+        assert r["tflops"] == pytest.approx(r["flops"] / r["us"] / 1e6)
+        assert (r["ceiling"], r["percent_of_ceiling"]) == ("copy", pytest.approx(r["percent_of_copy"]))
         m, n = r["dims"]["M"], r["dims"]["N"]
         assert r["bytes"] == 4 * ((2 * m * n + n) if r["direction"] == "forward" else (3 * m * n + 2 * n))
     assert all(h["no_grad_us"] > 0 and h["with_grad_us"] > 0 for h in found["host"])
@@ -103,7 +115,50 @@ def test_files_agree(bench: Callable[..., Result], tmp_path: Path) -> None:
     for direction in ("forward", "backward"):
         assert (plots / f"rms_norm_{direction}_float32.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (plots / f"rms_norm_{direction}_float32.svg").read_text(encoding="utf-8")
-    assert result.output.rstrip().splitlines()[-1].split()[:4] == ["rms_norm", "float32", "4x96", "bwd"]
+    assert_whole_report(paths["html"].read_text(encoding="utf-8"), ["rms_norm"])
+    summary = result.output.rpartition("Summary")[2]
+    assert ["rms_norm", "float32", "4x96", "bwd"] in [line.split()[:4] for line in summary.splitlines()]
+
+
+class _Tags(HTMLParser):
+    """Which tags are open at the end, which were closed out of order, and what the page would load."""
+
+    void = ("meta", "line", "br", "link", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.loads: list[str] = []
+        self.points: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.void:
+            self.open.append(tag)
+        self.loads += [f"{tag} {k}" for k, v in attrs if k == "src" or (k == "href" and not (v or "").startswith("#"))]
+        self.points += [v or "" for k, v in attrs if tag == "polyline" and k == "points"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open = self.open[:-1] if tag not in self.void else self.open
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def assert_whole_report(text: str, operators: list[str]) -> None:
+    tags = _Tags()
+    tags.feed(text)
+    assert (tags.open, tags.wrong) == ([], [])
+    assert tags.loads == [], "the report needs other files"
+    assert "url(" not in text
+    assert "prefers-color-scheme: dark" in text
+    for name in operators:
+        assert f'<section id="{name}">' in text
+    numbers = [float(n) for points in tags.points for n in points.replace(",", " ").split()]
+    assert numbers
+    assert all(math.isfinite(n) and 0 <= n < 2000 for n in numbers)
 
 
 def test_forward_only_leaves_backward_out(bench: Callable[..., Result], tmp_path: Path) -> None:
@@ -124,6 +179,18 @@ def test_unknown_operator(bench: Callable[..., Result], name: str) -> None:
     result = bench("--only-run", name)
     assert result.exit_code == 2
     assert "rms_norm (norm)" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_an_operators_name_wins_over_its_familys(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace
+    table = (row(SMALL, name="softmax", family="softmax"), row(SMALL, name="logsumexp", family="softmax"), SMALL)
+    monkeypatch.setattr(specs, "SPECS", table)
+    monkeypatch.setattr(optimizers, "SPECS", ())
+    assert [s.name for s in select("softmax")[0]] == ["softmax"]
+    assert [s.name for s in select("family:softmax")[0]] == ["softmax", "logsumexp"]
+    assert [s.name for s in select("", "softmax")[0]] == ["softmax", "logsumexp"]
+    assert [s.name for s in select("logsumexp, norm")[0]] == ["logsumexp", "rms_norm"]
+    assert len(select("")[0]) == 3
 
 
 def test_selection_by_family(bench: Callable[..., Result]) -> None:
@@ -249,6 +316,65 @@ def test_says_what_to_install(missing: str) -> None:
     assert "pip install fastkern[bench]" in done.stderr
 
 
+def test_a_reference_that_is_not_exact_is_no_truth() -> None:
+    def rounded(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return specs.RMS_NORM.reference(x, weight, eps).float()
+
+    case = Case(dataclasses.replace(SMALL, reference=rounded), {"M": 2, "N": 8}, torch.float32, CPU)
+    with pytest.raises(RuntimeError, match=r"rms_norm: the reference's output in float64 is torch\.float32"):
+        check(case, {"fastkern": SMALL.function}, ["forward"])
+
+
+# ---- against an earlier run ------------------------------------------------------------------------------------------
+
+
+def _document(**times: float) -> dict[str, Any]:
+    """Times of ours at two sizes, bounded by memory and by arithmetic."""
+    records = [
+        {"op": "a", "dtype": "float32", "size": size, "direction": "forward", "provider": "fastkern", "us": us,
+         "ceiling": "matmul" if size == "large" else "copy"}
+        for size, us in times.items()
+    ]  # fmt: skip
+    ceiling = {"copy_gbps": 100.0, "matmul_tflops": {"float32": 1.0}}
+    return {"schema": "fastkern-bench/1", "ceiling": ceiling, "records": records, "environment": {"device": "CPU"}}
+
+
+def test_comparison() -> None:
+    old, new = _document(small=10.0, large=100.0, gone=1.0), _document(small=10.4, large=94.0)
+    found = compare(old, new, 5, "old.json", whole=False)
+    assert (found.slower, found.lost, found.failed) == ([], [], False)
+    assert [round(c.percent, 1) for c in found.faster] == [-6.0]
+    assert compare(old, new, 3, "old.json", whole=False).slower[0].key[2] == "small"
+    assert compare(old, new, 5, "old.json", whole=True).lost == [("a", "float32", "gone", "forward")]
+    new["ceiling"]["copy_gbps"] = 110.0  # of a faster machine, which explains nothing of what arithmetic bounds
+    assert [(c.key[2], round(c.percent, 1)) for c in compare(old, new, 5, "old.json", whole=False).slower] == [
+        ("small", 14.4)
+    ]
+    assert compare(_document(), new, 5, "old.json", whole=False).failed
+
+
+def test_a_slower_run_fails(bench: Callable[..., Result], tmp_path: Path) -> None:
+    old, page = tmp_path / "old.json", tmp_path / "out.html"
+    one = changed(bench_dims=({"M": 1, "N": 64},))
+    assert bench("--forward-only", "--json", old, table=one).exit_code == 0
+    same = bench("--forward-only", "--compare", old, "--threshold", 1e6, table=one)
+    assert same.exit_code == 0, same.output
+    assert "1 measurements compared" in same.output
+    then = document(old)
+    for record in then["records"]:
+        record["us"] /= 1e4
+    old.write_text(json.dumps(then), encoding="utf-8")
+    slower = bench("--forward-only", "--compare", old, "--html", page, table=one)
+    assert slower.exit_code == 1
+    assert "% slower" in slower.output
+    assert "1 slower" in page.read_text(encoding="utf-8")
+    then["environment"]["device"] = "another"
+    old.write_text(json.dumps(then), encoding="utf-8")
+    assert "was measured on another" in " ".join(bench("--compare", old).output.replace("│", " ").split())
+    old.write_text("{}", encoding="utf-8")
+    assert bench("--compare", old).exit_code == 2
+
+
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +410,21 @@ def test_best_peer_counts_inaccurate_ones_and_stays_within_a_method() -> None:
     assert cells["vs best"] == "1.50x a"
     assert cells["method"] == "graph"
     assert table.best == [table.columns.index("fastkern")]
+
+
+def test_what_arithmetic_bounds_is_measured_in_tflops() -> None:
+    record = _record("fastkern", None)
+    record.flops = 2_000_000
+    record.timed(4.0, EVENTS, Ceiling(100.0, 1, {"float32": 1.0}))
+    assert (record.ceiling, record.tflops, record.percent_of_ceiling) == ("matmul", 0.5, 50.0)
+    results = _results(record)
+    results.ceiling = Ceiling(100.0, 1, {"float32": 1.0})
+    (table,) = tables.latency(results, "rms_norm")
+    cells = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (cells["TFLOP/s"], cells["% ceiling"]) == ("0.5", "50")
+    text = report_page.page(results)
+    assert_whole_report(text, ["rms_norm"])
+    assert "matrix product, 1 TFLOP/s" in text
 
 
 def test_markdown_is_updated_in_place(tmp_path: Path) -> None:
@@ -331,7 +472,10 @@ def test_host_time_is_the_time_of_a_call() -> None:
     calls = []
     us = Clock(CPU, quick=True).host(lambda: calls.append(1))
     assert 0 < us < 1000
-    assert len(calls) == 20 * 6
+    assert len(calls) == 20 * 6 + 2
+    long = Clock(CPU, quick=True).host(lambda: (calls.append(1), time.sleep(2e-3)))
+    assert long > 1500
+    assert len(calls) == 20 * 6 + 2 + 8
 
 
 def test_timing_leaves_preparation_out() -> None:

@@ -73,7 +73,8 @@ def test_devices_and_plans_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(op: str, n: int, dtype: str) -> dict[str, object]:
         if not op.endswith("_bwd"):
             raise ValueError("plan: op must be something else")
-        kernel = {"kernel": f"{op}_kernel", "threads_per_block": 128, "rows_per_block": 2}
+        kernel = {"kernel": f"{op}_kernel", "threads_per_block": 128, "rows_per_block": 2, "resident": True}
+        kernel |= {"shared_bytes": 0}
         return {**kernel, "threads_per_row": 64, "blocks_per_row": 1, "elements_per_thread": 16}
 
     build = {**_core.build_info(), "cuda": True}
@@ -87,3 +88,22 @@ def test_devices_and_plans_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cuda:0  GPU, capability 9.0, 132 multiprocessors, 128 GiB, L2 64 MiB: served by PTX" in text
     assert "rms_norm forward" not in text
     assert "rms_norm_bwd_kernel" in text
+    assert "short: 2 to a block" in text
+
+
+def test_what_is_told_of_the_rows_of_a_plan() -> None:
+    if not _core.build_info()["cuda"]:
+        pytest.skip("a build without CUDA knows no plans")
+    found = {n: p["why"] for n, p in info.plans()["rms_norm"]["forward"].items()}
+    words = ["short", "short", "kept by one", "kept by one", "waits in shared", "a cluster of"]
+    assert all(word in found[n] for n, word in zip(info.PLAN_SIZES, words, strict=True)), found
+    assert "once more" in info.why(_core.plan("rms_norm", 2**22, "bfloat16"))
+
+
+def test_what_is_told_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """A chunk of logits is about 1 GB, and no call has more rows in it than it has."""
+    for classes, by_rows in info.chunks().items():
+        for rows, chunk in by_rows.items():
+            assert chunk == rows or (chunk < rows and 2**29 < chunk * classes * 2 <= 2**30)
+    assert {"add_rms_norm", "rms_norm_dynamic_quant"} <= set(info.same_plans()["rms_norm"])
+    assert "rms_norm" not in info.same_plans()["rms_norm"] + info.same_plans()["layer_norm"]

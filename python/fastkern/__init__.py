@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fastkern import _core
 from fastkern._library import load_operators
 
-if TYPE_CHECKING:
-    from fastkern import nn as nn
-
 # What is registered stays: a collection in between would only look at all of torch's objects, in 80 ms.
 _collects = gc.isenabled()
 gc.disable()
@@ -94,8 +91,11 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
+    from fastkern import nn as nn
+    from fastkern import torch_ops as torch_ops
     from fastkern.integrations.patch import PatchReport, patch, unpatch
     from fastkern.integrations.sdpa import disable_sdpa, enable_sdpa, sdpa
+    from fastkern.profiler import profile as profile
 
 __version__: str = _core.build_info()["version"]
 
@@ -144,6 +144,7 @@ __all__ = [
     "mrope_table",
     "nadam_",
     "patch",
+    "profile",
     "qk_norm_rope",
     "radam_",
     "reglu",
@@ -166,13 +167,29 @@ __all__ = [
 __all__ += _elementwise.__all__
 
 
-_SUBMODULES = ("nn",)  # imported when asked for
+# Imported when they are asked for, as few programs need them: a submodule, or what a module has.
+_LAZY = {
+    "nn": None,
+    "torch_ops": None,
+    "PatchReport": "integrations.patch",
+    "disable_sdpa": "integrations.sdpa",
+    "enable_sdpa": "integrations.sdpa",
+    "patch": "integrations.patch",
+    "profile": "profiler",
+    "sdpa": "integrations.sdpa",
+    "unpatch": "integrations.patch",
+}
 
+if not TYPE_CHECKING:  # a type checker would take every name to be there
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"fastkern.{name}")
-    raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
+        home = _LAZY[name]
+        if home is None:
+            return importlib.import_module(f"fastkern.{name}")
+        value = globals()[name] = getattr(importlib.import_module(f"fastkern.{home}"), name)
+        return value
 
 
 def get_library_dir() -> str:
@@ -188,23 +205,3 @@ def get_include() -> str:
 def get_cmake_dir() -> str:
     """Directory for ``find_package(fastkern CONFIG PATHS ...)``."""
     return str(Path(_core.__file__).parent / "lib" / "cmake" / "fastkern")
-
-
-# Imported when they are asked for: few programs need them.
-_LAZY = {
-    "PatchReport": "fastkern.integrations.patch",
-    "disable_sdpa": "fastkern.integrations.sdpa",
-    "enable_sdpa": "fastkern.integrations.sdpa",
-    "patch": "fastkern.integrations.patch",
-    "sdpa": "fastkern.integrations.sdpa",
-    "unpatch": "fastkern.integrations.patch",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastkern' has no attribute {name!r}")
-    import importlib
-
-    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
-    return value

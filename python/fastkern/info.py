@@ -21,6 +21,7 @@ import fastkern
 from fastkern import _core
 
 PLAN_SIZES = (128, 1024, 4096, 8192, 32768, 262144)
+CHUNK_CLASSES, CHUNK_ROWS = (32000, 128256, 262144), (4096, 16384, 65536)
 PACKAGES = ("triton",)
 
 
@@ -132,12 +133,41 @@ def plans(dtype: str = "bfloat16") -> dict[str, dict[str, dict[int, dict[str, An
         directions: dict[str, dict[int, dict[str, Any]]] = {}
         for direction, op in (("forward", spec.name), ("backward", f"{spec.name}_bwd")):
             try:
-                directions[direction] = {n: _core.plan(op, n, dtype) for n in PLAN_SIZES}
+                launches = {n: _core.plan(op, n, dtype) for n in PLAN_SIZES}
             except ValueError:  # not one of those
                 continue
+            directions[direction] = {n: {**plan, "why": why(plan)} for n, plan in launches.items()}
         if directions:
             table[spec.name] = directions
     return table
+
+
+def why(plan: dict[str, Any]) -> str:
+    """What a row's launch says, in words."""
+    if not plan["resident"]:
+        return "too long to stay on the chip: read once more for each pass"
+    if plan["blocks_per_row"] > 1:
+        return f"shared by a cluster of {plan['blocks_per_row']} blocks"
+    if plan["kernel"] == "norm_shared_kernel":
+        return "longer than registers hold: waits in shared memory"
+    if plan["rows_per_block"] > 1:
+        return f"short: {plan['rows_per_block']} to a block"
+    return "kept by one block between reading and writing it"
+
+
+def same_plans() -> dict[str, list[str]]:
+    """Operators that launch forward as another one does: norm -> those that add, drop out or quantise around it."""
+    from fastkern.specs import SPECS
+
+    names = [s.name for s in SPECS if s.family == "norm"]
+    return {norm: [n for n in names if n != norm and norm in n] for norm in ("rms_norm", "layer_norm")}
+
+
+def chunks(dtype: torch.dtype = torch.bfloat16) -> dict[int, dict[int, int]]:
+    """Rows of logits that ``linear_cross_entropy`` has in memory at a time: classes -> rows of the call -> rows."""
+    from fastkern.ops.linear_cross_entropy import chunk_of
+
+    return {v: {m: chunk_of(m, v, dtype.itemsize) for m in CHUNK_ROWS} for v in CHUNK_CLASSES}
 
 
 def report() -> dict[str, Any]:
@@ -152,6 +182,8 @@ def report() -> dict[str, Any]:
         },
         "plan_dtype": "bfloat16",
         "plans": plans(),
+        "same_plans": same_plans(),
+        "chunks": chunks(),
     }
 
 
@@ -176,12 +208,13 @@ def _plan_lines(name: str, directions: dict[str, Any]) -> list[str]:
         lines.append(f"  {name} {direction}")
         lines.append(
             f"    {'N':>8}  {'kernel':<24}{'threads':>8}{'rows/block':>12}{'threads/row':>13}{'blocks/row':>12}"
-            f"{'elements':>10}"
+            f"{'elements':>10}  a row is"
         )
         for n, p in plan.items():
             lines.append(
                 f"    {n:>8}  {p['kernel']:<24}{p['threads_per_block']:>8}{p['rows_per_block']:>12}"
                 f"{p['threads_per_row']:>13}{p['blocks_per_row']:>12}{p['elements_per_thread']:>10}"
+                f"  {p['why']}"
             )
     return lines
 
@@ -209,6 +242,12 @@ def text(facts: dict[str, Any]) -> str:
         lines += ["", f"Launches on CUDA, compute capability 9.0, {facts['plan_dtype']}, rows of N elements"]
     for name, directions in facts["plans"].items():
         lines += _plan_lines(name, directions)
+        if also := facts["same_plans"].get(name):
+            lines.append(f"  forward of {', '.join(also)}: as {name}")
+    lines += ["", f"linear_cross_entropy, {facts['plan_dtype']}: rows of logits in memory at a time"]
+    lines.append(f"  {'classes':>8}" + "".join(f"{f'{m} rows':>14}" for m in CHUNK_ROWS))
+    for classes, by_rows in facts["chunks"].items():
+        lines.append(f"  {classes:>8}" + "".join(f"{rows:>14}" for rows in by_rows.values()))
     return "\n".join(lines)
 
 

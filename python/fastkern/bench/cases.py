@@ -43,7 +43,7 @@ def missing(spec: OpSpec, name: str, device: torch.device) -> str | None:
     """Why a peer is not installed, or None when it is. Peers import at call time, so this calls it on a small input."""
     if name not in spec.peers:
         return None
-    case = Case(spec, smallest(spec), spec.dtypes[-1], device)
+    case = Case(spec, smallest(spec, device), spec.dtypes[-1], device)
     try:
         spec.peers[name](**case.inputs)
     except ImportError as error:
@@ -58,9 +58,14 @@ def elements(dims: Dims) -> int:
     return math.prod(dims.values())
 
 
-def smallest(spec: OpSpec) -> Dims:
-    """The benchmark's smallest size, where host time is all there is."""
-    return min(spec.bench_dims, key=elements)
+def known_sizes(spec: OpSpec, device: torch.device) -> tuple[Dims, ...]:
+    """The row's sizes, on the CPU those for it as well."""
+    return (*spec.bench_dims, *(d for d in spec.cpu_bench_dims if device.type == "cpu" and d not in spec.bench_dims))
+
+
+def smallest(spec: OpSpec, device: torch.device) -> Dims:
+    """The smallest of them, where host time is all there is."""
+    return min(known_sizes(spec, device), key=elements)
 
 
 def label(dims: Dims) -> str:
@@ -101,6 +106,12 @@ class Case:
     def forward(self, function: Function) -> Call:
         """A call without gradients."""
         return lambda: function(**self.inputs)
+
+    def once(self, function: Function) -> Any:
+        """The result of one call without gradients, on inputs that nothing has written over."""
+        if not self.spec.inplace:
+            return function(**self.inputs)
+        return function(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in self.inputs.items()})
 
     def forward_with_grad(self, function: Function) -> Call:
         """A call that records the graph for backward."""

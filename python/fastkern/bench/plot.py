@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: bandwidth against size for every provider, with the copy bandwidth of the same run as the ceiling."""
+"""Pictures: speed against size for every provider, with the ceiling that the same run measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from fastkern.bench.cases import BASELINE, COMPILED, OURS
 from fastkern.bench.results import Results, Row, column_order, groups
+from fastkern.bench.svg import ceiling_of, rate
+from fastkern.bench.tables import compute_bound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,16 +45,17 @@ def _write(stem: Path, title: str, rows: dict[str, Row], results: Results) -> li
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(max(6.4, 1.5 + 0.95 * len(rows)), 4.4), layout="constrained")
-    lines = _lines(axes, rows)
-    ceiling = results.ceiling.gbps
-    copy = axes.axhline(
-        ceiling, color="#333333", linewidth=1, linestyle=(0, (4, 3)), label=f"copy, {ceiling:.0f} GB/s", zorder=1
-    )
+    computes = compute_bound(rows)
+    handles = _lines(axes, rows, computes)
+    name, ceiling = ceiling_of(rows, results, computes)
+    if ceiling:
+        dashes = (0, (4, 3))
+        handles.append(axes.axhline(ceiling, color="#333333", linewidth=1, linestyle=dashes, label=name, zorder=1))
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
     axes.text(
         1, 1.02, results.environment["device"], transform=axes.transAxes, ha="right", va="bottom", color="#666666"
     )
-    axes.set_ylabel("GB/s")
+    axes.set_ylabel("TFLOP/s" if computes else "GB/s")
     axes.set_ylim(bottom=0)
     dims = next(iter(next(iter(rows.values())).values())).dims
     axes.set_xlabel(f"size ({' x '.join(dims)})")
@@ -63,7 +66,8 @@ def _write(stem: Path, title: str, rows: dict[str, Row], results: Results) -> li
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
-    figure.legend(handles=[*lines, copy], loc="outside lower center", ncols=len(lines) + 1, frameon=False, fontsize=9)
+    columns = min(len(handles), max(4, len(rows) - 1))  # as wide as the chart
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     files = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     figure.savefig(files[0], dpi=160)
     figure.savefig(files[1], metadata={"Date": None})
@@ -71,12 +75,12 @@ def _write(stem: Path, title: str, rows: dict[str, Row], results: Results) -> li
     return files
 
 
-def _lines(axes: Axes, rows: dict[str, Row]) -> list[Line2D]:
+def _lines(axes: Axes, rows: dict[str, Row], computes: bool) -> list[Line2D]:
     peer_styles = iter(PEER_STYLES * 4)
     drawn = []
     for rank, name in enumerate(column_order(name for row in rows.values() for name in row)):
         colour, marker = STYLES.get(name) or next(peer_styles)
-        found = [row[name].gbps if name in row else None for row in rows.values()]
+        found = [rate(row.get(name), computes) for row in rows.values()]
         drawn += axes.plot(
             range(len(rows)),
             [float("nan") if y is None else y for y in found],

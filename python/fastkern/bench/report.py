@@ -36,6 +36,7 @@ class ConsoleReporter:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._done = self._steps = 0
+        self._op = ""
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -54,13 +55,14 @@ class ConsoleReporter:
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._progress.start()
             self._task = self._progress.add_task(escape(op), total=steps)
+        self._op = op
 
     def step(self, text: str) -> None:
         """Begin a step."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=self._done, description=escape(text))
+            self._progress.update(self._task, completed=self._done, description=escape(f"{self._op}: {text}"))
         else:
-            self.line(f"  [{self._done + 1}/{self._steps}] {text}")
+            self.line(f"  step {self._done + 1} of {self._steps}: {text}")
         self._done += 1
 
     def finish(self) -> None:

@@ -30,6 +30,9 @@ class Record:
     us: float | None = None
     gbps: float | None = None
     percent_of_copy: float | None = None
+    tflops: float | None = None
+    ceiling: str | None = None  # what bounds the job: "copy" or "matmul"
+    percent_of_ceiling: float | None = None
     method: str | None = None
     correct: bool | None = None
     error: str | None = None
@@ -39,6 +42,9 @@ class Record:
         self.us, self.method = us, method
         self.gbps = self.bytes / us / 1e3
         self.percent_of_copy = 100 * self.gbps / ceiling.gbps
+        self.tflops = self.flops / us / 1e6
+        self.ceiling, floor = ceiling.floor(self.bytes, self.flops, self.dtype)
+        self.percent_of_ceiling = 100 * floor / us
 
 
 @dataclass
@@ -84,7 +90,11 @@ class Results:
         return {
             "schema": SCHEMA,
             "environment": self.environment,
-            "ceiling": {"copy_gbps": self.ceiling.gbps, "copy_bytes": self.ceiling.bytes},
+            "ceiling": {
+                "copy_gbps": self.ceiling.gbps,
+                "copy_bytes": self.ceiling.bytes,
+                "matmul_tflops": dict(self.ceiling.tflops),
+            },
             "selected": self.selected,
             "skipped": self.skipped,
             "not_installed": self.not_installed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -42,13 +43,17 @@ class Reporter(Protocol):
 def run(specs: Sequence[OpSpec], options: Options, reporter: Reporter) -> Results:
     """Measure ``specs``."""
     clock = Clock(options.device, options.quick)
-    results = Results(environment(options, specs), clock.copy_bandwidth(), selected=[s.name for s in specs])
+    ceiling = replace(clock.copy_bandwidth(), tflops={name_of(d): clock.matmul_rate(d) for d in options.dtypes})
+    results = Results(environment(options, specs), ceiling, selected=[s.name for s in specs])
+    rates = ", ".join(
+        f"{rate:{'.0f' if rate >= 10 else '.2g'}} TFLOP/s {name}" for name, rate in ceiling.tflops.items()
+    )
     reporter.line(
-        f"Copy bandwidth of this run: {results.ceiling.gbps:.0f} GB/s "
-        f"({results.ceiling.bytes / 2**20:.0f} MiB, bytes read + bytes written)"
+        f"Ceilings of this run: copy {ceiling.gbps:.0f} GB/s "
+        f"({ceiling.bytes / 2**20:.0f} MiB, bytes read + bytes written), matrix product {rates}"
     )
     for index, spec in enumerate(specs, 1):
-        reporter.line(f"Running selected {index}/{len(specs)}: {spec.name}")
+        reporter.line(f"[{index}/{len(specs)}] benchmarking {spec.name}")
         # Backward is timed with retain_graph, which a compiled function that reuses its saved tensors refuses.
         with functorch_config.patch(donated_buffer=False):
             _OpRun(spec.benchmarked, options, clock, results, reporter).run()
@@ -221,7 +226,7 @@ class _OpRun:
 
     def _host(self, dtype: torch.dtype) -> None:
         self._forget_compiled()
-        case = Case(self.spec, cases.smallest(self.spec), dtype, self.options.device)
+        case = Case(self.spec, cases.smallest(self.spec, self.options.device), dtype, self.options.device)
         for name in self.providers:
             entry = HostRecord(self.spec.name, cases.label(case.dims), name_of(dtype), name)
             try:

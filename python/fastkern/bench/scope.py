@@ -57,7 +57,13 @@ def sizes(spec: OpSpec, options: Options) -> tuple[Dims, ...]:
     limit = QUICK_ELEMENTS if options.quick else CPU_ELEMENTS if on_cpu else None
     if limit is None:
         return spec.bench_dims
-    return tuple(d for d in spec.bench_dims if cases.elements(d) <= limit) or (cases.smallest(spec),)
+    known = cases.known_sizes(spec, options.device)
+    return tuple(d for d in known if cases.elements(d) <= limit) or (cases.smallest(spec, options.device),)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else info.cpu_name()
 
 
 def environment(options: Options, specs: Sequence[OpSpec]) -> dict[str, Any]:
@@ -65,9 +71,8 @@ def environment(options: Options, specs: Sequence[OpSpec]) -> dict[str, Any]:
     facts = info.environment()
     peers = dict.fromkeys(peer for spec in specs for peer in spec.peers)
     found = {peer: info.package_version(DISTRIBUTIONS.get(peer, peer)) for peer in peers}
-    on_gpu = options.device.type == "cuda"
     facts["device_type"] = options.device.type
-    facts["device"] = torch.cuda.get_device_name(options.device) if on_gpu else facts["cpu"]
+    facts["device"] = device_name(options.device)
     facts["peers"] = {peer: version for peer, version in found.items() if version}
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     facts["argv"] = sys.argv[1:]

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from fastkern.bench.cases import OURS
 from fastkern.bench.results import BACKWARD, FORWARD, Record, Results, Row, column_order, groups, speedup
-from fastkern.bench.timing import METHODS, TIMER
+from fastkern.bench.timing import MATMUL, METHODS, TIMER
 
 NONE = "-"
 SHORT = {FORWARD: "fwd", BACKWARD: "bwd"}
 INACCURATE, OTHER_METHOD = "!", "*"
+SHARE = "% ceiling: of the copy bandwidth or of torch's matrix product in this run, whichever bounds the job"
 
 
 @dataclass
@@ -42,6 +43,11 @@ def mebibytes(size: int | None) -> str:
 def bandwidth(gbps: float | None) -> str:
     """GB/s."""
     return NONE if gbps is None else f"{gbps:.0f}" if gbps >= 100 else f"{gbps:.1f}"
+
+
+def teraflops(tflops: float | None) -> str:
+    """TFLOP/s."""
+    return NONE if tflops is None else f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.3g}"
 
 
 def percent(value: float | None) -> str:
@@ -82,31 +88,45 @@ def _of(results: Results, op: str) -> list[tuple[tuple[str, str, str], dict[str,
 
 def _latency(op: str, dtype: str, direction: str, rows: dict[str, Row]) -> Table:
     providers = column_order(name for row in rows.values() for name in row)
-    columns = ["size", *providers, "GB/s", "% copy", "vs best", "method"]
-    table = Table(f"{op} {direction}, {dtype}: microseconds", columns)
+    computes = compute_bound(rows)
+    rates = ["GB/s", "TFLOP/s", "% ceiling"] if computes else ["GB/s", "% copy"]
+    table = Table(f"{op} {direction}, {dtype}: microseconds", ["size", *providers, *rates, "vs best", "method"])
     for size, row in rows.items():
         method = _row_method(row)
         ours = row.get(OURS)
         cells = [_cell(row.get(name), method) for name in providers]
-        gbps = bandwidth(ours.gbps if ours else None)
-        share = percent(ours.percent_of_copy if ours else None)
-        table.rows.append([size, *cells, gbps, share, against_best(row), method or NONE])
+        table.rows.append([size, *cells, *_rates(ours, computes), against_best(row), method or NONE])
         times = [
             (r.us, i) for i, name in enumerate(providers, 1) if (r := row.get(name)) and r.us and r.method == method
         ]
         table.best.append(min(times)[1] if times else None)
     used = {r.method for row in rows.values() for r in row.values() if r.method}
     table.notes = [f"{name}: {text}." for name, text in METHODS.items() if name in used]
+    share = f"TFLOP/s: flops of the job, over our time; {SHARE}" if computes else "% copy: of this run's copy bandwidth"
     table.notes.append(
-        "GB/s: bytes a perfect kernel moves, over our time; % copy: of this run's copy bandwidth; "
+        f"GB/s: bytes a perfect kernel moves, over our time; {share}; "
         "vs best: the fastest other column's time over ours."
     )
+    if any(r.percent_of_ceiling and r.percent_of_ceiling > 105 for row in rows.values() for r in row.values()):
+        table.notes.append("Above 100 %: operands that stay in a cache; the ceiling is that of memory.")
     marks = "".join(cell for row in table.rows for cell in row[1 : 1 + len(providers)])
     if INACCURATE in marks:
         table.notes.append(f"{INACCURATE} less accurate than the rule allows (still counted in vs best).")
     if OTHER_METHOD in marks:
         table.notes.append(f"{OTHER_METHOD} not capturable in a CUDA graph, timed by events.")
     return table
+
+
+def compute_bound(rows: dict[str, Row]) -> bool:
+    """Whether arithmetic bounds any of these sizes, so that TFLOP/s say more than GB/s."""
+    return any(r.ceiling == MATMUL for row in rows.values() for r in row.values())
+
+
+def _rates(ours: Record | None, computes: bool) -> list[str]:
+    gbps = bandwidth(ours.gbps if ours else None)
+    if not computes:
+        return [gbps, percent(ours.percent_of_copy if ours else None)]
+    return [gbps, teraflops(ours.tflops if ours else None), percent(ours.percent_of_ceiling if ours else None)]
 
 
 def memory(results: Results, op: str) -> Table | None:
@@ -164,19 +184,20 @@ def _on_cpu(results: Results) -> bool:
 
 def summary(results: Results) -> Table:
     """One line per row of every latency table."""
-    table = Table("Summary", ["op", "dtype", "size", "dir", "us", "GB/s", "% copy", "vs best"])
+    table = Table(
+        "Summary", ["op", "dtype", "size", "dir", "us", "GB/s", "TFLOP/s", "% ceiling", "vs best"], notes=[f"{SHARE}."]
+    )
     for (op, dtype, direction), rows in groups(results.records).items():
         for size, row in rows.items():
             ours = row.get(OURS)
             if ours is None:
                 continue
             if ours.us is None:
-                cells = ["FAILED" if ours.error else NONE, NONE, NONE, NONE]
+                cells = ["FAILED" if ours.error else NONE, NONE, NONE, NONE, NONE]
             else:
                 cells = [
                     microseconds(ours.us),
-                    bandwidth(ours.gbps),
-                    percent(ours.percent_of_copy),
+                    *_rates(ours, computes=True),
                     against_best(row),
                 ]
             table.rows.append([op, dtype, size, SHORT[direction], *cells])

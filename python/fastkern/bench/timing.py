@@ -8,8 +8,8 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.benchmark import Timer
@@ -34,6 +34,7 @@ GRAPH_BELOW_US = 20.0
 # all the same, unless its fastest column takes longer than the second and so does more than move bytes.
 TINY_TRAFFIC_US = 5.0
 GRAPH_NEVER_ABOVE_US = 200.0
+LONG_CALL = 1e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,26 @@ class Measurement:
     method: str
 
 
+COPY, MATMUL = "copy", "matmul"
+
+
 @dataclass(frozen=True)
 class Ceiling:
-    """Copy bandwidth of the device, counting bytes read and bytes written."""
+    """What the device reaches in this run: bytes read and written by a copy, torch's matrix product of each dtype."""
 
     gbps: float
     bytes: int
+    tflops: Mapping[str, float] = field(default_factory=dict)
 
     def us(self, traffic: int) -> float:
         """The time that ``traffic`` bytes take at this bandwidth."""
         return traffic / self.gbps / 1e3
+
+    def floor(self, traffic: int, flops: int, dtype: str) -> tuple[str, float]:
+        """Which of the two bounds a job, ``"copy"`` or ``"matmul"``, and the microseconds it takes at least."""
+        moved = self.us(traffic)
+        computed = flops / self.tflops[dtype] / 1e6 if self.tflops.get(dtype) else 0.0
+        return (MATMUL, computed) if computed > moved else (COPY, moved)
 
 
 def _keep_freed_memory() -> None:
@@ -70,14 +81,14 @@ def _keep_freed_memory() -> None:
 
 
 class Clock:
-    """Measures calls on one device. ``quick`` trades precision for time."""
+    """Measures calls on one device. ``quick`` trades precision for time; ``keep_memory`` sets malloc to keep it."""
 
-    def __init__(self, device: torch.device, quick: bool = False) -> None:
+    def __init__(self, device: torch.device, quick: bool = False, keep_memory: bool = True) -> None:
         self.device, self.quick = device, quick
         self.cuda = device.type == "cuda"
         # A shared machine's memory is faster in one second than in the next: there all columns are timed by turns.
         self.turns = 1 if self.cuda or quick else 7
-        if not self.cuda:
+        if not self.cuda and keep_memory:
             _keep_freed_memory()
 
     def time(self, prepare: Prepare, quick: bool | None = None, capture: bool = True) -> Measurement:
@@ -190,6 +201,12 @@ class Clock:
         the depth of the launch queue, so the host never waits for the device inside it.
         """
         batch, batches = (20, 5) if self.quick else (200, 50)
+        call()
+        start = time.perf_counter()
+        call()
+        self._synchronize()
+        if time.perf_counter() - start > LONG_CALL:  # on the CPU, where the host computes
+            batch, batches = 1, 5
         for _ in range(batch):
             call()
         times = []
@@ -226,6 +243,13 @@ class Clock:
         measured = self.time(lambda: lambda: target.copy_(source), capture=False)
         assert torch.equal(source, target), "the copy is not a copy"
         return Ceiling(gbps=2 * size / measured.us / 1e3, bytes=size)
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """TFLOP/s of torch's product of two square matrices (8192 on CUDA, 1024 on the CPU; ``quick`` half of that)."""
+        n = (8192 if self.cuda else 1024) // (2 if self.quick else 1)
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return 2 * n**3 / self.time(lambda: lambda: torch.mm(a, b, out=out), capture=False).us / 1e6
 
     def _synchronize(self) -> None:
         if self.cuda:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,38 @@ def _is_top_left(op: str, causal_align: str) -> bool:
     if causal_align not in ("bottom_right", "top_left"):
         raise RuntimeError(f'fastkern::{op}: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
     return causal_align == "top_left"
+
+
+@overload
+def flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: Window = ..., scale: float | None = ...,
+    bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float = ..., sinks: Tensor | None = ...,
+    dropout_p: float = ..., seed: Tensor | None = ..., offset: Tensor | None = ..., causal_align: str = ...,
+    prefix: Tensor | None = ..., block_mask: Tensor | None = ..., block_size: int = ...,
+    seqused_q: Tensor | None = ..., seqused_k: Tensor | None = ..., return_lse: Literal[False] = ...,
+    deterministic: bool = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: Window = ..., scale: float | None = ...,
+    bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float = ..., sinks: Tensor | None = ...,
+    dropout_p: float = ..., seed: Tensor | None = ..., offset: Tensor | None = ..., causal_align: str = ...,
+    prefix: Tensor | None = ..., block_mask: Tensor | None = ..., block_size: int = ...,
+    seqused_q: Tensor | None = ..., seqused_k: Tensor | None = ..., return_lse: Literal[True],
+    deterministic: bool = ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: Window = ..., scale: float | None = ...,
+    bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float = ..., sinks: Tensor | None = ...,
+    dropout_p: float = ..., seed: Tensor | None = ..., offset: Tensor | None = ..., causal_align: str = ...,
+    prefix: Tensor | None = ..., block_mask: Tensor | None = ..., block_size: int = ...,
+    seqused_q: Tensor | None = ..., seqused_k: Tensor | None = ..., return_lse: bool = ..., deterministic: bool = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def flash_attn(
@@ -147,6 +179,38 @@ def flash_attn(
     else:
         out, lse = _flash_attn_fwd(q, k, v, *options)
     return (out, lse) if return_lse else out
+
+
+@overload
+def flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., causal: bool = ..., window: Window = ..., scale: float | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    seed: Tensor | None = ..., offset: Tensor | None = ..., causal_align: str = ..., prefix: Tensor | None = ...,
+    seqused_q: Tensor | None = ..., seqused_k: Tensor | None = ..., return_lse: Literal[False] = ...,
+    deterministic: bool = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., causal: bool = ..., window: Window = ..., scale: float | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    seed: Tensor | None = ..., offset: Tensor | None = ..., causal_align: str = ..., prefix: Tensor | None = ...,
+    seqused_q: Tensor | None = ..., seqused_k: Tensor | None = ..., return_lse: Literal[True],
+    deterministic: bool = ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ..., causal: bool = ..., window: Window = ..., scale: float | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    seed: Tensor | None = ..., offset: Tensor | None = ..., causal_align: str = ..., prefix: Tensor | None = ...,
+    seqused_q: Tensor | None = ..., seqused_k: Tensor | None = ..., return_lse: bool = ..., deterministic: bool = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def flash_attn_varlen(

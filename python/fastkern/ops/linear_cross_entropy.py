@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,42 @@ from fastkern.ops.loss import scale_unless_one
 _part = torch.ops.fastkern.cross_entropy_part_.default
 _sums = torch.ops.fastkern.cross_entropy_sums_.default
 _OP = "linear_cross_entropy"
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ...,
+    logit_scale: float = ..., reduction: str = ..., chunk_rows: int | None = ..., return_lse: Literal[False] = ...,
+    return_z_loss: Literal[False] = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ...,
+    logit_scale: float = ..., reduction: str = ..., chunk_rows: int | None = ..., *, return_lse: Literal[True],
+    return_z_loss: bool = ...
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ...,
+    logit_scale: float = ..., reduction: str = ..., chunk_rows: int | None = ..., *, return_lse: bool = ...,
+    return_z_loss: Literal[True]
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ..., class_weight: Tensor | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ...,
+    logit_scale: float = ..., reduction: str = ..., chunk_rows: int | None = ..., return_lse: bool = ...,
+    return_z_loss: bool = ...
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 
 
 def linear_cross_entropy(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,39 @@ _fwd = torch.ops.fastkern.cross_entropy_fwd.default
 _bwd = torch.ops.fastkern.cross_entropy_bwd.default
 _grad_inplace = torch.ops.fastkern.cross_entropy_grad_.default
 scale_unless_one = torch.ops.fastkern.scale_unless_one_.default
+
+
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = ..., ignore_index: int = ...,
+    label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ..., logit_scale: float = ...,
+    reduction: str = ..., return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ...,
+    inplace_backward: bool = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = ..., ignore_index: int = ...,
+    label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ..., logit_scale: float = ...,
+    reduction: str = ..., *, return_lse: Literal[True], return_z_loss: bool = ..., inplace_backward: bool = ...
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = ..., ignore_index: int = ...,
+    label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ..., logit_scale: float = ...,
+    reduction: str = ..., *, return_lse: bool = ..., return_z_loss: Literal[True], inplace_backward: bool = ...
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+
+
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = ..., ignore_index: int = ...,
+    label_smoothing: float = ..., lse_square_scale: float = ..., softcap: float = ..., logit_scale: float = ...,
+    reduction: str = ..., return_lse: bool = ..., return_z_loss: bool = ..., inplace_backward: bool = ...
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 
 
 def cross_entropy(

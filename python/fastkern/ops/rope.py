@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,27 @@ _qk_norm_rope_fwd = torch.ops.fastkern.qk_norm_rope_fwd.default
 
 _TENSORS = ("q", "k", "cos", "sin")
 _NORM_TENSORS = ("q", "k", "q_weight", "k_weight", "cos", "sin")
+
+
+@overload
+def rope(
+    q: Tensor, k: None, cos: Tensor, sin: Tensor, positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ..., inverse: bool = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ..., inverse: bool = ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def rope(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ..., inverse: bool = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def rope(
@@ -78,6 +101,27 @@ def rope(
     return out[0] if k is None else out
 
 
+@overload
+def rope_(
+    q: Tensor, k: None, cos: Tensor, sin: Tensor, positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ..., inverse: bool = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def rope_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ..., inverse: bool = ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def rope_(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ..., inverse: bool = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def rope_(
     q: Tensor,
     k: Tensor | None,
@@ -117,6 +161,30 @@ def rope_(
         if t is not None and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(t)  # what autograd may have saved is no longer what it was
     return q if k is None else (q, k)
+
+
+@overload
+def qk_norm_rope(
+    q: Tensor, k: None, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float = ...,
+    weight_offset: float = ..., positions: Tensor | None = ..., interleaved: bool = ..., rotary_dim: int | None = ...,
+    cu_seqlens: Tensor | None = ...
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    eps: float = ..., weight_offset: float = ..., positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def qk_norm_rope(
+    q: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    eps: float = ..., weight_offset: float = ..., positions: Tensor | None = ..., interleaved: bool = ...,
+    rotary_dim: int | None = ..., cu_seqlens: Tensor | None = ...
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def qk_norm_rope(

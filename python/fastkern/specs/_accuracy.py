@@ -14,6 +14,7 @@ def in_float64(inputs: Inputs) -> Inputs:
     return {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
+_BLOCK = 1 << 24  # elements
 _FEW = 1 << 20  # elements that are compared on the CPU: on a GPU each of the steps would be a kernel and a wait
 
 
@@ -53,23 +54,49 @@ def assert_accurate(
     if not got.dtype.is_floating_point:  # integers are exact, or wrap around as torch's
         assert torch.allclose(got, baseline, equal_nan=True), f"{what}: {got}, torch gives {baseline}"
         return
-    slack = None if slack is None else slack.to(got.device)
-    ours, theirs, exact = got.detach().double(), baseline.detach().double(), truth.detach().double()
-    allowance = torch.zeros_like(exact) if slack is None else slack.detach().double().expand_as(exact)
-    overflows = torch.isinf(exact.to(got.dtype)) & (ours == exact.to(got.dtype).double())
+    slack = None if slack is None else slack.to(got.device).expand_as(truth)
+    flat = [t.detach().reshape(-1) for t in (got, baseline, truth)]
+    allowed_off = None if slack is None else slack.detach().reshape(-1)
+    parts, count = [], 0
+    for start in range(0, got.numel(), _BLOCK):  # float64 copies of all of a large tensor would need much memory
+        block = slice(start, start + _BLOCK)
+        part, finite = _block_sizes(
+            *(t[block] for t in flat), slack=None if allowed_off is None else allowed_off[block], what=what
+        )
+        parts.append(part)
+        count += finite
+    if not count:
+        return
+    eps = torch.finfo(got.dtype).eps
+    tiny = torch.finfo(got.dtype).smallest_normal * eps
+    sizes = torch.stack(parts)
+    largest, rms = sizes[:, :3].amax(0), (sizes[:, 3:].sum(0) / count).sqrt()
+    for name, (error, theirs, exact) in (("largest", largest), ("rms", rms)):
+        allowed = factor * theirs + (ulps * eps + share) * exact + tiny
+        assert error <= allowed, (
+            f"{what}: {name} error {error:.3e} > {allowed:.3e} = {factor} x torch's {theirs:.3e} "
+            f"+ {ulps} ulp of {exact:.3e}"
+        )
+
+
+def _block_sizes(
+    got: Tensor, baseline: Tensor, truth: Tensor, *, slack: Tensor | None, what: str
+) -> tuple[Tensor, int]:
+    """Largest and summed squares of our error, torch's and the truth, over elements that are finite; their number."""
+    ours, theirs, exact = got.double(), baseline.double(), truth.double()
+    rounded = exact.to(got.dtype)
+    overflows = torch.isinf(rounded) & (ours == rounded.double())
     finite = torch.isfinite(exact) & torch.isfinite(theirs) & ~overflows
     same = _same_kind(ours, theirs) | _same_kind(ours, exact) | overflows
     assert bool(same[~finite].all()), f"{what}: NaN or infinity differ from torch at {int((~same).sum())} places"
     assert bool(torch.isfinite(ours[finite]).all()), f"{what}: NaN or infinity where torch has none"
-    ours, theirs, exact, allowance = ours[finite], theirs[finite], exact[finite], allowance[finite]
+    ours, theirs, exact = ours[finite], theirs[finite], exact[finite]
     if exact.numel() == 0:
-        return
-    our_error, their_error = ((t - exact).abs().sub(allowance).clamp_min(0) for t in (ours, theirs))
-    eps = torch.finfo(got.dtype).eps
-    tiny = torch.finfo(got.dtype).smallest_normal * eps
-    for name, size in (("largest", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
-        error, allowed = size(our_error), factor * size(their_error) + (ulps * eps + share) * size(exact) + tiny
-        assert error <= allowed, (
-            f"{what}: {name} error {error:.3e} > {allowed:.3e} = {factor} x torch's {size(their_error):.3e} "
-            f"+ {ulps} ulp of {size(exact):.3e}"
-        )
+        return ours.new_zeros(6), 0
+    errors = [(t - exact).abs() for t in (ours, theirs)]
+    if slack is not None:
+        allowance = slack.double()[finite]
+        errors = [error.sub(allowance).clamp_min(0) for error in errors]
+    measured = [*errors, exact]
+    largest, squares = [t.abs().max() for t in measured], [t.square().sum() for t in measured]
+    return torch.stack([*largest, *squares]), exact.numel()

@@ -87,6 +87,7 @@ class OpSpec:
         devices: the types of device that there are kernels for.
         reproducible: whether results have the same bits at other addresses and beside other calls; if not, as of
             torch's matrix products, they may be off by rounding.
+        inplace: whether the functions write over their inputs; results are then compared on copies of them.
         benchmark: fields of the row that are others in the benchmark, such as functions that return less.
     """
 
@@ -130,6 +131,7 @@ class OpSpec:
     unspecial: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     reproducible: bool = True
+    inplace: bool = False
     benchmark: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastkern
+from fastkern.specs._peers import flag_gems_geglu, flag_gems_swiglu
 from fastkern.specs._refusals import set_to
 from fastkern.specs._spec import VALUES, BadCall, Inputs, OpSpec, Outputs
 from fastkern.specs.norm import rows, size
@@ -237,6 +238,7 @@ def _quant_spec(op: str, variants: tuple[dict[str, Any], ...], bad_calls: tuple[
         differentiable=(),
         dims=_FEW_DIMS,
         variants=variants,
+        bench_variant={"quant_dtype": F8},
         decoded=decoded,
         slack=half_step,
         bad_calls=(*_bad_calls(name), *_quant_bad_calls(name), *bad_calls),
@@ -249,14 +251,14 @@ SWIGLU = _spec(
     ({}, {"packed": "halves"}, {"packed": "pairs"}),
     _interleaved_bad_calls("swiglu"),
     dims=_DIMS,
-    peers={"liger": _liger_swiglu},
+    peers={"liger": _liger_swiglu, "flag_gems": flag_gems_swiglu},
 )
 GEGLU = _spec(
     "geglu",
     ({"approximate": "tanh"}, {"approximate": "none", "packed": "pairs"}),
     (*_interleaved_bad_calls("geglu"), *_approximate_bad_calls("geglu")),
     bench_variant={"approximate": "tanh"},
-    peers={"liger": _liger_geglu},
+    peers={"liger": _liger_geglu, "flag_gems": flag_gems_geglu},
 )
 REGLU = _spec("reglu", ({},), _interleaved_bad_calls("reglu"), signed_zeros=False)
 # Beyond 87 the sigmoid's slope is denormal in float32; the kernels of all types share a reciprocal that

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastkern
 from fastkern.specs import _attention_formula as formula
 from fastkern.specs._attention_refusals import attention_bad_calls, merge_bad_calls, varlen_bad_calls
+from fastkern.specs._peers import flash_attention, xformers_attention
 from fastkern.specs._spec import Dims, Inputs, OpSpec
 
 # ---- the functions, called with the arguments of the operators -------------------------------------------------------
@@ -21,12 +22,12 @@ from fastkern.specs._spec import Dims, Inputs, OpSpec
 
 def flash_attn(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """fastkern.flash_attn with its lse."""
-    return fastkern.flash_attn(*args, **_in_words(options), return_lse=True)  # type: ignore[return-value]
+    return fastkern.flash_attn(*args, **_in_words(options), return_lse=True)
 
 
 def flash_attn_varlen(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """fastkern.flash_attn_varlen with its lse."""
-    return fastkern.flash_attn_varlen(*args, **_in_words(options), return_lse=True)  # type: ignore[return-value]
+    return fastkern.flash_attn_varlen(*args, **_in_words(options), return_lse=True)
 
 
 def _in_words(options: dict[str, Any]) -> dict[str, Any]:
@@ -374,6 +375,8 @@ FLASH_ATTN = OpSpec(
     peers={
         "torch flash": _torch_kernels(SDPBackend.FLASH_ATTENTION),
         "torch cudnn": _torch_kernels(SDPBackend.CUDNN_ATTENTION),
+        "flash_attn": flash_attention,
+        "xformers": xformers_attention,
     },
     benchmark={
         "function": lambda *args, **options: flash_attn(*args, **options)[0],

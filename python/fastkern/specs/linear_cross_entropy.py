@@ -28,7 +28,7 @@ def linear_cross_entropy(
         return torch.ops.fastkern.linear_cross_entropy(hidden, weight, target, **options)
     return fastkern.linear_cross_entropy(
         hidden, weight, target, reduction=word(reduction), chunk_rows=chunk_rows, **options
-    )  # type: ignore[return-value]
+    )
 
 
 def linear_inputs(

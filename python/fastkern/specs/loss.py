@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkern
+from fastkern.specs._peers import flag_gems_cross_entropy
 from fastkern.specs._refusals import set_to
 from fastkern.specs._spec import BadCall, Dims, Inputs, OpSpec
 
@@ -30,7 +31,7 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: int = 1, **options:
         return torch.ops.fastkern.cross_entropy(logits, target, reduction=reduction, **options)[:3]
     return fastkern.cross_entropy(
         logits, target, reduction=word(reduction), return_lse=True, return_z_loss=True, **options
-    )  # type: ignore[return-value]
+    )
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -121,6 +122,11 @@ def cross_entropy_reference(
 def cross_entropy_torch(logits: Tensor, target: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same in float32."""
     return cross_entropy_reference(logits.float(), target, *args, **options)
+
+
+def _mean(logits: Tensor, target: Tensor, **_: Any) -> Tensor:
+    """The mean loss, in float32 for 16-bit logits."""
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
 
 
 def _liger(logits: Tensor, target: Tensor, **_: Any) -> Tensor:
@@ -260,10 +266,10 @@ CROSS_ENTROPY = OpSpec(
     ),
     cpu_bench_dims=(*_rows(1024, 8192), *_rows(4096, 32000)),
     bench_variant={"reduction": 1},
-    peers={"liger": _liger, "quack": _quack},
+    peers={"liger": _liger, "quack": _quack, "flag_gems": flag_gems_cross_entropy},
     benchmark={
         "function": lambda logits, target, **_: fastkern.cross_entropy(logits, target),
-        "reference": lambda logits, target, **_: F.cross_entropy(logits.float(), target),
+        "reference": _mean,
         "baseline": lambda logits, target, **_: F.cross_entropy(logits, target).float(),
     },
     bad_calls=_bad_calls("cross_entropy"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkern
+from fastkern.specs._peers import apex_layer_norm, apex_rms_norm, flag_gems_rms_norm
 from fastkern.specs._refusals import norm_bad_calls, out_dtype_bad_calls
 from fastkern.specs._spec import Dims, Inputs, OpSpec
 
@@ -223,7 +224,12 @@ RMS_NORM = OpSpec(
     bench_dims=_BENCH_DIMS,
     cpu_bench_dims=CPU_BENCH_DIMS,
     bench_variant={"weight": "same"},
-    peers={"liger": _liger_rms_norm, "quack": _quack_rms_norm},
+    peers={
+        "liger": _liger_rms_norm,
+        "quack": _quack_rms_norm,
+        "flag_gems": flag_gems_rms_norm,
+        "apex": apex_rms_norm,
+    },
     bad_calls=(*norm_bad_calls("rms_norm"), *out_dtype_bad_calls("rms_norm")),
     workspace=norm_workspace,
 )
@@ -255,7 +261,7 @@ LAYER_NORM = OpSpec(
     bench_variant={"weight": "same", "bias": "same"},
     signed_zeros=False,  # a difference from the mean has its own
     vanishing=single_column,
-    peers={"liger": _liger_layer_norm},
+    peers={"liger": _liger_layer_norm, "apex": apex_layer_norm},
     bad_calls=(*norm_bad_calls("layer_norm"), *out_dtype_bad_calls("layer_norm")),
     workspace=norm_workspace,
 )
