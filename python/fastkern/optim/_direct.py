@@ -52,21 +52,21 @@ class DirectOptimizer(Optimizer):
         raise NotImplementedError
 
     def _items(self) -> list[Item]:
-        found: list[tuple[Tensor, dict[str, Any], int, int]] = []
+        found: list[tuple[Tensor, Tensor, dict[str, Any], int, int]] = []
         index = 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None and not self._in_plan(group):
                     self._check_gradient(p)
-                    found.append((p, group, number, index))
+                    found.append((p, p.grad, group, number, index))
                 index += 1
-        self._scalars([(p, group) for p, group, *_ in found if self._has_step(group)], "step")
+        self._scalars([(p, group) for p, _, group, *_ in found if self._has_step(group)], "step")
         items = []
-        for p, group, number, index in found:
+        for p, grad, group, number, index in found:
             like = p if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
             states, extra = self._state_of(p, like, group)
             step = self.state[p]["step"] if self._has_step(group) else None
-            items.append(Item(p, like, p.grad.contiguous(), tuple(states), extra, step, number, index))
+            items.append(Item(p, like, grad.contiguous(), tuple(states), extra, step, number, index))
         return items
 
     def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
@@ -122,8 +122,10 @@ class DirectOptimizer(Optimizer):
         directions: Sequence[Tensor],
         numbers: Callable[[dict[str, Any], torch.device], tuple[float, Tensor | None, float]],
     ) -> None:
-        """p - lr * (direction + weight_decay * p) with the ``(lr, lr's tensor, weight_decay)`` of a group, rounded as
-        its parameters are kept; counts the step. Directions are contiguous."""
+        """Makes parameters ``p - lr * (direction + weight_decay * p)``, rounded as they are kept, and counts the step.
+
+        ``numbers`` gives a group's ``(lr, lr's tensor, weight_decay)``. Directions are contiguous.
+        """
         buckets: dict[tuple[Any, ...], tuple[Bucket, list[Tensor]]] = {}
         for item, direction in zip(items, directions, strict=True):
             p, group = item.param, self.param_groups[item.group]

@@ -147,7 +147,7 @@ class Adafactor(DirectOptimizer):
                 updated += some
 
         def numbers(group: dict[str, Any], device: torch.device) -> tuple[float, Tensor | None, float]:
-            lr, rate = rate_of(group["lr"], device)  # of a tensor the directions have the weight decay
+            lr, rate = rate_of(group["lr"], device)  # with a tensor, weight decay is part of the directions
             return 1.0, None, lr * group["weight_decay"] if rate is None else 0.0
 
         self._apply(updated, directions, numbers)
@@ -181,7 +181,7 @@ class Adafactor(DirectOptimizer):
         return u
 
     def _normalised(self, items: list[Item], g: Tensor, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        """g over the roots of the second moments, once those have it."""
+        """Gradients over the roots of their second moments, once those have them."""
         least = torch.finfo(items[0].param.dtype).eps if group["eps"][0] is None else group["eps"][0]
         square = g.square()
         if g.ndim > 2:

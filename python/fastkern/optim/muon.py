@@ -161,7 +161,8 @@ class Muon(DirectOptimizer):
         if isinstance(params, set):  # which torch refuses, in words
             return [group]
         flatten = group.get("flatten", self.defaults["flatten"])
-        matrices, others = [], []
+        matrices: list[Any] = []
+        others: list[Any] = []
         for entry in params:
             p = entry[1] if isinstance(entry, tuple) else entry
             is_matrix = isinstance(p, Tensor) and (p.ndim == 2 or (flatten and p.ndim > 2))
@@ -191,9 +192,7 @@ class Muon(DirectOptimizer):
         if not 1 <= group["ns_steps"] < 100:
             raise ValueError(f"{self._name}: ns_steps must be in [1, 100), got {group['ns_steps']}")
         if group["adjust_lr_fn"] not in _ADJUSTMENTS:
-            raise ValueError(
-                f"{self._name}: adjust_lr_fn must be one of {_ADJUSTMENTS}, got {group['adjust_lr_fn']!r}"
-            )
+            raise ValueError(f"{self._name}: adjust_lr_fn must be one of {_ADJUSTMENTS}, got {group['adjust_lr_fn']!r}")
         if group["ns_dtype"] not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(
                 f"{self._name}: ns_dtype must be torch.bfloat16, torch.float16 or torch.float32, "
