@@ -102,7 +102,7 @@ def test_newton_schulz(device: str) -> None:
 
 
 def test_adamw_for_the_rest(device: str) -> None:
-    """A bias and a group marked so are updated as by AdamW alone, matrices as by Muon alone; rates follow a schedule."""
+    """A bias and a group marked so are updated as by AdamW alone, matrices as by Muon alone; rates have a schedule."""
 
     def make() -> list[Tensor]:
         generator = torch.Generator().manual_seed(2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 Arguments = dict[str, Any]
 
-specs = pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in OPTIM_SPECS])
+rows = pytest.mark.parametrize("row", [pytest.param(s, id=s.name) for s in OPTIM_SPECS])
 SHAPES = ((), (1,), (0, 3), (63,), (4, 5), (8193,))
 STEP = 4  # that is done
 TAIL = {"maximize": False, "rounding": 0, "seed": 0, "lr_tensor": None, "grad_scale": None, "found_inf": None,
@@ -65,32 +65,32 @@ def by_reference(spec: OptimSpec, given: Arguments, dtype: torch.dtype) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("spec", "variant"), [pytest.param(s, i, id=f"{s.name}-{i}") for s in OPTIM_SPECS for i in range(len(s.variants))]
+    ("row", "variant"), [pytest.param(s, i, id=f"{s.name}-{i}") for s in OPTIM_SPECS for i in range(len(s.variants))]
 )
-def test_values(spec: OptimSpec, variant: int, device: str) -> None:
+def test_values(row: OptimSpec, variant: int, device: str) -> None:
     """Parameters and states after a step; the error at most twice that of plain PyTorch in the same type."""
     for dtype in (torch.float32, torch.bfloat16):
-        given = arguments(spec, device, dtype, variant)
+        given = arguments(row, device, dtype, variant)
         given["maximize"] = dtype == torch.bfloat16
-        truth, plain = by_reference(spec, given, torch.float64), by_reference(spec, given, dtype)
-        spec.op(**given)
-        for name in ("params", *spec.states):
+        truth, plain = by_reference(row, given, torch.float64), by_reference(row, given, dtype)
+        row.op(**given)
+        for name in ("params", *row.states):
             for i, (ours, base, exact) in enumerate(zip(given[name], plain[name], truth[name], strict=True)):
-                if name not in spec.scalars and ours.numel():
-                    assert_accurate(ours.cpu(), base, exact, 2.0, ulps=4, what=f"{spec.name}: {name}[{i}] {dtype}")
+                if name not in row.scalars and ours.numel():
+                    assert_accurate(ours.cpu(), base, exact, 2.0, ulps=4, what=f"{row.name}: {name}[{i}] {dtype}")
         assert [t.item() for t in given["steps"]] == [STEP + 1.0] * len(SHAPES)
 
 
 # ---- torch's contract ------------------------------------------------------------------------------------------------
 
 
-@specs
-def test_opcheck(spec: OptimSpec, device: str) -> None:
+@rows
+def test_opcheck(row: OptimSpec, device: str) -> None:
     """What is written and nothing else, a fake, no gradient; traced as well."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if spec.name == "adamw_":  # seconds
+    if row.name == "adamw_":  # seconds
         tests += ("test_aot_dispatch_dynamic",)
-    torch.library.opcheck(spec.op, (), arguments(spec, device, shapes=((3,), (4, 5))), test_utils=tests)
+    torch.library.opcheck(row.op, (), arguments(row, device, shapes=((3,), (4, 5))), test_utils=tests)
 
 
 def test_compiled_operators(device: str) -> None:
@@ -177,7 +177,7 @@ BAD: dict[str, tuple[Callable[[str], Arguments], str]] = {
     "gaps": (
         lambda d: {"params": [torch.ones(4, 3, device=d), torch.ones(4, 6, device=d)[:, ::2]]},
         r"params\[1\] must be dense",
-    ),  # fmt: skip
+    ),
     "an expanded parameter": (
         lambda d: {"params": [torch.ones(4, 3, device=d), torch.ones(1, 3, device=d).expand(4, 3)]},
         r"params\[1\] must be dense",
@@ -235,15 +235,15 @@ def test_bad_arguments(what: str, device: str) -> None:
         assert not torch.equal(good["params"][0], before["params"][0])
 
 
-@specs
-def test_bad_states(spec: OptimSpec, device: str) -> None:
+@rows
+def test_bad_states(row: OptimSpec, device: str) -> None:
     """Each list of states by its name: missing, of another shape, in two types, overlapping a parameter."""
-    for name in spec.states:
-        good = arguments(spec, device, variant=min(1, len(spec.variants) - 1), shapes=((4, 3), (4, 3)))
+    for name in row.states:
+        good = arguments(row, device, variant=min(1, len(row.variants) - 1), shapes=((4, 3), (4, 3)))
         lists: list[tuple[list[Tensor], str]] = []
-        if name not in spec.optional:
+        if name not in row.optional:
             lists.append(([], rf"{name} must"))
-        if name not in spec.scalars:
+        if name not in row.scalars:
             lists.append(
                 (both(torch.ones(3, 4, device=device)), rf"{name}\[0\] must have shape \(4, 3\), got \(3, 4\)")
             )
@@ -251,8 +251,8 @@ def test_bad_states(spec: OptimSpec, device: str) -> None:
             lists.append((two, rf"{name}\[1\] must be torch.float32 like {name}\[0\], got torch.float16"))
             lists.append(([good["params"][0], two[0]], r"must have memory of its own, got some of"))
         for those, message in lists:
-            with pytest.raises(RuntimeError, match=rf"fastkern::{spec.name}: .*{message}"):
-                spec.op(**{**good, name: those})
+            with pytest.raises(RuntimeError, match=rf"fastkern::{row.name}: .*{message}"):
+                row.op(**{**good, name: those})
 
 
 def test_bad_options_of_functions(device: str) -> None:

@@ -32,6 +32,10 @@ _ops = torch.ops.fastkern
 Tensors = Sequence[Tensor]
 
 
+def _name_of(op: Any) -> str:
+    return str(op.name()).removesuffix(".default")  # that tracing cannot follow, so for errors alone
+
+
 def _run(
     op: Any,
     params: Tensors,
@@ -49,11 +53,10 @@ def _run(
     )
     extras = options.pop("extras", ())
     scalars = [options.pop(name, None) for name in ("grad_scale", "found_inf", "grad_factor")]
-    name = op.name().removesuffix(".default")
     if options:
-        raise TypeError(f"{name}: there is no argument {next(iter(options))!r}")
+        raise TypeError(f"{_name_of(op)}: there is no argument {next(iter(options))!r}")
     if rounding not in _ROUNDINGS:
-        raise RuntimeError(f"{name}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
+        raise RuntimeError(f"{_name_of(op)}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
     if not params:
         return
     rate, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
