@@ -53,7 +53,7 @@ def arguments(
 
 def by_reference(spec: OptimSpec, given: Arguments, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     """What the lists are after a step in plain PyTorch."""
-    lists = {n: [t.detach().cpu().to(dtype) for t in given[n]] for n in ("params", "grads", *spec.states)}
+    lists = {n: [t.detach().to("cpu", dtype, copy=True) for t in given[n]] for n in ("params", "grads", *spec.states)}
     numbers = {name: given[name] for name in ("lr", *spec.numbers)}
     for i, (p, g) in enumerate(zip(lists["params"], lists["grads"], strict=True)):
         states = [lists[name][i] if lists[name] else None for name in spec.states]
@@ -122,7 +122,7 @@ def test_compiled_function(device: str) -> None:
         assert_same(ours, plain)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Muon", "Adafactor"])
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
 def test_compiled_steps(name: str, device: str) -> None:
     """A step inside of a compiled function runs as it does outside."""
     nets = [model(device) for _ in range(2)]
