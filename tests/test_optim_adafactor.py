@@ -115,8 +115,8 @@ def test_options_of_the_paper(options: dict[str, Any], device: str) -> None:
 def test_slices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacks of as many as fit are the same as all of them at once."""
     results = []
-    for most in (1 << 26, 700):
-        monkeypatch.setattr(adafactor, "_STACK", most)
+    for most in (1 << 24, 700):
+        monkeypatch.setattr(adafactor, "_STACK", {"cpu": most, "cuda": most})
         those = parameters(device)
         optimizer = optim.Adafactor(those)
         for step in range(3):

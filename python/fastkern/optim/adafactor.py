@@ -12,7 +12,18 @@ from fastkern.optim._base import Numbers
 from fastkern.optim._direct import DirectOptimizer, Item, rate_of
 
 _TINY = torch.finfo(torch.float32).tiny
-_STACK = 1 << 26  # elements that are worked on at a time, of more than one parameter
+# Elements of more than one parameter that are worked on at a time: where a call costs as much as the copy saves.
+_STACK = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+def _stacked(those: list[Tensor]) -> Tensor:
+    """All of them in float32; a view of one that is alone."""
+    return (those[0].unsqueeze(0) if len(those) == 1 else torch.stack(those)).to(torch.float32)
+
+
+def _mean_square(g: Tensor, dim: int) -> Tensor:
+    """Without the squares in memory."""
+    return torch.linalg.vector_norm(g, dim=dim, keepdim=True).square_().div_(g.shape[dim])
 
 
 class Adafactor(DirectOptimizer):
@@ -140,7 +151,7 @@ class Adafactor(DirectOptimizer):
                 stacks.setdefault(key, []).append(item)
         directions: list[Tensor] = []
         for (number, *_), those in stacks.items():
-            most = max(1, _STACK // those[0].param.numel())
+            most = max(1, _STACK[those[0].param.device.type] // those[0].param.numel())
             for start in range(0, len(those), most):
                 some = those[start : start + most]
                 directions += self._directions(some, self.param_groups[number], factors).unbind()
@@ -156,13 +167,13 @@ class Adafactor(DirectOptimizer):
         """What is taken from parameters of one shape, (k, *shape) in float32; states are brought up to date."""
         device, size = items[0].param.device, items[0].param.numel()
         each = (len(items), *[1] * items[0].param.ndim)  # a number for each parameter
-        g = torch.stack([item.grad for item in items]).to(torch.float32)
+        g = _stacked([item.grad for item in items])
         if (factor := factors.get(device)) is not None:
-            g.mul_(factor)
+            g = g * factor
         if (scale := self._grad_scale(device)) is not None:
-            g.div_(scale)
+            g = g / scale
         if group["maximize"]:
-            g.neg_()
+            g = -g
         steps = torch.stack([item.step.reshape(()) for item in items if item.step is not None]) + 1.0
         u = self._normalised(items, g, steps.pow(group["beta2_decay"]).view(each), group)
         lr, rate = rate_of(group["lr"], device)
@@ -177,25 +188,26 @@ class Adafactor(DirectOptimizer):
         if group["beta1"] is not None:
             u = self._renewed([item.states[0] for item in items], u, 1.0 - group["beta1"])
         if rate is not None and group["weight_decay"] != 0.0:
-            u += torch.stack([item.param for item in items]).to(torch.float32) * (rate * group["weight_decay"])
+            u += _stacked([item.param for item in items]) * (rate * group["weight_decay"])
         return u
 
     def _normalised(self, items: list[Item], g: Tensor, weight: Tensor, group: dict[str, Any]) -> Tensor:
         """Gradients over the roots of their second moments, once those have them."""
         least = torch.finfo(items[0].param.dtype).eps if group["eps"][0] is None else group["eps"][0]
-        square = g.square()
         if g.ndim > 2:
-            rows = self._renewed([item.states[1] for item in items], square.mean(-1, keepdim=True), weight)
-            columns = self._renewed([item.states[2] for item in items], square.mean(-2, keepdim=True), weight)
+            rows, columns = (
+                self._renewed([item.states[state] for item in items], _mean_square(g, dim), weight)
+                for state, dim in ((1, -1), (2, -2))
+            )
             moments = rows.div_(rows.mean(-2, keepdim=True).clamp_(min=max(least, _TINY))) * columns
         else:
-            moments = self._renewed([item.states[1] for item in items], square, weight)
+            moments = self._renewed([item.states[1] for item in items], g.square(), weight)
         return moments.clamp_(min=max(least * least, _TINY)).rsqrt_().mul_(g)
 
     def _renewed(self, states: list[Tensor | None], new: Tensor, weight: Tensor | float) -> Tensor:
         """The states, as a stack in float32, moved towards ``new``; they themselves too, but after an overflow."""
         kept = [state for state in states if state is not None]
-        old = torch.stack(kept).to(torch.float32)
+        old = _stacked(kept)
         found, result = self._amp("found_inf", new.device), torch.lerp(old, new, weight)
         if found is not None:
             result = torch.where(found != 0.0, old, result)
