@@ -80,6 +80,8 @@ void run(const OptimStep& a, const OptimTable& table) {
       return step_all<optim::NAdam>(a, table);
     case OptimKind::radam:
       return step_all<optim::RAdam>(a, table);
+    case OptimKind::muon:
+      return step_all<optim::Muon>(a, table);
     case OptimKind::lamb:
       return lamb_step(a, table);
   }

@@ -5,6 +5,8 @@
 #include <array>
 #include <utility>
 
+#include "optim_written.h"
+
 namespace fastkern::torch_layer {
 namespace {
 
@@ -103,6 +105,7 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
     return ref;
   };
   bool first_state = true;
+  WrittenMemory written;
   for (std::size_t i = 0; i < count; ++i) {
     OptimTensor& t = table.tensor()[i];
     t = {};
@@ -113,6 +116,7 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
              " must be dense (contiguous in some order of dimensions), got shape ", param.shape(),
              " with gaps");
     t.param = param.data, t.numel = param.numel(), t.index = static_cast<std::uint32_t>(i);
+    written.add(param.data, t.numel * size_of(a.param), "params", i);
     const TensorRef grad = typed(grads, "grads", i, a.grad, i == 0);
     check_like(grads[i], grad, param, device, op, item("grads", i), of);
     table.grad()[i] = t.numel > 0 ? grad.data : &a;
@@ -122,10 +126,13 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
       first_state = false;
       check_like(states[k].tensors[i], state, param, device, op, item(states[k].name, i), of);
       t.state[k] = state.data;
+      written.add(state.data, t.numel * size_of(a.state), states[k].name, i);
     }
     if (!steps.empty()) t.step = one_float(steps[i], device, op, item("steps", i).c_str());
+    if (!steps.empty()) written.add(t.step, 4, "steps", i);
     if (!products.empty()) {
       t.product = one_float(products[i], device, op, item("mu_products", i).c_str());
+      written.add(t.product, 4, "mu_products", i);
     }
     if (has_extra) {
       const std::string own = item("extras", i);
@@ -138,12 +145,14 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
                type_text(found));
       check_like(extras[i], extra, param, device, op, own, of);
       t.extra = extra.data;
+      written.add(extra.data, t.numel * (a.rounding == OptimRounding::master ? 4 : 2), "extras", i);
     }
   }
   FK_CHECK((a.rounding != OptimRounding::stochastic && a.rounding != OptimRounding::remainder) ||
                a.param == DType::bf16,
            op, ": rounding ", kRoundings[rounding], " must have parameters in torch.bfloat16, got ",
            dtype_text(a.param));
+  written.check(op);
   table.number_chunks(op);
   a.tensors = static_cast<std::int64_t>(count);
   a.groups = 1;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMSGrad, Adagrad, RMSprop, NAdam and RAdam: the kernel of optim_step.cuh, one instance each.
+// AMSGrad, Adagrad, RMSprop, NAdam, RAdam and the momentum of Muon: the kernel of optim_step.cuh,
+// one instance each.
 #include "optim/optim_launch.h"
 #include "optim/optim_step.cuh"
 
@@ -17,6 +18,8 @@ void launch_other(const OptimStep& args, const StepParams& a, Stream stream) {
       return launch_step<optim::NAdam, false>(args, a, stream);
     case OptimKind::radam:
       return launch_step<optim::RAdam, false>(args, a, stream);
+    case OptimKind::muon:
+      return launch_step<optim::Muon, false>(args, a, stream);
     default:
       fail(args.op, ": kind must be one of OptimKind, got ", static_cast<int>(args.kind));
   }

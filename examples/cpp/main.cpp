@@ -260,6 +260,56 @@ void check_second_derivative(torch::Device device) {
   report("a second derivative is refused", message.find(expected) != std::string::npos);
 }
 
+/// AdamW against torch's, every other optimizer a step down a parabola.
+void check_optimizers(torch::Device device) {
+  const auto make = [&] {
+    torch::manual_seed(3);
+    return std::vector<torch::Tensor>{torch::randn({40, 30}, device), torch::randn({7}, device)};
+  };
+  const auto zeros = [](const std::vector<torch::Tensor>& like) {
+    std::vector<torch::Tensor> made;
+    for (const torch::Tensor& t : like) made.push_back(torch::zeros_like(t));
+    return made;
+  };
+  const auto scalars = [&](double value) { return torch::full({2}, value, device).unbind(); };
+  std::vector<torch::Tensor> p = make(), q = make();
+  for (torch::Tensor& t : q) t.requires_grad_();
+  torch::optim::AdamW theirs(q, torch::optim::AdamWOptions(1e-2));
+  std::vector<torch::Tensor> m = zeros(p), v = zeros(p), t = scalars(0.0);
+  for (int step = 0; step < 5; ++step) {
+    fastkern::adamw_(p, make(), m, v, t, 1e-2);
+    for (std::size_t i = 0; i < q.size(); ++i) q[i].mutable_grad() = make()[i];
+    theirs.step();
+  }
+  for (std::size_t i = 0; i < q.size(); ++i) compare("adamw_", p[i], q[i].detach(), 1e-5);
+  report("adamw_ counts its steps", t[1].item<double>() == 5.0);
+
+  const auto falls = [&](const char* what, const auto& step) {
+    const std::vector<torch::Tensor> x = make();
+    step(x, make(), zeros(x), zeros(x), scalars(0.0));
+    report(what, x[0].norm().item<double>() < make()[0].norm().item<double>());
+  };
+  using Lists = const std::vector<torch::Tensor>&;
+  falls("adam_",
+        [](Lists x, Lists g, Lists a, Lists b, Lists n) { fastkern::adam_(x, g, a, b, n); });
+  falls("sgd_", [](Lists x, Lists g, Lists a, Lists, Lists n) {
+    fastkern::sgd_(x, g, a, n, 1e-3, 0.9, 0.0, 0.0, true);
+  });
+  falls("lion_", [](Lists x, Lists g, Lists a, Lists, Lists) { fastkern::lion_(x, g, a); });
+  falls("adagrad_",
+        [](Lists x, Lists g, Lists a, Lists, Lists n) { fastkern::adagrad_(x, g, a, n); });
+  falls("rmsprop_", [](Lists x, Lists g, Lists a, Lists b, Lists n) {
+    fastkern::rmsprop_(x, g, a, n, b, {}, 1e-3);
+  });
+  falls("nadam_", [&](Lists x, Lists g, Lists a, Lists b, Lists n) {
+    fastkern::nadam_(x, g, a, b, n, scalars(1.0));
+  });
+  falls("radam_",
+        [](Lists x, Lists g, Lists a, Lists b, Lists n) { fastkern::radam_(x, g, a, b, n); });
+  falls("lamb_",
+        [](Lists x, Lists g, Lists a, Lists b, Lists n) { fastkern::lamb_(x, g, a, b, n); });
+}
+
 struct Network : torch::nn::Module {
   Network(int inputs, int hidden) {
     in = register_module("in", torch::nn::Linear(inputs, hidden));
@@ -317,6 +367,7 @@ int main() {
   check_other_gradients(device, torch::kBFloat16, 3.2e-2);
   check_quantised(device);
   check_second_derivative(device);
+  check_optimizers(device);
   check_training(device);
   std::printf("%s\n", all_good ? "all good" : "MISMATCH");
   return all_good ? 0 : 1;

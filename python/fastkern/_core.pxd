@@ -76,6 +76,7 @@ cdef extern from "fastkern/optim.h" namespace "fastkern" nogil:
         nadam
         radam
         lamb
+        muon
 
     cpdef enum class OptimRounding(unsigned char):
         nearest

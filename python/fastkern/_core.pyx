@@ -266,6 +266,16 @@ cdef class OptimParameters:
         for i in range(self._count):
             table.grad()[i] = table.tensor()[i].param
 
+    def use_grads(self, list grads):
+        """Takes these tensors as the gradients, their elements in the order of those of ``likes``."""
+        cdef OptimTable table = OptimTable(self._host, self._count)
+        cdef Py_ssize_t i
+        self._keep.append(grads)
+        for i in range(self._count):
+            table.grad()[i] = <const void*><uintptr_t>(grads[i].data_ptr() or 16)  # 16: a tensor without elements
+        self._grads_changed = True
+        self.updated = self._params
+
     def workspace_bytes(self):
         """Bytes of the ``workspace`` of ``step``."""
         return optim_workspace(self._step.kind, self._count, self.chunks)

@@ -10,7 +10,7 @@ namespace fastkern::test {
 
 inline constexpr OptimKind kOptimKinds[] = {
     OptimKind::adam,    OptimKind::amsgrad, OptimKind::sgd,   OptimKind::lion, OptimKind::adagrad,
-    OptimKind::rmsprop, OptimKind::nadam,   OptimKind::radam, OptimKind::lamb};
+    OptimKind::rmsprop, OptimKind::nadam,   OptimKind::radam, OptimKind::lamb, OptimKind::muon};
 
 struct OptimCase {
   OptimKind kind = OptimKind::adam;

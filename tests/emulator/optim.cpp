@@ -15,7 +15,7 @@ namespace {
 using namespace fastkern;
 
 constexpr const char* kKinds[] = {"adam",    "amsgrad", "sgd",   "lion", "adagrad",
-                                  "rmsprop", "nadam",   "radam", "lamb"};
+                                  "rmsprop", "nadam",   "radam", "lamb", "muon"};
 constexpr const char* kRoundings[] = {"nearest", "stochastic", "kahan", "master", "remainder"};
 
 struct OptimCase {
@@ -218,7 +218,7 @@ std::vector<Case> optim_cases(const Options& options) {
       {DType::f16, DType::f16, DType::f16},   {DType::f16, DType::f32, DType::f32}};
   const Sizes kSizes[] = {{0, 1, 7, 8191, 8192, 8193, 64}, {63, 65, 1023, 20001, 0, 5000}, {16384}};
   unsigned turn = options.seed * 17;
-  for (int kind = 0; kind < 9; ++kind) {
+  for (int kind = 0; kind < 10; ++kind) {
     for (int rounding = 0; rounding < 5; ++rounding) {
       for (const auto& types : kTypes) {
         if (types[0] == DType::f32 && rounding > 0) continue;

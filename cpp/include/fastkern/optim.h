@@ -20,6 +20,7 @@ enum class OptimKind : std::uint8_t {
   nadam,    // as adam, with a product for each parameter
   radam,    // as adam
   lamb,     // as adam
+  muon,     // state momentum_buffer; `param` is not read and becomes the direction
 };
 
 /// How a parameter of 16 bits is kept. `extra` is what OptimTensor::extra points to.
@@ -52,7 +53,7 @@ struct OptimTensor {
 struct OptimGroup {
   double lr = 0.0;
   const float* lr_tensor = nullptr;  // in memory that the kernel can read; if given, instead of lr
-  double beta1 = 0.0;                // momentum of sgd and rmsprop, lr_decay of adagrad
+  double beta1 = 0.0;                // momentum of sgd, rmsprop and muon, lr_decay of adagrad
   double beta2 = 0.0;                // dampening of sgd, alpha of rmsprop
   double eps = 0.0;
   double weight_decay = 0.0;
@@ -170,6 +171,7 @@ constexpr int optim_states(OptimKind kind) {
     case OptimKind::sgd:
     case OptimKind::lion:
     case OptimKind::adagrad:
+    case OptimKind::muon:
       return 1;
     default:
       return 2;

@@ -293,6 +293,23 @@ struct Lamb {
   }
 };
 
+/// Muon's momentum: gives the direction that is to be made orthogonal.
+struct Muon {
+  static constexpr int kStates = 1;
+  struct Numbers {
+    float grow, momentum;
+    bool nesterov;
+  };
+  static FASTKERN_FORMULA Numbers numbers(const Start& s) {
+    const OptimGroup& g = s.group;
+    return {narrow(add(1.0, -g.beta1)), narrow(g.beta1), g.nesterov};
+  }
+  static FASTKERN_FORMULA float update(const Numbers& n, float, float g, float (&s)[kStates]) {
+    s[0] = fma(n.grow, add(g, -s[0]), s[0]);
+    return n.nesterov ? fma(n.momentum, add(s[0], -g), g) : s[0];
+  }
+};
+
 /// How far a parameter follows its direction, from the sums of squares of both.
 FASTKERN_FORMULA float trust_ratio(double values, double directions) {
   return values > 0.0 && directions > 0.0 ? narrow(root(values) / root(directions)) : 1.0f;

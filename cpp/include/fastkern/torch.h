@@ -33,6 +33,7 @@
 #include "fastkern/torch/attention.h"
 #include "fastkern/torch/common.h"
 #include "fastkern/torch/loss.h"
+#include "fastkern/torch/optim.h"
 #include "fastkern/torch/pointwise.h"
 #include "fastkern/torch/rope.h"
 #include "fastkern/torch/softmax.h"

@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ _ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2, "master": 3, "remainder
 _ops = torch.ops.fastkern
 
 Tensors = Sequence[Tensor]
+
+
+def _name_of(op: Any) -> str:
+    return str(op.name()).removesuffix(".default")  # that tracing cannot follow, so for errors alone
 
 
 def _run(
@@ -49,17 +53,18 @@ def _run(
     )
     extras = options.pop("extras", ())
     scalars = [options.pop(name, None) for name in ("grad_scale", "found_inf", "grad_factor")]
-    name = op.name().removesuffix(".default")
     if options:
-        raise TypeError(f"{name}: there is no argument {next(iter(options))!r}")
+        raise TypeError(f"{_name_of(op)}: there is no argument {next(iter(options))!r}")
     if rounding not in _ROUNDINGS:
-        raise RuntimeError(f"{name}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
+        raise RuntimeError(f"{_name_of(op)}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
     if not params:
         return
     rate, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     op(
         params, grads, steps, extras, *states, rate, *numbers, maximize, _ROUNDINGS[rounding], seed, tensor, *scalars
     )  # fmt: skip
+    if not torch.compiler.is_compiling():  # what autograd may have saved is no longer what it was
+        torch.autograd.graph.increment_version(params)
 
 
 def adamw_(
@@ -227,9 +232,27 @@ def lamb_(
     _run(_ops.lamb_.default, params, grads, steps, (exp_avgs, exp_avg_sqs), lr, numbers, options)
 
 
-def _nothing(*arguments: Any) -> None:
-    del arguments
+def _fake(op: str) -> Callable[..., None]:
+    names = [argument.name for argument in _schema.arguments(op)]
+
+    def fake(*arguments: Any) -> None:
+        """Nothing comes back; what is on two devices is refused here, as fakes stand for the meta device as well."""
+        device = None
+        for name, argument in zip(names, arguments, strict=True):
+            many = isinstance(argument, (list, tuple))
+            for i, t in enumerate(argument if many else [argument]):
+                if not isinstance(t, Tensor):
+                    continue
+                device = device or t.device
+                if t.device != device:
+                    item = f"{name}[{i}]" if many else name
+                    raise RuntimeError(
+                        f"fastkern::{op}: {item} must be on the same device as params[0], which is on {device}, got "
+                        f"{t.device}"
+                    )
+
+    return fake
 
 
 for _name in ("adamw_", "adam_", "sgd_", "lion_", "adagrad_", "rmsprop_", "nadam_", "radam_", "lamb_"):
-    _schema.register_fake(_name, _nothing)
+    _schema.register_fake(_name, _fake(_name))

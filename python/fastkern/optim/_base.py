@@ -83,6 +83,10 @@ class Optimizer(torch.optim.Optimizer):
         """What a state, or a scalar, begins with."""
         return 0.0
 
+    def _in_plan(self, group: dict[str, Any]) -> bool:
+        """Whether the plan has the group's parameters; others are for the subclass to step."""
+        return True
+
     # ---- states ------------------------------------------------------------------------------------------------------
 
     @property
@@ -202,6 +206,9 @@ class Optimizer(torch.optim.Optimizer):
         active: list[tuple[Tensor, dict[str, Any], int, int]] = []
         for number, group in enumerate(self.param_groups):
             self._check_group(group)
+            if not self._in_plan(group):
+                index += len(group["params"])
+                continue
             for p in group["params"]:
                 if p.grad is None and not self.state.get(p):
                     self._waiting.append(p)

@@ -94,6 +94,21 @@ def odd_gradient(grad: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=grad.dtype).copy_(grad)
 
 
+def gradient_buckets(grads: Iterable[Tensor]) -> list[Bucket]:
+    """For :func:`clip` and for scaling: gradients in the place of parameters."""
+    buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
+    for g in grads:
+        key = (g.device, g.dtype)
+        if key not in buckets:
+            buckets[key] = Bucket(g.device, "adam", "nearest", 0, (g.dtype, g.dtype, g.dtype), [0])
+        like = g if is_dense(g) else g.contiguous()
+        buckets[key].entries.append(Entry(g, like, (), None, None, None, 0, 0))
+    for bucket in buckets.values():
+        bucket.finish()
+        bucket.parameters.use_params_as_grads()
+    return list(buckets.values())
+
+
 def clip(
     buckets: Iterable[Bucket], max_norm: float, norm_type: float, grad_scale: Callable[[torch.device], Tensor | None]
 ) -> tuple[Tensor, dict[torch.device, Tensor]]:

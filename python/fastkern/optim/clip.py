@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastkern.optim import _plan
-from fastkern.optim._plan import Bucket, Entry
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,28 +49,19 @@ def clip_grad_norm_(
     those = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in those if p.grad is not None]
     with torch.no_grad():
-        buckets: dict[tuple[torch.device, torch.dtype], Bucket] = {}
         for g in grads:
             if g.layout != torch.strided or g.dtype not in _DTYPES:
                 raise RuntimeError(
                     "fastkern.optim.clip_grad_norm_: gradients must be dense float32, float16 or bfloat16, got "
                     f"{g.layout} {g.dtype}"
                 )
-            key = (g.device, g.dtype)
-            if key not in buckets:
-                buckets[key] = Bucket(g.device, "adam", "nearest", 0, (g.dtype, g.dtype, g.dtype))
-                buckets[key].groups = [0]
-            like = g if _plan.is_dense(g) else g.contiguous()
-            buckets[key].entries.append(Entry(g, like, (), None, None, None, 0, 0))
-        for bucket in buckets.values():
-            bucket.finish()
-            bucket.parameters.use_params_as_grads()
-        norm, factors = _plan.clip(buckets.values(), float(max_norm), norm_type, lambda device: None)
+        buckets = _plan.gradient_buckets(grads)
+        norm, factors = _plan.clip(buckets, float(max_norm), norm_type, lambda device: None)
         if error_if_nonfinite and not math.isfinite(norm.item()):
             raise RuntimeError(
                 f"fastkern.optim.clip_grad_norm_: the norm must be finite with error_if_nonfinite, got {norm.item()}"
             )
-        for bucket in buckets.values():
+        for bucket in buckets:
             if bucket.parameters.chunks:
                 factor = factors[bucket.device]
                 bucket.parameters.scale(factor.data_ptr(), _plan.stream_of(bucket.device))
