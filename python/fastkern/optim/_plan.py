@@ -46,11 +46,13 @@ def address_of(t: Tensor | None) -> int:
 
 @dataclass
 class Entry:
-    """A parameter in a bucket: what is updated (``like``), its states in the kernel's order, its number."""
+    """A parameter in a bucket: what is updated (``like``), its states in the kernel's order, the scales of those of 8
+    bits, its number."""
 
     param: Tensor
     like: Tensor
     states: tuple[Tensor | None, ...]
+    scales: tuple[Tensor, ...]
     extra: Tensor | None
     step: Tensor | None
     product: Tensor | None
@@ -80,7 +82,8 @@ class Bucket:
         index = self.device.index if self.device.type == "cuda" else -1
         self.parameters = _core.OptimParameters(self.kind, self.rounding, *self.types, index, params, likes)
         for i, e in enumerate(self.entries):
-            self.parameters.set(i, e.states, e.extra, e.step, e.product, self.groups.index(e.group), e.index)
+            group = self.groups.index(e.group)
+            self.parameters.set(i, e.states, e.scales, e.extra, e.step, e.product, group, e.index)
         if index >= 0:
             self.memory = torch.empty(self.parameters.bytes, dtype=torch.uint8, device=self.device)
         self.parameters.finish(self.memory)

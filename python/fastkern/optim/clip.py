@@ -62,7 +62,7 @@ def clip_grad_norm_(
                 buckets[key] = Bucket(g.device, "adam", "nearest", 0, (g.dtype, g.dtype, g.dtype))
                 buckets[key].groups = [0]
             like = g if _plan.is_dense(g) else g.contiguous()
-            buckets[key].entries.append(Entry(g, like, (), None, None, None, 0, 0))
+            buckets[key].entries.append(Entry(g, like, (), (), None, None, None, 0, 0))
         for bucket in buckets.values():
             bucket.finish()
             bucket.parameters.use_params_as_grads()
