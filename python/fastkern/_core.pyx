@@ -180,6 +180,7 @@ cdef class OptimParameters:
     cdef _TensorAccess _access
     cdef object _grad_dtype, _memory
     cdef bint _static_changed, _grads_changed, _cuda
+    cdef int _patience, _left  # weak references are made again after so many steps
     cdef Stream _stream
     cdef readonly int64_t bytes
     cdef readonly int64_t chunks
@@ -262,6 +263,9 @@ cdef class OptimParameters:
         cdef uint64_t address
         cdef Py_ssize_t i
         cdef bint others = False  # have gradients
+        # A gradient that was looked at is known again by a weak reference. Where gradients are new in every step, as
+        # after zero_grad(), making them costs more than looking again, and so they are made ever more rarely.
+        cdef bint watch = self._left == 0, lost = False
         if self._odd:
             self._odd = []
         for i in range(self._count):
@@ -277,11 +281,12 @@ cdef class OptimParameters:
                 seen = PyList_GetItem(self._grads, i)
                 if address != self._grad_seen[i] or seen == <PyObject*>None or (
                         PyWeakref_GetObject(seen) != <PyObject*>grad):
+                    lost = lost or seen != <PyObject*>None
                     if access.dtype_of(<PyObject*>grad) is not self._grad_dtype:
                         return False
                     if (grad.is_contiguous() if self._contiguous[i]
                             else self._likes[i] is <object>param and grad.stride() == self._likes[i].stride()):
-                        self._grads[i] = weakref.ref(grad)
+                        self._grads[i] = weakref.ref(grad) if watch else None
                     else:  # looked at again in every step
                         grad = odd(grad, self._likes[i])
                         self._odd.append(grad)
@@ -294,6 +299,11 @@ cdef class OptimParameters:
                 self._grad_seen[i] = address
                 grads[i] = <const void*><uintptr_t>address
                 self._grads_changed = True
+        if lost:
+            self._patience = min(self._patience + 1, 6)
+            self._left = 1 << self._patience
+        elif not watch:
+            self._left -= 1
         if others:
             self.updated = [self._params[i] for i in range(self._count) if self._grad_seen[i] != 0]
         return True
