@@ -200,7 +200,10 @@ class Run:
         self.autocast = torch.autocast(o.device.type, getattr(torch, o.dtype), enabled=o.dtype != "float32")
         groups = [[p for p in self.model.parameters() if p.dim() == dim] for dim in (1, 2)]
         decay = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.0, 0.1), strict=True)]
-        self.optimizer = self.kernels.adamw(decay, lr=o.lr, betas=(0.9, 0.95))
+        states = {}
+        if o.states and self.kernels.name != "torch":
+            states["state_dtype"] = o.states if o.states == "8bit" else getattr(torch, o.states)
+        self.optimizer = self.kernels.adamw(decay, lr=o.lr, betas=(0.9, 0.95), **states)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
 
     def schedule(self, step: int) -> float:
@@ -353,6 +356,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices = ("float32", "bfloat16") if name == "dtype" else None
         text = f"{meaning} (cpu {cpu}, gpu {gpu})"
         parser.add_argument("--" + name.replace("_", "-"), type=type(cpu), choices=choices, metavar="X", help=text)
+    states, text = ("float32", "bfloat16", "8bit"), "fastkern's optimizer states (default: the weights' type)"
+    parser.add_argument("--states", choices=states, help=text)
     parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding's weights")
     parser.add_argument("--compile", action="store_true", help="train the models under torch.compile")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
