@@ -71,6 +71,7 @@ def fastkern_kernels() -> Kernels:
     return Kernels(
         name="fastkern",
         rms_norm=fastkern.rms_norm,
+        adamw=fastkern.optim.AdamW,
     )
 
 

@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {  # options; st
 
 
 def numbers(signed: bool) -> Tensor:
-    """What codes stand for: from 0 to the lowest power of 8 (16 without a sign), from power to power, in equal parts."""
+    """What codes stand for: from 0 to a power of 8 (16 without a sign), from power to power, in equal parts."""
     base, ranges = (8.0, 7) if signed else (16.0, 8)
     ends = [base ** (n + 1 - ranges) for n in range(ranges)]
     values = [0.0]
@@ -280,7 +280,7 @@ def test_operator(device: str) -> None:
         fastkern.adamw_(*lists, scales=[scales[0], scales[0][:19]])
     with pytest.raises(RuntimeError, match=r"exp_avg_sqs\[0\] must be torch.uint8 .*, got torch.float32"):
         fastkern.adamw_([q], [p.grad], [codes[0]], [q.clone()], steps, scales=scales[:1])
-    with pytest.raises(RuntimeError, match=r"state_sums\[0\] must be float"):
+    with pytest.raises(RuntimeError, match=r"state_sums\[0\] must be torch.float32, .*, got torch.uint8"):
         fastkern.adagrad_([q], [p.grad], [codes[0]], steps)
 
 

@@ -61,18 +61,16 @@ void for_steps(const OptimStep& a, const OptimTable& table, std::int64_t block, 
 /// What is in memory as P and S, a chunk at a time, in one loop.
 template <class Formula, class P, class S>
 void step_plain(const OptimStep& a, const OptimTable& table) {
-  for_steps<Formula>(
-      a, table, kOptimChunk,
-      [](OptimBuffers&, const OptimTensor& t, const void* grad,
-         const typename Formula::Numbers& numbers, float factor, std::uint64_t, std::int64_t at,
-         int n) {
-        S* states[Formula::kStates];
-        for (int k = 0; k < Formula::kStates; ++k) states[k] = static_cast<S*>(t.state[k]) + at;
-        with_best_isa([&]() __attribute__((always_inline)) {
-          update_block<Formula>(numbers, factor, n, static_cast<P*>(t.param) + at,
-                                static_cast<const P*>(grad) + at, states);
-        });
-      });
+  const auto chunk = [](OptimBuffers&, const OptimTensor& t, const void* grad, const auto& numbers,
+                        float factor, std::uint64_t, std::int64_t at, int n) {
+    S* states[Formula::kStates];
+    for (int k = 0; k < Formula::kStates; ++k) states[k] = static_cast<S*>(t.state[k]) + at;
+    with_best_isa([&]() __attribute__((always_inline)) {
+      update_block<Formula>(numbers, factor, n, static_cast<P*>(t.param) + at,
+                            static_cast<const P*>(grad) + at, states);
+    });
+  };
+  for_steps<Formula>(a, table, kOptimChunk, chunk);
 }
 
 template <class Formula>
@@ -86,18 +84,17 @@ void step_all(const OptimStep& a, const OptimTable& table) {
   if (is_plain(a, table, DType::bf16, DType::f32)) {
     return step_plain<Formula, bf16, float>(a, table);
   }
-  for_steps<Formula>(
-      a, table, kOptimBlock,
-      [&](OptimBuffers& buffers, const OptimTensor& t, const void* grad,
-          const typename Formula::Numbers& numbers, float factor, std::uint64_t step,
-          std::int64_t at, int n) {
-        load_buffers(a, t, grad, at, n, buffers);
-        with_best_isa([&]() __attribute__((always_inline)) {
-          update_block<Formula>(numbers, factor, n, buffers.p, buffers.g, buffers.s);
-        });
-        store_values(a, t, step, at, n, buffers);
-        store_states(a, t, at, n, buffers);
-      });
+  const auto block = [&](OptimBuffers& buffers, const OptimTensor& t, const void* grad,
+                         const auto& numbers, float factor, std::uint64_t step, std::int64_t at,
+                         int n) {
+    load_buffers(a, t, grad, at, n, buffers);
+    with_best_isa([&]() __attribute__((always_inline)) {
+      update_block<Formula>(numbers, factor, n, buffers.p, buffers.g, buffers.s);
+    });
+    store_values(a, t, step, at, n, buffers);
+    store_states(a, t, at, n, buffers);
+  };
+  for_steps<Formula>(a, table, kOptimBlock, block);
 }
 
 void run(const OptimStep& a, const OptimTable& table) {

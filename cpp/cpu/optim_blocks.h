@@ -11,7 +11,7 @@
 
 namespace fastkern::cpu {
 
-inline constexpr int kOptimBlock = 512;  // elements; a multiple of kOptimCodeBlock that divides a chunk
+inline constexpr int kOptimBlock = 512;  // elements; code blocks, that divide a chunk
 
 /// Elements [at, at + n) of memory of any alignment.
 template <class T>

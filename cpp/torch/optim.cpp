@@ -53,7 +53,8 @@ std::tuple<> run(const char* op, OptimKind kind, OptimGroup group, const StepLis
   step.seed = static_cast<std::uint64_t>(tail.seed);
   group.maximize = tail.maximize;
   run_step(step, group, lists.params, lists.grads, states, lists.steps, products, lists.extras,
-           lists.scales, tail.rounding, {tail.lr_tensor, tail.grad_scale, tail.found_inf, tail.grad_factor});
+           lists.scales, tail.rounding,
+           {tail.lr_tensor, tail.grad_scale, tail.found_inf, tail.grad_factor});
   return {};
 }
 

@@ -5,10 +5,10 @@
 //   formula  states of a block of 256 elements: number of the code · scale; then Formula::update,
 //            element by element; scale: the largest magnitude of the new states, codes: of each
 //            divided by it
-//   work     a block has a chunk of 8192 elements of one parameter, as in optim_step.cuh; a warp has
-//            its code blocks w, w + 8, ..., a lane eight elements of each: one pack of eight where
-//            values and gradients have 16 bits (`wide`), else two of four, 128 elements apart. What
-//            is not aligned, and the last block of a tensor, element by element
+//   work     a block has a chunk of 8192 elements of one parameter, as in optim_step.cuh; warp w
+//            has its code blocks w, w + 8, ..., a lane eight elements of each: one pack of eight
+//            where values and gradients have 16 bits (`wide`), else two of four, 128 elements
+//            apart. What is not aligned, and the last block of a tensor, element by element
 //   memory   the pack of the next code block is under way while one is worked on. Numbers of codes
 //            and lines of exponents are tables in shared memory, which each block makes; new states
 //            of what goes element by element wait there for the largest
@@ -86,8 +86,7 @@ struct RawBlock {
 
   template <bool kPlain>
   __device__ __forceinline__ void load(const ChunkOperands<kStates, kPlain>& c,
-                                       float* const (&scales)[kStates], int block,
-                                       bool inside) {
+                                       float* const (&scales)[kStates], int block, bool inside) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {

@@ -167,8 +167,8 @@ cdef class OptimParameters:
     """Parameters of one signature as the kernels of an optimizer see them: addresses in a table.
 
     ``params`` have the gradients; ``likes`` are what is updated, the same tensors where those are dense. A step reads
-    for each parameter its address, its gradient and that one's address where nothing changed. What ``odd(i)`` gives stands for a gradient
-    whose elements do not lie as the parameter's do.
+    for each parameter its address, its gradient and that one's address where nothing changed. What ``odd`` gives
+    stands for a gradient whose elements do not lie as the parameter's do.
     """
 
     cdef OptimStep _step
@@ -284,11 +284,12 @@ cdef class OptimParameters:
                     lost = lost or seen != <PyObject*>None
                     if access.dtype_of(<PyObject*>grad) is not self._grad_dtype:
                         return False
+                    like = self._likes[i]
                     if (grad.is_contiguous() if self._contiguous[i]
-                            else self._likes[i] is <object>param and grad.stride() == self._likes[i].stride()):
+                            else like is <object>param and grad.stride() == like.stride()):
                         self._grads[i] = weakref.ref(grad) if watch else None
                     else:  # looked at again in every step
-                        grad = odd(grad, self._likes[i])
+                        grad = odd(grad, like)
                         self._odd.append(grad)
                         self._grads[i] = None
                         address = grad.data_ptr()

@@ -100,7 +100,8 @@ OptimCall::OptimCall(const OptimCase& of) : c(of) {
     t.param = params[i].ref().data;
     for (int k = 0; k < optim_states(c.kind); ++k) t.state[k] = states[k][i].ref().data;
     for (int k = 0; k < kOptimCodedStates && c.state == DType::u8; ++k) {
-      t.scale[k] = k < optim_states(c.kind) ? static_cast<float*>(scales[k][i].ref().data) : nullptr;
+      t.scale[k] =
+          k < optim_states(c.kind) ? static_cast<float*>(scales[k][i].ref().data) : nullptr;
     }
     t.extra = c.rounding >= OptimRounding::kahan ? extras[i].ref().data : nullptr;
     t.step = &steps[i];

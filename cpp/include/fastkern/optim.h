@@ -43,7 +43,7 @@ struct OptimTensor {
   void* param = nullptr;
   void* state[kOptimStates] = {};
   void* extra = nullptr;
-  float* scale[kOptimCodedStates] = {};  // of states of 8 bits: one for each kOptimCodeBlock elements
+  float* scale[kOptimCodedStates] = {};  // of states of 8 bits, one a block
   float* step = nullptr;     // steps done; the call adds one. Not given: the call is the first step
   float* product = nullptr;  // NAdam's product of momenta
   std::int64_t numel = 0;

@@ -4,8 +4,8 @@
 //
 // A code stands for a number in [-1, 1] or, for averages of squares, [0, 1], which is a line from
 // piece to piece: the range between two powers of 8 (of 16 without a sign) has twice the codes of
-// the range below it, at equal distances. 0 and 1 are among the numbers, and all have few bits: what
-// is decoded and encoded again has the same code and the same scale.
+// the range below it, at equal distances. 0 and 1 are among the numbers, and all have few bits:
+// what is decoded and encoded again has the same code and the same scale.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct BlockCode {
   static constexpr int kShift = kSigned ? 3 : 4;  // bits of the ratio of two ranges
   static constexpr int kTop = kSigned ? 6 : 7;    // the number of the last piece: 2 ^ kTop codes
   static constexpr int kBase = 1 << kShift;
-  /// Exponents of float32 that have a line of their own: from the first, below which it is the same.
+  /// Exponents of float32 from kFirst on have lines of their own; those below, that of the first.
   static constexpr int kLines = kShift * (kTop + 1) + 1, kFirst = 127 - kShift * (kTop + 1);
 
   /// code = slope · number + offset, rounded
@@ -34,9 +34,9 @@ struct BlockCode {
   /// Of exponent kFirst + i.
   static FASTKERN_FORMULA Line line(int i) {
     const int piece = kShift == 3 ? (i * 171) >> 9 : i >> 2;  // i / kShift
-    return {mul(power_of_two(kShift * (kTop - piece) + piece),
-                static_cast<float>(kBase) / (kBase - 1)),
-            fma(power_of_two(piece), static_cast<float>(kBase - 2) / (kBase - 1), -1.0f)};
+    return {
+        mul(power_of_two(kShift * (kTop - piece) + piece), static_cast<float>(kBase) / (kBase - 1)),
+        fma(power_of_two(piece), static_cast<float>(kBase - 2) / (kBase - 1), -1.0f)};
   }
   /// The number of x's line; `magnitude` has the bits of |x| / scale.
   static FASTKERN_FORMULA int line_of(std::uint32_t magnitude) {
@@ -66,8 +66,8 @@ struct BlockCode {
     const float f = add(std::bit_cast<float>(c | 0x4b000000u), -0x1p23f);
     const std::uint32_t piece = std::bit_cast<std::uint32_t>(f) >> 23;  // 127 more
     const float in_piece = mul(add(f, 1.0f), std::bit_cast<float>((254u - piece) << 23));
-    const float number = fma(in_piece, static_cast<float>(kBase - 1) / kBase,
-                             static_cast<float>(2 - kBase) / kBase);
+    const float number =
+        fma(in_piece, static_cast<float>(kBase - 1) / kBase, static_cast<float>(2 - kBase) / kBase);
     const std::uint32_t range = 127u + kShift * (piece - 127u - kTop);
     const std::uint32_t bits =
         c == 0 ? 0u : std::bit_cast<std::uint32_t>(mul(number, std::bit_cast<float>(range << 23)));

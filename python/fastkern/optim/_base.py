@@ -112,9 +112,7 @@ class Optimizer(torch.optim.Optimizer):
             if (least := group["min_8bit_size"]) < 0:
                 raise ValueError(f"{self._name}: min_8bit_size must be >= 0, got {least}")
         elif state_dtype is not None and state_dtype not in _DTYPES:
-            raise ValueError(
-                f"{self._name}: state_dtype must be one of {_DTYPES}, '8bit' or None, got {state_dtype!r}"
-            )
+            raise ValueError(f"{self._name}: state_dtype must be one of {_DTYPES}, '8bit' or None, got {state_dtype!r}")
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"{self._name}: lr must have one element, got {lr.numel()}")
