@@ -10,8 +10,8 @@
 * ``extras``: what ``rounding`` keeps for each parameter (see :class:`fastkern.optim.Adam`): for ``"kahan"`` tensors of
   the parameters' type, for ``"master"`` float32, for ``"remainder"`` int16; else none.
 * States of ``adamw_``, ``adam_`` (without amsgrad), ``sgd_`` and ``lion_`` may be uint8, codes of blocks of 256
-  elements in the order of memory; ``scales`` then has a float32 tensor of one element for each block, for each parameter: those
-  of the first list of states, then those of the second. Zeros in both are states of 0.
+  elements in the order of memory; ``scales`` then has a float32 tensor of one element for each block, for each
+  parameter: those of the first list of states, then those of the second. Zeros in both are states of 0.
 * ``lr``: a float, or a float32 tensor of one element on the parameters' device.
 * ``grad_scale``, ``grad_factor``: gradients are divided by the one and multiplied with the other; ``found_inf``: if it
   is not 0, nothing changes. Float32 tensors of one element.
