@@ -295,7 +295,7 @@ def test_a_small_gpt(tmp_path: Path) -> None:
     spec.loader.exec_module(module)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(500)))
-    size = "--device cpu --steps 60 --batch 4 --context 32 --layers 1 --width 64 --heads 2 --kv-heads 1 --lr 0.005"
+    size = "--device cpu --steps 40 --batch 4 --context 32 --layers 1 --width 64 --heads 2 --kv-heads 1 --lr 0.005"
     losses = []
     for states in ("float32", "8bit"):
         options = module.parse([*size.split(), "--data", str(text), "--states", states])

@@ -29,12 +29,10 @@ struct OptimCase {
 
 /// Every kind with every rounding and several types; options in turns.
 inline std::vector<OptimCase> optim_cases() {
-  constexpr DType kTypes[][3] = {{DType::f32, DType::f32, DType::f32},
-                                 {DType::bf16, DType::bf16, DType::bf16},
-                                 {DType::bf16, DType::bf16, DType::f32},
-                                 {DType::f16, DType::f32, DType::f16},
-                                 {DType::bf16, DType::bf16, DType::u8},
-                                 {DType::f32, DType::bf16, DType::u8}};
+  constexpr DType kTypes[][3] = {
+      {DType::f32, DType::f32, DType::f32},   {DType::bf16, DType::bf16, DType::bf16},
+      {DType::bf16, DType::bf16, DType::f32}, {DType::f16, DType::f32, DType::f16},
+      {DType::bf16, DType::bf16, DType::u8},  {DType::f32, DType::bf16, DType::u8}};
   std::vector<OptimCase> cases;
   unsigned turn = 0;
   for (const OptimKind kind : kOptimKinds) {
@@ -160,7 +158,8 @@ class OptimProblem {
     }
     const std::int64_t blocks = (c.sizes[i] + kOptimCodeBlock - 1) / kOptimCodeBlock;
     scales[k].emplace_back(DType::f32, dense_layout({blocks}, 0));
-    for (std::int64_t b = 0; b < blocks; ++b) scales[k][i].set(b, 0.25 * static_cast<double>(b % 4));
+    for (std::int64_t b = 0; b < blocks; ++b)
+      scales[k][i].set(b, 0.25 * static_cast<double>(b % 4));
   }
 };
 

@@ -46,7 +46,7 @@ def address_of(t: Tensor | None) -> int:
 
 @dataclass
 class Entry:
-    """A parameter in a bucket: what is updated (``like``), its states, their scales, in the kernel's order, its number."""
+    """A parameter in a bucket: what is updated (``like``), states and scales in the kernel's order, its number."""
 
     param: Tensor
     like: Tensor
