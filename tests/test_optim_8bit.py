@@ -245,6 +245,11 @@ def test_checkpoints(device: str) -> None:
         assert (found - average).abs().max().item() <= average.abs().max().item() * 0.875 / 128 * 1.01
     theirs.load_state_dict(ours.state_dict())
     steps(parts, theirs, range(1))
+    broken = copy.deepcopy(second.state_dict())
+    del broken["state"][0]["exp_avg_scale"]
+    second.load_state_dict(broken)
+    with pytest.raises(RuntimeError, match="state exp_avg of 8 bits must have exp_avg_scale beside it, got none"):
+        second.step()
 
 
 def test_refusals(device: str) -> None:
@@ -296,13 +301,15 @@ def test_a_small_gpt(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: the square of {i} is {i * i}\n" for i in range(500)))
     size = "--device cpu --steps 40 --batch 4 --context 32 --layers 1 --width 64 --heads 2 --kv-heads 1 --lr 0.005"
-    losses = []
+    losses, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # too small for more
     for states in ("float32", "8bit"):
         options = module.parse([*size.split(), "--data", str(text), "--states", states])
         (run,) = module.train(options, module.Text(options), [module.fastkern_kernels()])
         losses.append(sum(run.losses[-10:]) / 10)
         coded = [s["exp_avg"].dtype == torch.uint8 for s in run.optimizer.state.values()]
         assert any(coded) == (states == "8bit")
+    torch.set_num_threads(threads)
     assert losses[0] < 2.5
     assert abs(losses[1] - losses[0]) < 0.01 * losses[0]
     del sys.modules["train_gpt_8bit"]

@@ -167,6 +167,8 @@ class Optimizer(torch.optim.Optimizer):
                 if dtype == torch.uint8:
                     state[f"{name}_scale"] = _blocks.no_scales(like)
             found, scale = state[name], state.get(f"{name}_scale")
+            if found.dtype == torch.uint8 and scale is None:
+                raise RuntimeError(f"{self._name}: state {name} of 8 bits must have {name}_scale beside it, got none")
             if found.dtype == torch.uint8 and (dtype != torch.uint8 or not _blocks.fit(found, scale, like)):
                 found, scale = _blocks.decode(found, scale, signed=signs[i]), None
                 state.pop(f"{name}_scale")
