@@ -8,7 +8,6 @@
 // what is decoded and encoded again has the same code and the same scale.
 #pragma once
 
-#include <array>
 #include <bit>
 #include <cstdint>
 
