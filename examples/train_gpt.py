@@ -259,6 +259,8 @@ class Run:
         groups = [[p for p in self.model.parameters() if p.dim() == dim] for dim in (1, 2)]
         decay = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.0, 0.1), strict=True)]
         name, rate, options = OPTIMIZERS[o.optimizer]
+        if o.states and self.kernels.name != "torch":
+            options = {**options, "state_dtype": o.states if o.states == "8bit" else getattr(torch, o.states)}
         self.optimizer = self.kernels.optimizer(name, decay, lr=o.lr * rate, **options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
 
@@ -432,6 +434,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         text = f"{meaning} ({small}, 124m: {large})"
         parser.add_argument("--" + name.replace("_", "-"), type=type(small), choices=choices, metavar="X", help=text)
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="torch has no lion")
+    states, meaning = ("float32", "bfloat16", "8bit"), "fastkern's optimizer states (default: the weights' type)"
+    parser.add_argument("--states", choices=states, help=meaning)
     parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding's weights")
     parser.add_argument("--compile", action="store_true", help="train the models under torch.compile")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")

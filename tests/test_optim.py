@@ -333,6 +333,30 @@ def test_parameters_that_move(device: str) -> None:
     assert p.dtype == torch.bfloat16
 
 
+def test_subclasses(device: str) -> None:
+    """Parameters and gradients that are not torch's own classes, first new in each step, then the same."""
+
+    class Weight(torch.nn.Parameter):
+        pass
+
+    class Gradient(torch.Tensor):
+        pass
+
+    p, q = Weight(torch.ones(50, device=device)), torch.nn.Parameter(torch.ones(50, device=device))
+    a, b = optim.SGD([p], lr=0.1, momentum=0.9), torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for step in range(12):
+        if step < 6:
+            g = torch.full((50,), float(step), device=device)
+            p.grad = g.as_subclass(Gradient) if step % 2 else g
+            q.grad = g.clone()
+        else:
+            for those in (p, q):
+                those.grad += 1.0
+        a.step()
+        b.step()
+    torch.testing.assert_close(p.detach().as_subclass(torch.Tensor), q.detach())
+
+
 def test_version_counters(device: str) -> None:
     p = torch.nn.Parameter(torch.ones(4, device=device))
     frozen = torch.nn.Parameter(torch.ones(4, device=device))

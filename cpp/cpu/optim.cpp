@@ -10,31 +10,32 @@
 namespace fastkern::cpu {
 namespace {
 
-template <class Formula>
+/// n elements: values and gradients of type P, states of type S.
+template <class Formula, class P, class S>
 FASTKERN_INLINE void update_block(const typename Formula::Numbers& numbers, float factor, int n,
-                                  const OptimBuffers& b) {
+                                  P* p, const P* g, S* const* states) {
   constexpr int kStates = Formula::kStates;
   const typename Formula::Numbers local = numbers;
-  float* const p = b.p;
-  const float* const g = b.g;
-  float* const s0 = b.s[0];
-  float* const s1 = b.s[kStates > 1 ? 1 : 0];
-  float* const s2 = b.s[kStates > 2 ? 2 : 0];
+  S* const s0 = states[0];
+  S* const s1 = states[kStates > 1 ? 1 : 0];
+  S* const s2 = states[kStates > 2 ? 2 : 0];
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    float states[kStates];
-    states[0] = s0[i];
-    if constexpr (kStates > 1) states[1] = s1[i];
-    if constexpr (kStates > 2) states[2] = s2[i];
-    p[i] = Formula::update(local, p[i], optim::mul(g[i], factor), states);
-    s0[i] = states[0];
-    if constexpr (kStates > 1) s1[i] = states[1];
-    if constexpr (kStates > 2) s2[i] = states[2];
+    float s[kStates];
+    s[0] = to_float(s0[i]);
+    if constexpr (kStates > 1) s[1] = to_float(s1[i]);
+    if constexpr (kStates > 2) s[2] = to_float(s2[i]);
+    const float grad = optim::mul(to_float(g[i]), factor);
+    p[i] = from_float<P>(Formula::update(local, to_float(p[i]), grad, s));
+    s0[i] = from_float<S>(s[0]);
+    if constexpr (kStates > 1) s1[i] = from_float<S>(s[1]);
+    if constexpr (kStates > 2) s2[i] = from_float<S>(s[2]);
   }
 }
 
-template <class Formula>
-void step_all(const OptimStep& a, const OptimTable& table) {
+/// f(tensor, its number, numbers, gradient factor, steps, first element, elements) for each block.
+template <class Formula, class F>
+void for_steps(const OptimStep& a, const OptimTable& table, std::int64_t block, const F& f) {
   parallel_for(table.chunks(), 4, [&](std::int64_t begin, std::int64_t end) {
     OptimBuffers buffers;
     typename Formula::Numbers numbers;  // of tensor `last`, as `factor` and `step` are
@@ -51,15 +52,49 @@ void step_all(const OptimStep& a, const OptimTable& table) {
             factor = optim::gradient_factor(start.group, a.grad_factor, a.grad_scale);
             step = start.steps, last = i;
           }
-          load_buffers(a, t, table.grad()[i], at, n, buffers);
-          with_best_isa([&]() __attribute__((always_inline)) {
-            update_block<Formula>(numbers, factor, n, buffers);
-          });
-          store_values(a, t, step, at, n, buffers);
-          store_states(a, t, at, n, buffers);
+          f(buffers, t, table.grad()[i], numbers, factor, step, at, n);
         },
-        optim_block(a, table));
+        block);
   });
+}
+
+/// What is in memory as P and S, a chunk at a time, in one loop.
+template <class Formula, class P, class S>
+void step_plain(const OptimStep& a, const OptimTable& table) {
+  const auto chunk = [](OptimBuffers&, const OptimTensor& t, const void* grad, const auto& numbers,
+                        float factor, std::uint64_t, std::int64_t at, int n) {
+    S* states[Formula::kStates];
+    for (int k = 0; k < Formula::kStates; ++k) states[k] = static_cast<S*>(t.state[k]) + at;
+    with_best_isa([&]() __attribute__((always_inline)) {
+      update_block<Formula>(numbers, factor, n, static_cast<P*>(t.param) + at,
+                            static_cast<const P*>(grad) + at, states);
+    });
+  };
+  for_steps<Formula>(a, table, kOptimChunk, chunk);
+}
+
+template <class Formula>
+void step_all(const OptimStep& a, const OptimTable& table) {
+  if (is_plain(a, table, DType::f32, DType::f32)) {
+    return step_plain<Formula, float, float>(a, table);
+  }
+  if (is_plain(a, table, DType::bf16, DType::bf16)) {
+    return step_plain<Formula, bf16, bf16>(a, table);
+  }
+  if (is_plain(a, table, DType::bf16, DType::f32)) {
+    return step_plain<Formula, bf16, float>(a, table);
+  }
+  const auto block = [&](OptimBuffers& buffers, const OptimTensor& t, const void* grad,
+                         const auto& numbers, float factor, std::uint64_t step, std::int64_t at,
+                         int n) {
+    load_buffers(a, t, grad, at, n, buffers);
+    with_best_isa([&]() __attribute__((always_inline)) {
+      update_block<Formula>(numbers, factor, n, buffers.p, buffers.g, buffers.s);
+    });
+    store_values(a, t, step, at, n, buffers);
+    store_states(a, t, at, n, buffers);
+  };
+  for_steps<Formula>(a, table, kOptimBlock, block);
 }
 
 void run(const OptimStep& a, const OptimTable& table) {
@@ -92,6 +127,9 @@ void run(const OptimStep& a, const OptimTable& table) {
 
 void optim_step(const OptimStep& a) {
   if (a.tensors == 0 || (a.found_inf && *a.found_inf != 0.0f)) return;
+  FK_CHECK(a.state != DType::u8 || optim_has_codes(a.kind), a.op,
+           ": states of 8 bits must be those of adam, sgd or lion, got kind ",
+           static_cast<int>(a.kind));
   const OptimTable table(const_cast<void*>(a.host), a.tensors);
   run(a, table);
   for (std::int64_t i = 0; i < a.tensors; ++i) {

@@ -65,6 +65,34 @@ FASTKERN_INLINE void put_values(const OptimStep& a, const OptimTensor& t, std::u
   }
 }
 
+/// Codes of n elements, which begin a block of kOptimCodeBlock, as float32.
+template <bool kSigned>
+FASTKERN_INLINE void decode_blocks(const std::uint8_t* codes, const float* scales, int n,
+                                   float* out) {
+  for (int first = 0; first < n; first += kOptimCodeBlock) {
+    const float scale = *scales++;
+    const int end = std::min(n, first + static_cast<int>(kOptimCodeBlock));
+    for (int i = first; i < end; ++i) {
+      out[i] = optim::mul(optim::BlockCode<kSigned>::decode(codes[i]), scale);
+    }
+  }
+}
+template <bool kSigned>
+FASTKERN_INLINE void encode_blocks(const float* in, int n, std::uint8_t* codes, float* scales) {
+  for (int first = 0; first < n; first += kOptimCodeBlock) {
+    const int end = std::min(n, first + static_cast<int>(kOptimCodeBlock));
+    std::uint32_t largest = 0;
+    for (int i = first; i < end; ++i) {
+      largest = std::max(largest, std::bit_cast<std::uint32_t>(in[i]) & 0x7fffffffu);
+    }
+    const float inverse = optim::inverse_of(largest);
+    for (int i = first; i < end; ++i) {
+      codes[i] = static_cast<std::uint8_t>(optim::BlockCode<kSigned>::encode(in[i], inverse));
+    }
+    *scales++ = std::bit_cast<float>(largest);
+  }
+}
+
 /// The values of a block are those in memory.
 bool in_place(const OptimStep& a) {
   return a.param == DType::f32 && a.rounding == OptimRounding::nearest;
@@ -93,7 +121,15 @@ void load_buffers(const OptimStep& a, const OptimTensor& t, const void* grad, st
         continue;
       }
       b.s[k] = b.memory[2 + k];
-      if (t.state[k]) {
+      if (t.state[k] && a.state == DType::u8) {
+        const auto* const codes = static_cast<const std::uint8_t*>(t.state[k]) + at;
+        const float* const scales = t.scale[k] + at / kOptimCodeBlock;
+        if (optim::has_sign(a.kind, k)) {
+          decode_blocks<true>(codes, scales, n, b.s[k]);
+        } else {
+          decode_blocks<false>(codes, scales, n, b.s[k]);
+        }
+      } else if (t.state[k]) {
         load_block(a.state, t.state[k], at, n, b.s[k]);
       } else {
         std::fill(b.s[k], b.s[k] + n, 0.0f);
@@ -113,7 +149,18 @@ void store_states(const OptimStep& a, const OptimTensor& t, std::int64_t at, int
   if (a.state == DType::f32) return;
   with_best_isa([&]() __attribute__((always_inline)) {
     for (int k = 0; k < optim_states(a.kind); ++k) {
-      if (t.state[k]) store_block(a.state, t.state[k], at, n, b.s[k]);
+      if (!t.state[k]) continue;
+      if (a.state != DType::u8) {
+        store_block(a.state, t.state[k], at, n, b.s[k]);
+        continue;
+      }
+      auto* const codes = static_cast<std::uint8_t*>(t.state[k]) + at;
+      float* const scales = t.scale[k] + at / kOptimCodeBlock;
+      if (optim::has_sign(a.kind, k)) {
+        encode_blocks<true>(b.s[k], n, codes, scales);
+      } else {
+        encode_blocks<false>(b.s[k], n, codes, scales);
+      }
     }
   });
 }

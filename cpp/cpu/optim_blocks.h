@@ -5,13 +5,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "fastkern/optim_formula.h"
+#include "fastkern/optim_code.h"
 #include "fastkern/scalar.h"
 #include "parallel.h"
 
 namespace fastkern::cpu {
 
-inline constexpr int kOptimBlock = 512;  // elements; a multiple of eight that divides a chunk
+inline constexpr int kOptimBlock = 512;  // elements; code blocks, that divide a chunk
 
 /// Elements [at, at + n) of memory of any alignment.
 template <class T>
@@ -74,13 +74,13 @@ void for_blocks(const OptimTable& table, std::int64_t begin, std::int64_t end, c
   }
 }
 
-/// Elements of a block: a whole chunk where all operands are float32 in memory, and none is
-/// missing.
-inline std::int64_t optim_block(const OptimStep& a, const OptimTable& table) {
-  bool whole = a.param == DType::f32 && a.grad == DType::f32 && a.state == DType::f32 &&
+/// Whether a step is one loop over memory as it is: parameters rounded to nearest and gradients of
+/// type `value`, states of type `state`, none missing.
+inline bool is_plain(const OptimStep& a, const OptimTable& table, DType value, DType state) {
+  bool plain = a.param == value && a.grad == value && a.state == state &&
                a.rounding == OptimRounding::nearest;
-  for (int k = 0; k < optim_states(a.kind); ++k) whole = whole && table.tensor()[0].state[k];
-  return whole ? kOptimChunk : kOptimBlock;
+  for (int k = 0; k < optim_states(a.kind); ++k) plain = plain && table.tensor()[0].state[k];
+  return plain;
 }
 
 /// What the step of a tensor starts from.

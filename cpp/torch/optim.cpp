@@ -6,7 +6,7 @@ namespace fastkern::torch_layer {
 
 /// The lists that every step has beside its states.
 struct StepLists {
-  TensorList params, grads, steps, extras;
+  TensorList params, grads, steps, extras, scales;
 };
 
 /// The arguments that every step ends with.
@@ -20,11 +20,11 @@ namespace boxing {
 
 template <>
 struct Parameter<StepLists> {
-  static constexpr std::size_t kArguments = 4;
+  static constexpr std::size_t kArguments = 5;
   static StepLists next(const StableIValue*& at) {
     at += kArguments;
-    return {take<TensorList>(at[-4]), take<TensorList>(at[-3]), take<TensorList>(at[-2]),
-            take<TensorList>(at[-1])};
+    return {take<TensorList>(at[-5]), take<TensorList>(at[-4]), take<TensorList>(at[-3]),
+            take<TensorList>(at[-2]), take<TensorList>(at[-1])};
   }
 };
 
@@ -53,7 +53,8 @@ std::tuple<> run(const char* op, OptimKind kind, OptimGroup group, const StepLis
   step.seed = static_cast<std::uint64_t>(tail.seed);
   group.maximize = tail.maximize;
   run_step(step, group, lists.params, lists.grads, states, lists.steps, products, lists.extras,
-           tail.rounding, {tail.lr_tensor, tail.grad_scale, tail.found_inf, tail.grad_factor});
+           lists.scales, tail.rounding,
+           {tail.lr_tensor, tail.grad_scale, tail.found_inf, tail.grad_factor});
   return {};
 }
 
@@ -162,7 +163,8 @@ std::tuple<> lamb_(const StepLists& lists, const TensorList& exp_avgs,
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkern, m) {
   const auto define = [&](const char* name, const std::string& states, const std::string& numbers) {
     m.def((std::string(name) +
-           "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!)[] extras, " +
+           "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!)[] extras, "
+           "Tensor(g!)[] scales, " +
            states + "float lr, " + numbers +
            "bool maximize, int rounding, int seed, Tensor? lr_tensor, Tensor? grad_scale, Tensor? "
            "found_inf, Tensor? grad_factor) -> ()")

@@ -33,6 +33,20 @@ void check_like(const Tensor& t, const TensorRef& ref, const TensorRef& like, De
   check_device(t, device, op, name.c_str(), of.c_str());
 }
 
+/// The scales of a state of 8 bits.
+float* scales_of(const Tensor& t, const TensorRef& state, Device device, const char* op,
+                 const std::string& name) {
+  const TensorRef ref = ref_of(t, op, name.c_str());
+  const std::int64_t blocks = (state.numel() + kOptimCodeBlock - 1) / kOptimCodeBlock;
+  FK_CHECK(ref.dtype == DType::f32, op, ": ", name, " must be torch.float32, got ",
+           dtype_text(ref.dtype));
+  FK_CHECK(ref.ndim == 1 && ref.sizes[0] == blocks && (ref.strides[0] == 1 || blocks <= 1), op,
+           ": ", name, " must be contiguous and have shape (", blocks, ",), one element for each ",
+           kOptimCodeBlock, " of the parameter's, got ", ref.shape());
+  check_device(t, device, op, name.c_str(), "params[0]");
+  return static_cast<float*>(ref.data);
+}
+
 const float* float_or_null(const OptionalTensor& t, Device device, const char* op,
                            const char* name) {
   return t ? one_float(*t, device, op, name) : nullptr;
@@ -73,8 +87,8 @@ void* TableMemory::write(const char* op) {
 
 void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
               const TensorList& grads, const std::vector<StepList>& states, const TensorList& steps,
-              const TensorList& products, const TensorList& extras, std::int64_t rounding,
-              const StepOptions& options) {
+              const TensorList& products, const TensorList& extras, const TensorList& scales,
+              std::int64_t rounding, const StepOptions& options) {
   const char* const op = a.op;
   const std::size_t count = params.size();
   FK_CHECK(rounding >= 0 && rounding < 5, op, ": rounding must be in [0, 5), got ", rounding);
@@ -90,6 +104,15 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
   const bool has_extra = rounding >= 2;
   check_length(extras, has_extra ? count : 0, op, "extras", false);
   if (count == 0) return;
+  std::size_t coded = 0;  // lists of scales
+  for (const StepList& list : states) {
+    if (optim_has_codes(a.kind) && !list.tensors.empty() &&
+        type_of(list.tensors[0]) == torch_type(DType::u8)) {
+      ++coded;
+    }
+  }
+  FK_CHECK(scales.size() == coded * count, op, ": scales must have ", coded * count,
+           " tensors, one for each state in torch.uint8, got ", scales.size());
 
   const Device device = device_of(params[0]);
   TableMemory memory(static_cast<std::int64_t>(count), device);
@@ -98,7 +121,10 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
   const auto typed = [&](const TensorList& list, const char* name, std::size_t i, DType& type,
                          bool first) {
     const std::string own = item(name, i);
-    const TensorRef ref = ref_of(list[i], op, own.c_str());
+    const bool coded =
+        &type == &a.state && optim_has_codes(a.kind) && type_of(list[i]) == torch_type(DType::u8);
+    TensorRef ref = coded ? view_of(list[i], op, own.c_str()) : ref_of(list[i], op, own.c_str());
+    if (coded) ref.dtype = DType::u8;
     if (first) type = ref.dtype;
     FK_CHECK(ref.dtype == type, op, ": ", own, " must be ", dtype_text(type), " like ",
              item(name, 0), ", got ", dtype_text(ref.dtype));
@@ -126,6 +152,11 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
       first_state = false;
       check_like(states[k].tensors[i], state, param, device, op, item(states[k].name, i), of);
       t.state[k] = state.data;
+      if (state.dtype == DType::u8) {
+        const std::size_t at = k * count + i;
+        t.scale[k] = scales_of(scales[at], state, device, op, item("scales", at));
+        written.add(t.scale[k], 4 * scales[at].numel(), "scales", at);
+      }
       written.add(state.data, t.numel * size_of(a.state), states[k].name, i);
     }
     if (!steps.empty()) t.step = one_float(steps[i], device, op, item("steps", i).c_str());

@@ -47,7 +47,7 @@ bool is_dense(const TensorRef& t);
 /// One step of lists of tensors; `group` says how, `args` what else there is.
 void run_step(OptimStep args, const OptimGroup& group, const TensorList& params,
               const TensorList& grads, const std::vector<StepList>& states, const TensorList& steps,
-              const TensorList& products, const TensorList& extras, std::int64_t rounding,
-              const StepOptions& options);
+              const TensorList& products, const TensorList& extras, const TensorList& scales,
+              std::int64_t rounding, const StepOptions& options);
 
 }  // namespace fastkern::torch_layer

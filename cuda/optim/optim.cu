@@ -55,6 +55,7 @@ void optim_step(const OptimStep& args, Stream stream) {
   a.seed = args.seed;
   a.workspace = args.workspace;
   std::copy(args.group, args.group + args.groups, a.group);
+  if (args.state == DType::u8) return launch_codes(args, a, stream);
   switch (args.kind) {
     case OptimKind::adam:
       return launch_adam(args, a, stream);

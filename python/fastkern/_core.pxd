@@ -9,6 +9,7 @@ cdef extern from "fastkern/core.h" namespace "fastkern" nogil:
         f32
         f16
         bf16
+        u8
 
     cdef struct BuildInfo:
         const char* version
@@ -93,6 +94,7 @@ cdef extern from "fastkern/optim.h" namespace "fastkern" nogil:
         void* param
         void* state[3]
         void* extra
+        float* scale[2]
         float* step
         float* product
         int64_t numel

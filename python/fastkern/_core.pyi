@@ -30,6 +30,7 @@ class OptimParameters:
         self,
         i: int,
         states: tuple[torch.Tensor | None, ...],
+        scales: tuple[torch.Tensor, ...],
         extra: torch.Tensor | None,
         step: torch.Tensor | None,
         product: torch.Tensor | None,

@@ -5,11 +5,12 @@
 import weakref
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.object cimport PyObject_CallMethodObjArgs, PyObject_GetAttr
+from cpython.object cimport PyObject, PyObject_CallMethodObjArgs, PyObject_GetAttr
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 _DTYPES = {"float32": DType.f32, "float16": DType.f16, "bfloat16": DType.bf16}
+_STATE_DTYPES = {**_DTYPES, "uint8": DType.u8}
 _NORMS = {"rms_norm": NormKind.rms, "layer_norm": NormKind.layer}
 
 
@@ -93,12 +94,81 @@ def plan(op, int64_t n, dtype):
     }
 
 
+cdef extern from "Python.h":
+    """
+    typedef PyObject *(*fastkern_descr_get)(PyObject *, PyObject *, PyObject *);
+    typedef PyObject *(*fastkern_method)(PyObject *, PyObject *);
+    static PyObject *fastkern_type_of(PyObject *instance) { return (PyObject *)Py_TYPE(instance); }
+    static void *fastkern_slot_of(PyObject *cls, int slot) { return PyType_GetSlot((PyTypeObject *)cls, slot); }
+    """
+    ctypedef object (*DescrGet "fastkern_descr_get")(object descriptor, PyObject* instance, PyObject* cls)
+    ctypedef object (*NoArguments "fastkern_method")(PyObject* instance, PyObject* none)
+    const int METH_NOARGS
+    const int Py_tp_descr_get
+    NoArguments PyCFunction_GetFunction(object function) except NULL
+    int PyCFunction_GetFlags(object function) except -1
+    void* _slot_of "fastkern_slot_of"(object cls, int slot) except NULL
+    PyObject* _type_of "fastkern_type_of"(PyObject* instance)
+    PyObject* PyList_GetItem(object those, Py_ssize_t i) except NULL
+    PyObject* PyWeakref_GetObject(PyObject* ref) except NULL
+    unsigned long long PyLong_AsUnsignedLongLong(object number) except? 0
+
+
+cdef class _TensorAccess:
+    """How attributes of torch.Tensor and torch.nn.Parameter themselves, not of subclasses, are read without a look-up
+    by name: through what a look-up by name finds."""
+
+    cdef PyObject* tensor
+    cdef PyObject* parameter
+    cdef object grad, dtype
+    cdef DescrGet get_grad
+    cdef DescrGet get_dtype
+    cdef NoArguments get_data_ptr
+
+    def __cinit__(self):
+        import torch
+
+        cdef object data_ptr = torch.empty(0).data_ptr
+        self.grad, self.dtype = (self.found(torch.Tensor, name) for name in ("grad", "dtype"))
+        self.get_grad = <DescrGet>_slot_of(type(self.grad), Py_tp_descr_get)
+        self.get_dtype = <DescrGet>_slot_of(type(self.dtype), Py_tp_descr_get)
+        if not PyCFunction_GetFlags(data_ptr) & METH_NOARGS:
+            raise TypeError("fastkern.optim: Tensor.data_ptr must be a function without arguments")
+        self.get_data_ptr = PyCFunction_GetFunction(data_ptr)
+        self.tensor, self.parameter = <PyObject*>torch.Tensor, <PyObject*>torch.nn.Parameter
+
+    cdef object found(self, cls, name):
+        for base in cls.__mro__:
+            if name in vars(base):
+                return vars(base)[name]
+        raise AttributeError(name)
+
+    cdef bint knows(self, PyObject* t) noexcept:
+        cdef PyObject* cls = _type_of(t)
+        return cls == self.parameter or cls == self.tensor
+
+    cdef uint64_t address_of(self, PyObject* t) except? 0:
+        """``t.data_ptr()``."""
+        if self.knows(t):
+            return PyLong_AsUnsignedLongLong(self.get_data_ptr(t, NULL))
+        return PyLong_AsUnsignedLongLong(PyObject_CallMethodObjArgs(<object>t, "data_ptr", NULL))
+
+    cdef object grad_of(self, PyObject* t):
+        return self.get_grad(self.grad, t, _type_of(t)) if self.knows(t) else PyObject_GetAttr(<object>t, "grad")
+
+    cdef object dtype_of(self, PyObject* t):
+        return self.get_dtype(self.dtype, t, _type_of(t)) if self.knows(t) else PyObject_GetAttr(<object>t, "dtype")
+
+
+cdef _TensorAccess _access = None
+
+
 cdef class OptimParameters:
     """Parameters of one signature as the kernels of an optimizer see them: addresses in a table.
 
-    ``params`` have the gradients; ``likes`` are what is updated, the same tensors where those are dense. A step costs
-    three reads of an attribute for each parameter where nothing changed. What ``odd(i)`` gives stands for a gradient
-    whose elements do not lie as the parameter's do.
+    ``params`` have the gradients; ``likes`` are what is updated, the same tensors where those are dense. A step reads
+    for each parameter its address, its gradient and that one's address where nothing changed. What ``odd`` gives
+    stands for a gradient whose elements do not lie as the parameter's do.
     """
 
     cdef OptimStep _step
@@ -106,15 +176,21 @@ cdef class OptimParameters:
     cdef uint64_t* _param_seen
     cdef uint64_t* _grad_seen
     cdef Py_ssize_t _count
-    cdef list _params, _likes, _grads, _keep, _odd
+    cdef list _params, _likes, _grads, _keep, _odd, _contiguous
+    cdef _TensorAccess _access
     cdef object _grad_dtype, _memory
     cdef bint _static_changed, _grads_changed, _cuda
+    cdef int _patience, _left  # weak references are made again after so many steps
     cdef Stream _stream
     cdef readonly int64_t bytes
     cdef readonly int64_t chunks
     cdef readonly list updated  # the parameters with gradients
 
     def __cinit__(self, kind, rounding, param, grad, state, int device, list params, list likes):
+        global _access
+        if _access is None:
+            _access = _TensorAccess()
+        self._access = _access
         self._count = len(params)
         self.bytes = OptimTable.bytes(self._count)
         self._host = <char*>PyMem_Malloc(self.bytes)
@@ -125,7 +201,8 @@ cdef class OptimParameters:
         memset(self._host, 0, self.bytes)
         memset(self._param_seen, 0, 16 * max(self._count, 1))
         self._params, self._likes = params, likes
-        self._grads = [None] * self._count
+        self._grads = [None] * self._count  # weak references
+        self._contiguous = [like is param and like.is_contiguous() for like, param in zip(likes, params)]
         self._keep = []
         self._odd = []
         self.updated = []
@@ -136,7 +213,7 @@ cdef class OptimParameters:
         self._step.rounding = OptimRounding[rounding]
         self._step.param = _DTYPES[str(param)[6:]]
         self._step.grad = _DTYPES[str(grad)[6:]]
-        self._step.state = _DTYPES[str(state)[6:]]
+        self._step.state = _STATE_DTYPES[str(state)[6:]]
         self._step.tensors = self._count
         self._step.host = self._host
 
@@ -144,7 +221,7 @@ cdef class OptimParameters:
         PyMem_Free(self._host)
         PyMem_Free(self._param_seen)
 
-    def set(self, Py_ssize_t i, tuple states, extra, step, product, int group, uint64_t index):
+    def set(self, Py_ssize_t i, tuple states, tuple scales, extra, step, product, int group, uint64_t index):
         """What parameter ``i`` has: its states and scalars, tensors or None, which are kept alive."""
         cdef OptimTensor* t = OptimTable(self._host, self._count).tensor() + i
         cdef Py_ssize_t k
@@ -152,6 +229,8 @@ cdef class OptimParameters:
         t.param = <void*><uintptr_t>like.data_ptr()
         for k in range(len(states)):
             t.state[k] = self._address(states[k])
+        for k in range(len(scales)):
+            t.scale[k] = <float*>self._address(scales[k])
         t.extra = self._address(extra)
         t.step = <float*>self._address(step)
         t.product = <float*>self._address(product)
@@ -177,31 +256,38 @@ cdef class OptimParameters:
 
     def collect(self, odd):
         """Reads the gradients' addresses; False if a parameter is no longer what it was, or a gradient's type."""
-        cdef OptimTable table = OptimTable(self._host, self._count)
-        cdef const void** grads = table.grad()
+        cdef const void** grads = OptimTable(self._host, self._count).grad()
+        cdef _TensorAccess access = self._access
+        cdef PyObject* param
+        cdef PyObject* seen
         cdef uint64_t address
         cdef Py_ssize_t i
         cdef bint others = False  # have gradients
+        # A gradient that was looked at is known again by a weak reference. Where gradients are new in every step, as
+        # after zero_grad(), making them costs more than looking again, and so they are made ever more rarely.
+        cdef bint watch = self._left == 0, lost = False
         if self._odd:
             self._odd = []
         for i in range(self._count):
-            param = self._params[i]
-            if _data_address(param) != self._param_seen[i]:
+            param = PyList_GetItem(self._params, i)
+            if access.address_of(param) != self._param_seen[i]:
                 return False
-            grad = PyObject_GetAttr(param, "grad")
+            grad = access.grad_of(param)
             if grad is None:
                 address = 0
                 self._grads[i] = None
             else:
-                address = _data_address(grad)
-                seen = self._grads[i]
-                if address != self._grad_seen[i] or seen is None or seen() is not grad:
-                    if grad.dtype is not self._grad_dtype:
+                address = access.address_of(<PyObject*>grad)
+                seen = PyList_GetItem(self._grads, i)
+                if address != self._grad_seen[i] or seen == <PyObject*>None or (
+                        PyWeakref_GetObject(seen) != <PyObject*>grad):
+                    lost = lost or seen != <PyObject*>None
+                    if access.dtype_of(<PyObject*>grad) is not self._grad_dtype:
                         return False
                     like = self._likes[i]
-                    if like is param and (grad.is_contiguous() and like.is_contiguous()
-                                          or grad.stride() == like.stride()):
-                        self._grads[i] = weakref.ref(grad)
+                    if (grad.is_contiguous() if self._contiguous[i]
+                            else like is <object>param and grad.stride() == like.stride()):
+                        self._grads[i] = weakref.ref(grad) if watch else None
                     else:  # looked at again in every step
                         grad = odd(grad, like)
                         self._odd.append(grad)
@@ -214,6 +300,11 @@ cdef class OptimParameters:
                 self._grad_seen[i] = address
                 grads[i] = <const void*><uintptr_t>address
                 self._grads_changed = True
+        if lost:
+            self._patience = min(self._patience + 1, 6)
+            self._left = 1 << self._patience
+        elif not watch:
+            self._left -= 1
         if others:
             self.updated = [self._params[i] for i in range(self._count) if self._grad_seen[i] != 0]
         return True
@@ -314,8 +405,3 @@ cdef class OptimParameters:
                 _cuda_scale(args, self._stream)
             else:
                 _cpu_scale(args)
-
-
-cdef uint64_t _data_address(tensor) except? 0:
-    """``tensor.data_ptr()``."""
-    return PyObject_CallMethodObjArgs(tensor, "data_ptr", NULL)

@@ -29,10 +29,10 @@ struct OptimCase {
 
 /// Every kind with every rounding and several types; options in turns.
 inline std::vector<OptimCase> optim_cases() {
-  constexpr DType kTypes[][3] = {{DType::f32, DType::f32, DType::f32},
-                                 {DType::bf16, DType::bf16, DType::bf16},
-                                 {DType::bf16, DType::bf16, DType::f32},
-                                 {DType::f16, DType::f32, DType::f16}};
+  constexpr DType kTypes[][3] = {
+      {DType::f32, DType::f32, DType::f32},   {DType::bf16, DType::bf16, DType::bf16},
+      {DType::bf16, DType::bf16, DType::f32}, {DType::f16, DType::f32, DType::f16},
+      {DType::bf16, DType::bf16, DType::u8},  {DType::f32, DType::bf16, DType::u8}};
   std::vector<OptimCase> cases;
   unsigned turn = 0;
   for (const OptimKind kind : kOptimKinds) {
@@ -40,6 +40,7 @@ inline std::vector<OptimCase> optim_cases() {
       for (const auto& types : kTypes) {
         if (types[0] == DType::f32 && rounding > 0) continue;
         if (types[0] == DType::f16 && (rounding == 1 || rounding == 4)) continue;
+        if (types[2] == DType::u8 && !optim_has_codes(kind)) continue;
         OptimCase c;
         c.kind = kind, c.rounding = static_cast<OptimRounding>(rounding);
         c.param = types[0], c.grad = types[1], c.state = types[2];
@@ -75,6 +76,10 @@ class OptimProblem {
       }
       for (int k = 0; k < optim_states(c.kind); ++k) {
         states[k].push_back(make(c.state, i, 300 + 100 * k));
+        if (c.state == DType::u8) {
+          make_codes(i, k);
+          continue;
+        }
         const bool square = k != 0 || c.kind == OptimKind::rmsprop || c.kind == OptimKind::adagrad;
         const double least = c.kind == OptimKind::rmsprop && k == 0 ? 1.0 : 0.0;
         for (std::int64_t e = 0; square && e < c.sizes[i]; ++e)
@@ -85,7 +90,8 @@ class OptimProblem {
 
   std::vector<Tensor*> all() {
     std::vector<Tensor*> list;
-    for (auto* tensors : {&params, &grads, &extras, &states[0], &states[1], &states[2]}) {
+    for (auto* tensors :
+         {&params, &grads, &extras, &states[0], &states[1], &states[2], &scales[0], &scales[1]}) {
       for (Tensor& t : *tensors) list.push_back(&t);
     }
     return list;
@@ -101,6 +107,9 @@ class OptimProblem {
       OptimTensor& t = table.tensor()[i];
       t.param = place(params[i]);
       for (int k = 0; k < optim_states(c.kind); ++k) t.state[k] = place(states[k][i]);
+      for (int k = 0; k < kOptimCodedStates; ++k) {
+        t.scale[k] = scales[k].empty() ? nullptr : static_cast<float*>(place(scales[k][i]));
+      }
       t.extra = c.rounding >= OptimRounding::kahan ? place(extras[i]) : nullptr;
       t.step = scalars.steps + i;
       t.product = c.kind == OptimKind::nadam ? scalars.products + i : nullptr;
@@ -138,7 +147,20 @@ class OptimProblem {
   }
 
   OptimCase c;
-  std::vector<Tensor> params, grads, extras, states[kOptimStates];
+  std::vector<Tensor> params, grads, extras, states[kOptimStates], scales[kOptimCodedStates];
+
+ private:
+  /// Any codes, with scales some of which are 0.
+  void make_codes(std::size_t i, int k) {
+    auto* const codes = static_cast<std::uint8_t*>(states[k][i].ref().data);
+    for (std::int64_t e = 0; e < c.sizes[i]; ++e) {
+      codes[e] = static_cast<std::uint8_t>((e * 2654435761u + i * 40503u) >> 13);
+    }
+    const std::int64_t blocks = (c.sizes[i] + kOptimCodeBlock - 1) / kOptimCodeBlock;
+    scales[k].emplace_back(DType::f32, dense_layout({blocks}, 0));
+    for (std::int64_t b = 0; b < blocks; ++b)
+      scales[k][i].set(b, 0.25 * static_cast<double>(b % 4));
+  }
 };
 
 /// The same on the CPU, in place.

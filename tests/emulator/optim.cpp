@@ -48,7 +48,7 @@ struct OptimCall {
   OptimStep args();
 
   OptimCase c;
-  std::vector<Tensor> params, grads, states[kOptimStates], extras;
+  std::vector<Tensor> params, grads, states[kOptimStates], scales[kOptimCodedStates], extras;
   std::vector<float> steps, products, workspace, partials;
   std::vector<std::uint64_t> host, device;
   float scale = 8.0f, found = 0.0f, norm = 0.0f, factor = 0.75f;
@@ -73,6 +73,19 @@ OptimCall::OptimCall(const OptimCase& of) : c(of) {
     grads.push_back(make(c.grad, i, 1000, 1.0f));
     for (int k = 0; k < optim_states(c.kind); ++k) {
       states[k].push_back(make(c.state, i, 2000 + 1000 * k, 0.25f));
+      if (c.state == DType::u8) {
+        auto* const codes = static_cast<std::uint8_t*>(states[k][i].ref().data);
+        const std::int64_t blocks = (c.sizes[i] + kOptimCodeBlock - 1) / kOptimCodeBlock;
+        for (std::int64_t e = 0; e < c.sizes[i]; ++e) {
+          codes[e] = static_cast<std::uint8_t>((e * 2654435761u + i * 40503u) >> 13);
+        }
+        scales[k].emplace_back(DType::f32, Sizes{blocks}, Sizes{1});
+        scales[k][i].allow_writes();
+        for (std::int64_t b = 0; b < blocks; ++b) {
+          scales[k][i].set(b, b % 5 == 4 ? 0.0f : 0.25f * static_cast<float>(b % 3 + 1));
+        }
+        continue;
+      }
       if (k == 0 && c.kind != OptimKind::rmsprop && c.kind != OptimKind::adagrad) continue;
       // Averages of squares are not negative, and not below the square of RMSprop's average.
       const float least = c.kind == OptimKind::rmsprop && k == 0 ? 1.0f : 0.0f;
@@ -86,6 +99,10 @@ OptimCall::OptimCall(const OptimCase& of) : c(of) {
     OptimTensor& t = table.tensor()[i];
     t.param = params[i].ref().data;
     for (int k = 0; k < optim_states(c.kind); ++k) t.state[k] = states[k][i].ref().data;
+    for (int k = 0; k < kOptimCodedStates && c.state == DType::u8; ++k) {
+      t.scale[k] =
+          k < optim_states(c.kind) ? static_cast<float*>(scales[k][i].ref().data) : nullptr;
+    }
     t.extra = c.rounding >= OptimRounding::kahan ? extras[i].ref().data : nullptr;
     t.step = &steps[i];
     t.product = c.kind == OptimKind::nadam ? &products[i] : nullptr;
@@ -105,6 +122,9 @@ NamedTensors OptimCall::tensors() {
     all.emplace_back("param", &params[i]);
     all.emplace_back("grad", &grads[i]);
     for (int k = 0; k < optim_states(c.kind); ++k) all.emplace_back("state", &states[k][i]);
+    for (auto& those : scales) {
+      if (!those.empty()) all.emplace_back("scales", &those[i]);
+    }
     all.emplace_back("extra", &extras[i]);
   }
   return all;
@@ -215,7 +235,9 @@ std::vector<Case> optim_cases(const Options& options) {
   constexpr DType kTypes[][3] = {
       {DType::f32, DType::f32, DType::f32},   {DType::bf16, DType::bf16, DType::bf16},
       {DType::bf16, DType::bf16, DType::f32}, {DType::bf16, DType::f32, DType::bf16},
-      {DType::f16, DType::f16, DType::f16},   {DType::f16, DType::f32, DType::f32}};
+      {DType::f16, DType::f16, DType::f16},   {DType::f16, DType::f32, DType::f32},
+      {DType::bf16, DType::bf16, DType::u8},  {DType::f32, DType::f32, DType::u8},
+      {DType::bf16, DType::f32, DType::u8}};
   const Sizes kSizes[] = {{0, 1, 7, 8191, 8192, 8193, 64}, {63, 65, 1023, 20001, 0, 5000}, {16384}};
   unsigned turn = options.seed * 17;
   for (int kind = 0; kind < 10; ++kind) {
@@ -223,6 +245,7 @@ std::vector<Case> optim_cases(const Options& options) {
       for (const auto& types : kTypes) {
         if (types[0] == DType::f32 && rounding > 0) continue;
         if (types[0] == DType::f16 && (rounding == 1 || rounding == 4)) continue;
+        if (types[2] == DType::u8 && !optim_has_codes(static_cast<OptimKind>(kind))) continue;
         if (!options.full && kind > 3 && (turn + kind) % 3 != 0) {
           ++turn;
           continue;

@@ -33,6 +33,8 @@ enum class OptimRounding : std::uint8_t {
 };
 
 inline constexpr int kOptimStates = 3;
+inline constexpr int kOptimCodedStates = 2;             // of kinds whose states may have 8 bits
+inline constexpr std::int64_t kOptimCodeBlock = 256;    // elements that share a scale
 inline constexpr int kOptimGroups = 32;                 // of one call
 inline constexpr std::int64_t kOptimChunk = 8192;       // elements
 inline constexpr std::int64_t kOptimInlineGrads = 448;  // tensors whose gradients are arguments
@@ -42,6 +44,7 @@ struct OptimTensor {
   void* param = nullptr;
   void* state[kOptimStates] = {};
   void* extra = nullptr;
+  float* scale[kOptimCodedStates] = {};  // of states of 8 bits, one a block
   float* step = nullptr;     // steps done; the call adds one. Not given: the call is the first step
   float* product = nullptr;  // NAdam's product of momenta
   std::int64_t numel = 0;
@@ -116,7 +119,8 @@ class OptimTable {
   std::int64_t tensors_ = 0;
 };
 
-/// One step. The signature is that of all tensors; types are f32, f16 or bf16, each its own.
+/// One step. The signature is that of all tensors; types are f32, f16 or bf16, each its own. States
+/// of adam, sgd and lion may be u8, codes of optim_code.h.
 struct OptimStep {
   const char* op = "fastkern::optim_step";  // for error messages
   OptimKind kind = OptimKind::adam;
@@ -176,6 +180,11 @@ constexpr int optim_states(OptimKind kind) {
     default:
       return 2;
   }
+}
+
+/// Whether the states of a kind may have 8 bits.
+constexpr bool optim_has_codes(OptimKind kind) {
+  return kind == OptimKind::adam || kind == OptimKind::sgd || kind == OptimKind::lion;
 }
 
 /// Bytes of OptimStep::workspace; 0 for most kinds.

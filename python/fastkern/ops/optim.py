@@ -9,6 +9,9 @@
 * ``steps``: float32 tensors of one element, the steps done so far; one is added.
 * ``extras``: what ``rounding`` keeps for each parameter (see :class:`fastkern.optim.Adam`): for ``"kahan"`` tensors of
   the parameters' type, for ``"master"`` float32, for ``"remainder"`` int16; else none.
+* States of ``adamw_``, ``adam_`` (without amsgrad), ``sgd_`` and ``lion_`` may be uint8, codes of blocks of 256
+  elements in the order of memory; ``scales`` then has a float32 tensor of one element for each block, for each
+  parameter: those of the first list of states, then those of the second. Zeros in both are states of 0.
 * ``lr``: a float, or a float32 tensor of one element on the parameters' device.
 * ``grad_scale``, ``grad_factor``: gradients are divided by the one and multiplied with the other; ``found_inf``: if it
   is not 0, nothing changes. Float32 tensors of one element.
@@ -51,7 +54,7 @@ def _run(
         options.pop("rounding", "nearest"),
         options.pop("seed", 0),
     )
-    extras = options.pop("extras", ())
+    extras, scales = options.pop("extras", ()), options.pop("scales", ())
     scalars = [options.pop(name, None) for name in ("grad_scale", "found_inf", "grad_factor")]
     if options:
         raise TypeError(f"{_name_of(op)}: there is no argument {next(iter(options))!r}")
@@ -61,7 +64,8 @@ def _run(
         return
     rate, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     op(
-        params, grads, steps, extras, *states, rate, *numbers, maximize, _ROUNDINGS[rounding], seed, tensor, *scalars
+        params, grads, steps, extras, scales, *states, rate, *numbers, maximize, _ROUNDINGS[rounding], seed, tensor,
+        *scalars,
     )  # fmt: skip
     if not torch.compiler.is_compiling():  # what autograd may have saved is no longer what it was
         torch.autograd.graph.increment_version(params)

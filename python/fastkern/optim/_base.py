@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.optim import _plan
+from fastkern.optim import _blocks, _plan
 from fastkern.optim._plan import Bucket, Entry
 
 # beta1, beta2, eps, weight_decay, decay_base, decoupled, nesterov: what they are is the kernel's to say.
 Numbers = tuple[float, float, float, float, float, bool, bool]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Kinds whose states may have 8 bits, codes and scales; whether each of them has a sign.
+_CODED = {"adam": (True, False), "sgd": (True,), "lion": (True,)}
 _ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "remainder")
 # The state that a rounding keeps, and its type (None: that of the parameter).
 _EXTRAS: dict[str, tuple[str, torch.dtype | None]] = {
@@ -108,8 +110,13 @@ class Optimizer(torch.optim.Optimizer):
         rounding, state_dtype = group["rounding"], group["state_dtype"]
         if rounding not in _ROUNDINGS:
             raise ValueError(f"{self._name}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
-        if state_dtype is not None and state_dtype not in _DTYPES:
-            raise ValueError(f"{self._name}: state_dtype must be one of {_DTYPES} or None, got {state_dtype!r}")
+        if state_dtype == "8bit":
+            if (kind := self._kind(group)) not in _CODED:
+                raise ValueError(f"{self._name}: state_dtype '8bit' must be that of {', '.join(_CODED)}, got {kind}")
+            if (least := group["min_8bit_size"]) < 0:
+                raise ValueError(f"{self._name}: min_8bit_size must be >= 0, got {least}")
+        elif state_dtype is not None and state_dtype not in _DTYPES:
+            raise ValueError(f"{self._name}: state_dtype must be one of {_DTYPES}, '8bit' or None, got {state_dtype!r}")
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"{self._name}: lr must have one element, got {lr.numel()}")
@@ -137,19 +144,46 @@ class Optimizer(torch.optim.Optimizer):
         """Float32 parameters keep all of their value."""
         return "nearest" if p.dtype == torch.float32 else group["rounding"]
 
-    def _state_of(self, p: Tensor, like: Tensor, group: dict[str, Any]) -> tuple[list[Tensor | None], Tensor | None]:
-        """The parameter's states and its extra, made where they are missing."""
-        state, dtype = self.state[p], group["state_dtype"] or p.dtype
+    def _state_dtype(self, p: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The type of the parameter's states, uint8 for codes."""
+        dtype: torch.dtype | str | None = group["state_dtype"]
+        if isinstance(dtype, str):
+            if not any(self._states(group)):
+                return p.dtype
+            return torch.uint8 if p.numel() >= group["min_8bit_size"] else torch.float32
+        return dtype or p.dtype
+
+    def _state_of(
+        self, p: Tensor, like: Tensor, group: dict[str, Any]
+    ) -> tuple[list[Tensor | None], list[Tensor], Tensor | None]:
+        """The parameter's states, their scales and its extra, made where they are missing."""
+        state, dtype = self.state[p], self._state_dtype(p, group)
+        signs = _CODED.get(self._kind(group), ())
         states: list[Tensor | None] = []
-        for name in self._states(group):
+        scales: list[Tensor] = []
+        for i, name in enumerate(self._states(group)):
             if name is None:
                 states.append(None)
                 continue
             if state.get(name) is None:
                 self._refuse_capture(p)
                 state[name] = torch.full_like(like, self._first_value(name, p, group), dtype=dtype, requires_grad=False)
-            state[name] = _plan.conform(state[name], like, dtype)
+                if dtype == torch.uint8:
+                    state[f"{name}_scale"] = _blocks.no_scales(like)
+            found, scale = state[name], state.get(f"{name}_scale")
+            if found.dtype == torch.uint8 and scale is None:
+                raise RuntimeError(f"{self._name}: state {name} of 8 bits must have {name}_scale beside it, got none")
+            if found.dtype == torch.uint8 and (dtype != torch.uint8 or not _blocks.fit(found, scale, like)):
+                found, scale = _blocks.decode(found, scale, signed=signs[i]), None
+                state.pop(f"{name}_scale")
+            if dtype != torch.uint8:
+                state[name] = _plan.conform(found, like, dtype)
+            elif scale is None:
+                state[name], scale = _blocks.encode(_plan.conform(found, like, torch.float32), signed=signs[i])
+                state[f"{name}_scale"] = scale
             states.append(state[name])
+            if scale is not None:
+                scales.append(scale)
         extra = None
         if (rounding := self._rounding(p, group)) in _EXTRAS:
             name, kept = _EXTRAS[rounding]
@@ -158,7 +192,7 @@ class Optimizer(torch.optim.Optimizer):
                 made = torch.zeros_like(like, dtype=kept or p.dtype, requires_grad=False)
                 state[name] = made.copy_(p) if rounding == "master" else made
             extra = state[name] = _plan.conform(state[name], like, kept or p.dtype)
-        return states, extra
+        return states, scales, extra
 
     def _scalars(self, params: list[tuple[Tensor, dict[str, Any]]], name: str) -> None:
         """A scalar for each parameter that has none: neighbours in one piece of memory, for each device."""
@@ -195,6 +229,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._has_step(g),
                 g["rounding"],
                 g["state_dtype"],
+                g.get("min_8bit_size"),
                 g["seed"],
             )
             for g in self.param_groups
@@ -221,8 +256,8 @@ class Optimizer(torch.optim.Optimizer):
         self._scalars(products, "mu_product")
         for p, group, number, index in active:
             like = p if _plan.is_dense(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            states, extra = self._state_of(p, like, group)
-            types = (p.dtype, p.dtype if p.grad is None else p.grad.dtype, group["state_dtype"] or p.dtype)
+            states, scales, extra = self._state_of(p, like, group)
+            types = (p.dtype, p.dtype if p.grad is None else p.grad.dtype, self._state_dtype(p, group))
             rounding, kind = self._rounding(p, group), self._kind(group)
             key = (p.device, kind, rounding, group["seed"], types, number // _plan.GROUPS)
             if key not in buckets:
@@ -233,7 +268,7 @@ class Optimizer(torch.optim.Optimizer):
             state = self.state[p]
             product = state["mu_product"] if kind == "nadam" else None
             step = state["step"] if self._has_step(group) else None
-            bucket.entries.append(Entry(p, like, tuple(states), extra, step, product, number, index))
+            bucket.entries.append(Entry(p, like, tuple(states), tuple(scales), extra, step, product, number, index))
         for bucket in buckets.values():
             bucket.finish()
         return list(buckets.values())

@@ -64,7 +64,7 @@ class DirectOptimizer(Optimizer):
         items = []
         for p, grad, group, number, index in found:
             like = p if p.is_contiguous() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            states, extra = self._state_of(p, like, group)
+            states, _, extra = self._state_of(p, like, group)
             step = self.state[p]["step"] if self._has_step(group) else None
             items.append(Item(p, like, grad.contiguous(), tuple(states), extra, step, number, index))
         return items
@@ -136,7 +136,7 @@ class DirectOptimizer(Optimizer):
             bucket, grads = buckets[key]
             if item.group not in bucket.groups:
                 bucket.groups.append(item.group)
-            bucket.entries.append(Entry(p, item.like, (), item.extra, item.step, None, item.group, item.index))
+            bucket.entries.append(Entry(p, item.like, (), (), item.extra, item.step, None, item.group, item.index))
             grads.append(direction)
 
         for bucket, grads in buckets.values():

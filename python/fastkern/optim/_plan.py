@@ -46,11 +46,12 @@ def address_of(t: Tensor | None) -> int:
 
 @dataclass
 class Entry:
-    """A parameter in a bucket: what is updated (``like``), its states in the kernel's order, its number."""
+    """A parameter in a bucket: what is updated (``like``), states and scales in the kernel's order, its number."""
 
     param: Tensor
     like: Tensor
     states: tuple[Tensor | None, ...]
+    scales: tuple[Tensor, ...]
     extra: Tensor | None
     step: Tensor | None
     product: Tensor | None
@@ -80,7 +81,8 @@ class Bucket:
         index = self.device.index if self.device.type == "cuda" else -1
         self.parameters = _core.OptimParameters(self.kind, self.rounding, *self.types, index, params, likes)
         for i, e in enumerate(self.entries):
-            self.parameters.set(i, e.states, e.extra, e.step, e.product, self.groups.index(e.group), e.index)
+            group = self.groups.index(e.group)
+            self.parameters.set(i, e.states, e.scales, e.extra, e.step, e.product, group, e.index)
         if index >= 0:
             self.memory = torch.empty(self.parameters.bytes, dtype=torch.uint8, device=self.device)
         self.parameters.finish(self.memory)
@@ -102,7 +104,7 @@ def gradient_buckets(grads: Iterable[Tensor]) -> list[Bucket]:
         if key not in buckets:
             buckets[key] = Bucket(g.device, "adam", "nearest", 0, (g.dtype, g.dtype, g.dtype), [0])
         like = g if is_dense(g) else g.contiguous()
-        buckets[key].entries.append(Entry(g, like, (), None, None, None, 0, 0))
+        buckets[key].entries.append(Entry(g, like, (), (), None, None, None, 0, 0))
     for bucket in buckets.values():
         bucket.finish()
         bucket.parameters.use_params_as_grads()

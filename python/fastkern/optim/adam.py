@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ class Adam(Optimizer):
             the parameter.
         amsgrad: divides by the largest average of squares so far.
         maximize: steps up.
-        state_dtype: of the averages; None: that of the parameter.
+        state_dtype: of the averages; None: that of the parameter. ``"8bit"`` (not with ``amsgrad``): codes of 8 bits
+            with a float32 scale for each 256 elements.
+        min_8bit_size: with ``"8bit"``, parameters of fewer elements have float32 states.
         rounding: how parameters of 16 bits are kept. ``"nearest"``; ``"stochastic"`` (bfloat16: up or down by chance,
             right on average); ``"kahan"`` (what rounding took away is kept, in 16 bits more); ``"master"`` (a copy in
             float32); ``"remainder"`` (bfloat16: the lower 16 bits of that copy).
@@ -51,7 +53,8 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
+        min_8bit_size: int = 4096,
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
@@ -68,6 +71,7 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
             "state_dtype": state_dtype,
+            "min_8bit_size": min_8bit_size,
             "rounding": rounding,
             "seed": seed,
         }

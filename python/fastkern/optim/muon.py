@@ -280,7 +280,7 @@ class Muon(DirectOptimizer):
                 bucket, grads = buckets[signature]
                 if number not in bucket.groups:
                     bucket.groups.append(number)
-                bucket.entries.append(Entry(place, place, (average,), None, None, None, number, item.index))
+                bucket.entries.append(Entry(place, place, (average,), (), None, None, None, number, item.index))
                 grads.append(item.grad)
 
         def numbers(group: dict[str, Any]) -> GroupNumbers:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class SGD(Optimizer):
         foreach: as of :class:`Adam`, as what follows.
         differentiable: must be False.
         fused: see ``foreach``.
-        state_dtype: of the buffer.
+        state_dtype: of the buffer; as of :class:`Adam`.
+        min_8bit_size: as of :class:`Adam`.
         rounding: of parameters of 16 bits.
         seed: of stochastic rounding.
     """
@@ -43,7 +44,8 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
+        min_8bit_size: int = 4096,
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
@@ -58,6 +60,7 @@ class SGD(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
             "state_dtype": state_dtype,
+            "min_8bit_size": min_8bit_size,
             "rounding": rounding,
             "seed": seed,
         }
@@ -104,7 +107,8 @@ class Lion(Optimizer):
         betas: of the direction and of the average.
         weight_decay: times ``lr`` and the parameter.
         maximize: steps up.
-        state_dtype: of the average.
+        state_dtype: of the average; as of :class:`Adam`.
+        min_8bit_size: as of :class:`Adam`.
         rounding: of parameters of 16 bits.
         seed: of stochastic rounding.
     """
@@ -117,7 +121,8 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
+        min_8bit_size: int = 4096,
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
@@ -127,6 +132,7 @@ class Lion(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "state_dtype": state_dtype,
+            "min_8bit_size": min_8bit_size,
             "rounding": rounding,
             "seed": seed,
         }

@@ -77,6 +77,13 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   }
   return votes;
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const unsigned other = __shfl_xor_sync(mask, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
 inline int __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
