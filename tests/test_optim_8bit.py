@@ -255,7 +255,7 @@ def test_checkpoints(device: str) -> None:
 def test_refusals(device: str) -> None:
     p = torch.nn.Parameter(torch.ones(5000, device=device))
     for make in (optim.Adagrad, optim.LAMB, lambda *a, **k: optim.AdamW(*a, amsgrad=True, **k)):
-        with pytest.raises(ValueError, match="state_dtype '8bit' must be that of adam, sgd, lion, got"):
+        with pytest.raises(ValueError, match="state_dtype must not be '8bit'"):
             make([p], state_dtype="8bit")
     with pytest.raises(ValueError, match="min_8bit_size must be >= 0, got -1"):
         optim.SGD([p], momentum=0.9, state_dtype="8bit", min_8bit_size=-1)

@@ -47,7 +47,7 @@ def arguments(
         return [v.to(device, dtype) for v in values]
 
     steps = [torch.full((), float(STEP), device=device) for _ in shapes]
-    lists = {"params": made("p"), "grads": made("g"), "steps": steps, "extras": []}
+    lists = {"params": made("p"), "grads": made("g"), "steps": steps, "extras": [], "scales": []}
     return {**lists, **{name: made(name) for name in spec.states}, "lr": 0.05, **numbers, **TAIL}
 
 

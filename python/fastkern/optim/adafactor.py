@@ -121,9 +121,11 @@ class Adafactor(DirectOptimizer):
     def _numbers(self, group: dict[str, Any]) -> Numbers:
         return 0.0, 0.0, 0.0, group["weight_decay"], 0.0, True, False
 
-    def _state_of(self, p: Tensor, like: Tensor, group: dict[str, Any]) -> tuple[list[Tensor | None], Tensor | None]:
+    def _state_of(
+        self, p: Tensor, like: Tensor, group: dict[str, Any]
+    ) -> tuple[list[Tensor | None], list[Tensor], Tensor | None]:
         """The average of steps, R and C, or V."""
-        states, extra = super()._state_of(p, like, group)
+        states, scales, extra = super()._state_of(p, like, group)
         sizes = {"variance": p.shape}
         if p.ndim > 1:
             sizes = {
@@ -138,7 +140,7 @@ class Adafactor(DirectOptimizer):
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
             state[name] = state[name].to(dtype).contiguous()
             states.append(state[name])
-        return states, extra
+        return states, scales, extra
 
     # ---- step --------------------------------------------------------------------------------------------------------
 

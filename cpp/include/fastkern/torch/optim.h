@@ -17,6 +17,7 @@ struct OptimOptions {
   bool maximize = false;
   OptimRounding rounding = OptimRounding::nearest;  // of parameters of 16 bits
   std::vector<at::Tensor> extras = {};              // what the rounding keeps, one a parameter
+  std::vector<at::Tensor> scales = {};              // of uint8 states: the first one's, the second's
   std::int64_t seed = 0;                            // of stochastic rounding
   // Float32, one element each, on the parameters' device: nothing is read on the host.
   MaybeTensor lr_tensor = std::nullopt;    // in place of lr
@@ -32,8 +33,8 @@ template <class... Middle>
 auto optim_operator(const char* name) {
   using List = at::TensorList;
   using M = const MaybeTensor&;
-  return find_operator<void(List, List, List, List, Middle..., bool, std::int64_t, std::int64_t, M,
-                            M, M, M)>(name);
+  return find_operator<void(List, List, List, List, List, Middle..., bool, std::int64_t,
+                            std::int64_t, M, M, M, M)>(name);
 }
 
 template <class Operator, class... Middle>
@@ -42,7 +43,7 @@ void optim_step(const Operator& op, at::TensorList params, at::TensorList grads,
   if (params.empty()) return;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    op.call(params, grads, steps, o.extras, middle..., o.maximize,
+    op.call(params, grads, steps, o.extras, o.scales, middle..., o.maximize,
             static_cast<std::int64_t>(o.rounding), o.seed, given(o.lr_tensor), given(o.grad_scale),
             given(o.found_inf), given(o.grad_factor));
   }
