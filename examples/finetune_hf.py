@@ -110,7 +110,9 @@ def main() -> None:
     steps = batches(o)
     plain = make_model(o)
     patched = copy.deepcopy(plain)
-    print(f"{sum(p.numel() for p in plain.parameters()):,} parameters, {o.steps} steps of {o.batch} x {o.context} tokens")
+    print(
+        f"{sum(p.numel() for p in plain.parameters()):,} parameters, {o.steps} steps of {o.batch} x {o.context} tokens"
+    )
 
     results = {"transformers": train(plain, torch.optim.AdamW(plain.parameters(), o.lr), steps)}
     del plain

@@ -155,7 +155,8 @@ void run_step(OptimStep a, const OptimGroup& group, const TensorList& params,
       if (state.dtype == DType::u8) {
         const std::size_t at = k * count + i;
         t.scale[k] = scales_of(scales[at], state, device, op, item("scales", at));
-        written.add(t.scale[k], (t.numel + kOptimCodeBlock - 1) / kOptimCodeBlock * 4, "scales", at);
+        written.add(t.scale[k], (t.numel + kOptimCodeBlock - 1) / kOptimCodeBlock * 4, "scales",
+                    at);
       }
       written.add(state.data, t.numel * size_of(a.state), states[k].name, i);
     }

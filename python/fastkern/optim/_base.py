@@ -112,7 +112,8 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{self._name}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
         if state_dtype == "8bit":
             if (kind := self._kind(group)) not in _CODED or "min_8bit_size" not in group:
-                raise ValueError(f"{self._name}: state_dtype must not be '8bit', which Adam, AdamW, SGD and Lion have; got it for {kind}")
+                text = "state_dtype must not be '8bit', which Adam, AdamW, SGD and Lion have"
+                raise ValueError(f"{self._name}: {text}; got it for {kind}")
             if (least := group["min_8bit_size"]) < 0:
                 raise ValueError(f"{self._name}: min_8bit_size must be >= 0, got {least}")
         elif state_dtype is not None and state_dtype not in _DTYPES:

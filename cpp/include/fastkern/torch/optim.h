@@ -17,8 +17,8 @@ struct OptimOptions {
   bool maximize = false;
   OptimRounding rounding = OptimRounding::nearest;  // of parameters of 16 bits
   std::vector<at::Tensor> extras = {};              // what the rounding keeps, one a parameter
-  std::vector<at::Tensor> scales = {};              // of uint8 states: the first one's, the second's
-  std::int64_t seed = 0;                            // of stochastic rounding
+  std::vector<at::Tensor> scales = {};  // of uint8 states: the first one's, the second's
+  std::int64_t seed = 0;                // of stochastic rounding
   // Float32, one element each, on the parameters' device: nothing is read on the host.
   MaybeTensor lr_tensor = std::nullopt;    // in place of lr
   MaybeTensor grad_scale = std::nullopt;   // gradients are divided by it
