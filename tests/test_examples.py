@@ -252,3 +252,19 @@ def test_vision_learns() -> None:
     images, labels = vision.make_images(40, torch.Generator().manual_seed(7))
     assert images.shape == (40, 3, 32, 32)
     assert set(labels.tolist()) == set(range(6))
+
+
+def test_finetune_hf(
+    train_gpt: ModuleType, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    script = load("finetune_hf")
+    sizes = "--device cpu --steps 4 --batch 2 --context 16 --hidden 32 --layers 1 --heads 2 --kv-heads 1"
+    monkeypatch.setattr(sys, "argv", ["finetune_hf.py", *sizes.split(), "--data", str(data)])
+    script.main()
+    output = capsys.readouterr().out
+    assert re.search(r"norm +LlamaRMSNorm +fastkern.rms_norm +3 ", output), output
+    assert "the same bits as a model that was never patched" in output
+    monkeypatch.setattr(script, "LIMIT", -1.0)
+    with pytest.raises(SystemExit, match="the losses differ"):
+        script.main()
