@@ -132,10 +132,10 @@ cdef class _TensorAccess:
         self.grad, self.dtype = (self.found(torch.Tensor, name) for name in ("grad", "dtype"))
         self.get_grad = <DescrGet>_slot_of(type(self.grad), Py_tp_descr_get)
         self.get_dtype = <DescrGet>_slot_of(type(self.dtype), Py_tp_descr_get)
-        if not PyCFunction_GetFlags(data_ptr) & METH_NOARGS:
-            raise TypeError("fastkern.optim: Tensor.data_ptr must be a function without arguments")
-        self.get_data_ptr = PyCFunction_GetFunction(data_ptr)
-        self.tensor, self.parameter = <PyObject*>torch.Tensor, <PyObject*>torch.nn.Parameter
+        self.tensor = self.parameter = NULL
+        if PyCFunction_GetFlags(data_ptr) & METH_NOARGS:  # else every tensor is read by name
+            self.get_data_ptr = PyCFunction_GetFunction(data_ptr)
+            self.tensor, self.parameter = <PyObject*>torch.Tensor, <PyObject*>torch.nn.Parameter
 
     cdef object found(self, cls, name):
         for base in cls.__mro__:
