@@ -312,3 +312,9 @@ def test_names() -> None:
     assert fastkern.nn is nn
     with pytest.raises(AttributeError, match="module 'fastkern' has no attribute 'no_such_name'"):
         _ = fastkern.no_such_name
+
+
+@pytest.mark.parametrize("kind", ["GatedMLP", "MLP"])
+def test_width_of_the_result(kind: str, device: str) -> None:
+    mlp = getattr(fastkern.nn, kind)(8, 16, out_dim=5, device=device)
+    assert mlp(torch.randn(3, 8, device=device)).shape == (3, 5)

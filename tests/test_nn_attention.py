@@ -235,3 +235,18 @@ def test_compiles_whole() -> None:
                 out = function(x[:, step : step + 1], cache=cache)
                 cache.advance(1)
                 torch.testing.assert_close(out, attention(x[:, : step + 1])[:, -1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("option", [{"qk_norm_eps": 0.5}, {"qk_norm_offset": 1.0}], ids=str)
+def test_numbers_of_the_head_norms(option: dict[str, float], rotary: bool, device: str) -> None:
+    """The same weights under another number give something else, by either kernel."""
+
+    def made(**more: float) -> nn.MultiheadAttention:
+        turns = nn.RotaryEmbedding(8, device=device) if rotary else None
+        return nn.MultiheadAttention(16, 2, qk_norm=True, rotary=turns, device=device, **more)
+
+    plain, other = made(), made(**option)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3)).to(device)
+    assert (plain(x) - other(x)).abs().max() > 1e-4

@@ -328,3 +328,14 @@ def test_like_transformers(kind: str) -> None:
                 out = module(x[:, step : step + 1], cache=cache, attention_mask=None, **here)[0]
             outputs.append(out)
         torch.testing.assert_close(*outputs[2:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", [{"norm_eps": 0.5}, {"rope_dim": 4}, {"rope_interleaved": True}], ids=str)
+def test_numbers_of_a_configuration_reach_the_kernels(option: dict[str, Any], device: str) -> None:
+    """The same weights under another number give something else."""
+    sizes: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 32}
+    plain = nn.TransformerBlock(nn.TransformerConfig(**sizes), device=device)
+    other = nn.TransformerBlock(nn.TransformerConfig(**sizes, **option), device=device)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3)).to(device)
+    assert (plain(x) - other(x)).abs().max() > 1e-4

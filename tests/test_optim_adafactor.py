@@ -10,7 +10,15 @@ import pytest
 import torch
 from fastkern import optim
 from fastkern.optim import _direct, adafactor
-from harness.optim import assert_close, assert_same, bits, doubled, set_gradients
+from harness.optim import (
+    assert_close,
+    assert_same,
+    bits,
+    check_scale_overflow_and_clipping,
+    doubled,
+    replayed,
+    set_gradients,
+)
 from torch import Tensor
 
 STEPS = 8
@@ -181,25 +189,8 @@ def test_checkpoints(device: str) -> None:
 def test_scale_overflow_and_clipping(device: str) -> None:
     """Inside the step: as before it, with gradients left alone; after an overflow nothing changes."""
     first, second = parameters(device), parameters(device)
-    a, b = optim.Adafactor(first, beta1=0.5), optim.Adafactor(second, beta1=0.5)
-    for step in range(3):
-        set_gradients(step, first, second)
-        for p in first:
-            p.grad = None if p.grad is None else p.grad * 4.0
-        a.grad_scale = torch.tensor(4.0, device=device)
-        norm = a.step(max_norm=0.5)
-        torch.testing.assert_close(norm, optim.clip_grad_norm_(second, 0.5))
-        b.step()
-    for p, q in zip(first, second, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    before = copy.deepcopy((first, a.state_dict()["state"]))
-    a.found_inf = torch.tensor(1.0, device=device)
-    first[0].grad.fill_(float("inf"))
-    a.step()
-    assert_same(first, before[0])
-    for i, state in before[1].items():
-        for key, value in state.items():
-            assert torch.equal(a.state_dict()["state"][i][key], value), key
+    made = (optim.Adafactor(those, beta1=0.5) for those in (first, second))
+    check_scale_overflow_and_clipping(*made, first, second, rtol=1e-5, atol=1e-6)
 
 
 def test_rate_in_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,25 +242,10 @@ def test_zero_and_tiny_gradients(device: str) -> None:
 @pytest.mark.cuda
 def test_graph(cuda: None) -> None:
     """A captured step with clipping and a rate in memory waits for nothing and replays the same bits."""
-    results = []
-    for captured in (False, True):
+
+    def make() -> tuple[list[Tensor], optim.Adafactor]:
         those = parameters("cuda", torch.bfloat16)
         options = {"weight_decay": 0.1, "beta1": 0.9, "rounding": "stochastic"}
-        optimizer = optim.Adafactor(those, lr=torch.tensor(0.02, device="cuda"), **options)
-        set_gradients(0, those, skip=False)
-        optimizer.step(max_norm=1.0)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step(max_norm=1.0)
-            for _ in range(10):
-                graph.replay()
-        else:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(10):
-                    optimizer.step(max_norm=1.0)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        results.append([p.detach().clone() for p in those])
-    assert_same(*results)
+        return those, optim.Adafactor(those, lr=torch.tensor(0.02, device="cuda"), **options)
+
+    assert_same(*replayed(make))

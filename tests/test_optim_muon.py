@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastkern import optim
 from fastkern.optim import muon
-from harness.optim import assert_close, assert_same, bits, set_gradients
+from harness.optim import assert_close, assert_same, bits, check_scale_overflow_and_clipping, replayed, set_gradients
 from torch import Tensor
 
 SHAPES = [(20, 30), (30, 20), (20, 30), (64, 64), (1, 7), (33, 5), (20, 30), (0, 4)]
@@ -240,25 +240,8 @@ def test_own_checkpoints_and_copies(device: str) -> None:
 def test_scale_overflow_and_clipping(device: str) -> None:
     """Inside the step: as before it, with gradients left alone; after an overflow nothing changes."""
     first, second = ([*matrices(device), torch.nn.Parameter(torch.ones(9, device=device))] for _ in range(2))
-    a, b = optim.Muon(first, lr=0.02, ns_dtype=torch.float32), optim.Muon(second, lr=0.02, ns_dtype=torch.float32)
-    for step in range(3):
-        set_gradients(step, first, second)
-        for p in first:
-            p.grad = None if p.grad is None else p.grad * 4.0
-        a.grad_scale = torch.tensor(4.0, device=device)
-        norm = a.step(max_norm=0.5)
-        torch.testing.assert_close(norm, optim.clip_grad_norm_(second, 0.5))
-        b.step()
-    for p, q in zip(first, second, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    before = copy.deepcopy((first, a.state_dict()["state"]))
-    a.found_inf = torch.tensor(1.0, device=device)
-    first[0].grad.fill_(float("inf"))
-    a.step()
-    assert_same(first, before[0])
-    for i, state in before[1].items():
-        for key, value in state.items():
-            assert torch.equal(a.state_dict()["state"][i][key], value), key
+    made = (optim.Muon(those, lr=0.02, ns_dtype=torch.float32) for those in (first, second))
+    check_scale_overflow_and_clipping(*made, first, second, rtol=1e-4, atol=1e-5)
 
 
 def test_rates_as_tensors_and_closures(device: str) -> None:
@@ -287,6 +270,17 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         optim.Muon([torch.nn.Parameter(torch.ones(3, 3))], **options)
 
 
+def test_epsilon_of_adamw(device: str) -> None:
+    """Of the parameters that are no matrices: as AdamW's own."""
+    first, second = ([torch.nn.Parameter(torch.ones(9, device=device))] for _ in range(2))
+    a = optim.Muon(first, adamw_lr=0.02, adamw_betas=(0.9, 0.99), adamw_eps=0.5, adamw_weight_decay=0.0)
+    b = optim.AdamW(second, lr=0.02, betas=(0.9, 0.99), eps=0.5, weight_decay=0.0)
+    set_gradients(0, first, second, skip=False)
+    a.step()
+    b.step()
+    assert_same(first, second)
+
+
 def test_bad_gradients(device: str) -> None:
     p = torch.nn.Parameter(torch.ones(4, 3, device=device))
     optimizer = optim.Muon([p])
@@ -301,24 +295,9 @@ def test_bad_gradients(device: str) -> None:
 @pytest.mark.cuda
 def test_graph(cuda: None) -> None:
     """A captured step with clipping, AdamW's part and a rate in memory waits for nothing and replays the same bits."""
-    results = []
-    for captured in (False, True):
+
+    def make() -> tuple[list[Tensor], optim.Muon]:
         those = [*matrices("cuda", torch.bfloat16), torch.nn.Parameter(torch.ones(40, device="cuda").bfloat16())]
-        optimizer = optim.Muon(those, lr=torch.tensor(0.02, device="cuda"), rounding="stochastic")
-        set_gradients(0, those, skip=False)
-        optimizer.step(max_norm=1.0)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step(max_norm=1.0)
-            for _ in range(10):
-                graph.replay()
-        else:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(10):
-                    optimizer.step(max_norm=1.0)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        results.append([p.detach().clone() for p in those])
-    assert_same(*results)
+        return those, optim.Muon(those, lr=torch.tensor(0.02, device="cuda"), rounding="stochastic")
+
+    assert_same(*replayed(make))

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fastkern import optim
 from torch import Tensor
 
 SIZES = (0, 1, 7, 63, 64, 65, 1023, 65537)
@@ -103,3 +105,56 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range, 
         optimizer.zero_grad()
         net(x).square().mean().backward()
         optimizer.step()
+
+
+def check_scale_overflow_and_clipping(
+    a: optim.Adafactor | optim.Muon,
+    b: optim.Adafactor | optim.Muon,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    rtol: float,
+    atol: float,
+) -> None:
+    """``a`` steps ``first``, with scaled gradients; ``b`` steps ``second``, clipped before."""
+    for step in range(3):
+        set_gradients(step, first, second)
+        for p in first:
+            p.grad = None if p.grad is None else p.grad * 4.0
+        a.grad_scale = torch.tensor(4.0, device=first[0].device)
+        norm = a.step(max_norm=0.5)
+        torch.testing.assert_close(norm, optim.clip_grad_norm_(second, 0.5))
+        b.step()
+    for p, q in zip(first, second, strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
+    before = copy.deepcopy((first, a.state_dict()["state"]))
+    a.found_inf = torch.tensor(1.0, device=first[0].device)
+    first[0].grad.fill_(float("inf"))
+    a.step()
+    assert_same(first, before[0])
+    for i, state in before[1].items():
+        for key, value in state.items():
+            assert torch.equal(a.state_dict()["state"][i][key], value), key
+
+
+def replayed(make: Callable[[], tuple[list[Tensor], optim.Adafactor | optim.Muon]]) -> list[list[Tensor]]:
+    """Parameters after eleven steps with clipping, without one wait; and after ten replays of a captured one."""
+    results = []
+    for captured in (False, True):
+        those, optimizer = make()
+        set_gradients(0, those, skip=False)
+        optimizer.step(max_norm=1.0)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step(max_norm=1.0)
+            for _ in range(10):
+                graph.replay()
+        else:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(10):
+                    optimizer.step(max_norm=1.0)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        results.append([p.detach().clone() for p in those])
+    return results
