@@ -3,9 +3,8 @@
 // the result of a comparison) and lie in packs of 16 bytes. What does not goes through
 // pointwise_kernel.cuh, with the same formula and the same bits.
 //
-//   work     a thread has kPacks packs, 256 packs apart, so that a warp's lie side by side. They
-//   are
-//            counted through one dense dimension (`flat`) or through rows of whole packs; a row may
+//   work     a thread has kPacks packs, a block's threads apart, so that a warp's lie side by side.
+//            They are counted through one dense dimension (`flat`) or through rows of whole packs; a row may
 //            have its own stride, or none, in every operand: a bias, one number for each row
 //   index    rows: a division by multiplication for each dimension and pack
 //   memory   16 bytes an access; a condition or a boolean result has one byte for each element of
@@ -17,16 +16,19 @@
 //            first threads of the first block
 //   cost     reads and writes each operand once. Of bf16, per element: the formula, one instruction
 //            to unpack an input, half a one to round and pack, a third for index and access; a copy
-//            at 4.2 TB/s leaves room for 28 of one input, 42 of two
+//            at 4.2 TB/s leaves room for 28 of one input, 42 of two. Results of 16 bits have
+//            formulas of their own where those of f32 take more (pointwise_brief.cuh)
 #pragma once
 
 #include <optional>
 
+#include "pointwise_brief.cuh"
 #include "pointwise_kernel.cuh"
 
 namespace fastkern::pointwise_detail {
 
 inline constexpr int kOuterDims = 3;
+inline constexpr int kPackThreads = 128;  // a block's: with 256, copies were a hundredth slower
 
 struct PackAccess {
   char* data;
@@ -62,9 +64,10 @@ inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
 template <class F, class S, class O, class T>
 struct Packs {
   static constexpr int kIn = F::kInputs, V = 16 / sizeof(S);
-  // 32 to 64 KiB under way on a multiprocessor: with twice that, copies were a fifth slower.
-  static constexpr int kPacks = kLong<F> || (kIn == 1 && sizeof(S) >= 4) ? 1 : 2;
-  static constexpr int kBlocks = kLong<F> ? (kIn == 1 ? 5 : 3) : kIn == 1 ? 6 : 4;  // at least
+  // The formula hides behind the accesses of other packs.
+  static constexpr bool kHeavy = kLong<F> || kLaborious<F>;
+  static constexpr int kPacks = kIn > 1 || (kHeavy && !kHasBrief<F, S>) ? 2 : 1;
+  static constexpr int kBlocks = kLong<F> ? (kIn == 1 ? 10 : 6) : kIn == 1 ? 10 : 8;  // at least
   template <int kInput>
   using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
 
@@ -76,7 +79,7 @@ struct Packs {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const std::uint32_t group =
-          blockIdx.x * (kPointwiseThreads * kPacks) + k * kPointwiseThreads + threadIdx.x;
+          blockIdx.x * (kPackThreads * kPacks) + k * kPackThreads + threadIdx.x;
       inside[k] = group < p.groups;
       column[k] = group;
 #pragma unroll
@@ -202,10 +205,15 @@ struct Packs {
       Words<T, V> a = values<0>(p, k), b = a, c = a;
       if constexpr (kIn > 1) b = values<1>(p, k);
       if constexpr (kIn > 2) c = values<2>(p, k);
+      if constexpr (kHasBrief<F, S>) {
+        apply_brief<F>(a);
+      } else {
 #pragma unroll
-      for (int n = 0; n < V; ++n)
-        put(a, n,
-            F::template apply<T>(element<T>(a, n), element<T>(b, n), element<T>(c, n), p.scalars));
+        for (int n = 0; n < V; ++n)
+          put(a, n,
+              F::template apply<T>(element<T>(a, n), element<T>(b, n), element<T>(c, n),
+                                   p.scalars));
+      }
       narrow<O>(a);
       if (inside[k]) store_pack<V * sizeof(O)>(place<sizeof(O)>(p.out.data, at(p, p.out, k)), a);
     }
@@ -234,7 +242,7 @@ struct Packs {
 };
 
 template <class F, class S, class O, class T>
-__global__ void __launch_bounds__(kPointwiseThreads, Packs<F, S, O, T>::kBlocks)
+__global__ void __launch_bounds__(kPackThreads, Packs<F, S, O, T>::kBlocks)
     pointwise_packs_kernel(const __grid_constant__ PackParams<T> p) {
   ptx::grid_wait();
   Packs<F, S, O, T> packs;
@@ -305,8 +313,8 @@ bool launch_packs(const char* op, const PointwisePlan& plan,
   for (int i = 0; i < plan.inputs; ++i) p.numbers[i] = number_as<T>(plan.in[i].number);
   p.scalars = {{number_as<T>(scalars[0]), number_as<T>(scalars[1])}};
   const cuda::Launch shape{.op = op,
-                           .grid = cuda::ceil_div(p.groups, kPointwiseThreads * P::kPacks),
-                           .block = kPointwiseThreads,
+                           .grid = cuda::ceil_div(p.groups, kPackThreads * P::kPacks),
+                           .block = kPackThreads,
                            .overlap = true};
   cuda::launch(pointwise_packs_kernel<F, S, O, T>, shape, stream, p);
   return true;
@@ -330,10 +338,26 @@ std::optional<DType> common_type(const PointwisePlan& plan) {
   return type;
 }
 
+/// clamp between two numbers, as a function of one input.
+struct ClampToNumbers {
+  static constexpr int kInputs = 1;
+  template <class T>
+  static __device__ __forceinline__ T apply(T a, T, T, const Scalars<T>& s) {
+    return math::min(math::max(a, s(0)), s(1));
+  }
+};
+
 /// A part of a plan as packs, if that is possible; whether it was.
 template <class F, class T>
 bool try_packs(const char* op, const PointwisePlan& plan,
                const std::array<Number, kMaxScalars>& scalars, Stream stream) {
+  if constexpr (std::is_same_v<F, functor::clamp>) {
+    if (!plan.in[1].data && !plan.in[2].data) {
+      PointwisePlan one = plan;
+      one.inputs = 1;
+      return try_packs<ClampToNumbers, T>(op, one, {plan.in[1].number, plan.in[2].number}, stream);
+    }
+  }
   const std::optional<DType> type = common_type<F>(plan);
   if (!type) return false;
   if (plan.out.dtype != (kTruth<F> ? DType::boolean : *type)) return false;

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
   make_ratios(a);
 }
 
-__global__ void __launch_bounds__(kOptimThreads, 3)
+__global__ void __launch_bounds__(kOptimThreads, 2)
     lamb_apply_kernel(const __grid_constant__ StepParams a) {
   constexpr int kPacks = 2;
   __shared__ LambStart sStart[1];
@@ -137,17 +137,16 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
   RawOperands<4, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
+  int turn = 0;
   if (threadIdx.x == 0) {
     const optim::Start start = start_of(a, t);
-    sStart[0] = {Lamb::numbers(start), a.workspace[2 * a.chunks + tensor], start.steps,
-                 counts_last(a)};
+    sStart[0] = {Lamb::numbers(start), a.workspace[2 * a.chunks + tensor], start.steps, false};
+    turn = draw_turn(a, start);
   }
   __syncthreads();
   const Lamb::Numbers numbers = sStart[0].numbers;
   const float step_size = optim::mul(numbers.lr, sStart[0].factor);
   c.values.step = sStart[0].step;
-  if (sStart[0].last) count_steps(a);
-  if (!gradient) return;
   while (pack < packs) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -167,12 +166,14 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
+  const int count = gradient ? c.count : 0;
 #pragma unroll 1
-  for (int e = packs * 4 + static_cast<int>(threadIdx.x); e < c.count; e += kOptimThreads) {
+  for (int e = packs * 4 + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     const float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};
     const float p = c.values.load_value(e);
     c.values.store_value(e, optim::fma(-step_size, Lamb::direction(numbers, p, states), p));
   }
+  end_turn(a, turn, sStart[0].last);
 }
 
 }  // namespace

@@ -151,17 +151,18 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kPlain))
   int block = warp;
   raw.load(c, scales, block, block < packed);
   sTables[0].fill();
+  int turn = 0;
   if (threadIdx.x == 0) {
     const optim::Start start = start_of(a, t);
     sStart[0] = {Formula::numbers(start),
                  optim::gradient_factor(start.group, a.grad_factor, a.grad_scale), start.steps,
-                 counts_last(a)};
+                 false};
+    turn = draw_turn(a, start);
   }
   __syncthreads();
   const typename Formula::Numbers& numbers = sStart[0].numbers;  // registers are short
   const float& factor = sStart[0].factor;
   c.values.step = sStart[0].step;
-  if (sStart[0].last) count_steps(a);
   const Tables& tables = sTables[0];
 
   for (; block < packed; block += kOptimWarps) {
@@ -245,6 +246,7 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kPlain))
       if (lane == 0) scales[k][block] = __uint_as_float(all);
     });
   }
+  end_turn(a, turn, sStart[0].last);
 }
 
 /// Host.

@@ -4,13 +4,14 @@
 //   formula  Formula::update, element by element, in float32; each operand rounded once as it is
 //            stored
 //   work     a block has a chunk of 8192 elements of one parameter, which it finds by its number in
-//            the table. Packs of eight elements where all operands have 16 bits (`wide`), else of
-//            four; pack (i · kPacks + k) · kThreads + t is thread t's. What is not aligned, and the
+//            the table. Packs of eight elements where all operands, or all but f32 states, have 16
+//            bits, else of four; pack (i · kPacks + k) · kThreads + t is thread t's. What is not aligned, and the
 //            last elements of a tensor, one by one: the same numbers, element by element
 //   memory   nothing is kept; all loads of a thread's packs come before the first use of one
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
-//            float64. Thread 0 then draws a number: the block that draws the last one knows that
-//            all have read the counts of steps, and adds one to each of them
+//            float64. Thread 0 then draws a number, for which nobody waits: at its end, the block
+//            that drew the last one knows that all have read the counts of steps, and adds one to
+//            each of them
 //   cost     each operand is read once, and written once but for the gradient: AdamW in float32
 //            moves 28 bytes a parameter
 #pragma once
@@ -37,20 +38,30 @@ struct Operand {
   __device__ __forceinline__ int bytes() const { return type == DType::f32 ? 4 : 2; }
 };
 
-/// kVec elements of any type on their way from memory.
-template <int kVec>
+/// kVec elements on their way from memory: four of any type, eight of 16 bits, or eight of 32
+/// (kFloats).
+template <int kVec, bool kFloats = false>
 struct RawPack {
-  uint4 bits;
+  static constexpr int kParts = kFloats ? kVec / 4 : 1;
+  uint4 bits[kParts];
 
-  /// kVec = 8: 16 bits each. Not read unless `wanted`.
+  /// Not read unless `wanted`.
   __device__ __forceinline__ void load(const Operand& from, int element, bool wanted) {
-    const int bytes = kVec == 8 ? 16 : kVec * from.bytes();
-    bits = ptx::ld_global_part(from.at + element * static_cast<std::int64_t>(from.bytes()),
-                               wanted ? bytes : 0);
+    const int size = kFloats ? 4 : kVec == 8 ? 2 : from.bytes();
+    const char* const at = from.at + element * static_cast<std::int64_t>(size);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i)
+      bits[i] = ptx::ld_global_part(at + 16 * i, wanted ? kVec * size / kParts : 0);
   }
   __device__ __forceinline__ void unpack(DType type, float (&out)[kVec]) const {
-    const std::uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-    if (kVec == 4 && type == DType::f32) {
+    const std::uint32_t words[4] = {bits[0].x, bits[0].y, bits[0].z, bits[0].w};
+    if constexpr (kFloats) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        out[4 * i] = __uint_as_float(bits[i].x), out[4 * i + 1] = __uint_as_float(bits[i].y);
+        out[4 * i + 2] = __uint_as_float(bits[i].z), out[4 * i + 3] = __uint_as_float(bits[i].w);
+      }
+    } else if (kVec == 4 && type == DType::f32) {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) out[j] = __uint_as_float(words[j % 4]);
     } else if (type == DType::f16) {
@@ -61,10 +72,13 @@ struct RawPack {
   }
   static __device__ __forceinline__ void store(const Operand& to, int element,
                                                const float (&v)[kVec]) {
-    char* const at = to.at + element * static_cast<std::int64_t>(to.bytes());
-    if (kVec == 4 && to.type == DType::f32) {
-      ptx::st_global(at, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                          __float_as_uint(v[3])});
+    const int size = kFloats ? 4 : kVec == 8 ? 2 : to.bytes();
+    char* const at = to.at + element * static_cast<std::int64_t>(size);
+    if (kFloats || (kVec == 4 && to.type == DType::f32)) {
+#pragma unroll
+      for (int j = 0; j < (kFloats ? kVec : 4); j += 4)
+        ptx::st_global(at + 4 * j, {__float_as_uint(v[j]), __float_as_uint(v[j + 1]),
+                                    __float_as_uint(v[j + 2]), __float_as_uint(v[j + 3])});
     } else if (to.type == DType::f16) {
       store_halves(at, v, __half{});
     } else {
@@ -147,8 +161,8 @@ struct Values {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) out[j] = __fadd_rn(out[j], lost[j]);
     } else {
-      const std::uint32_t high[4] = {p.bits.x, p.bits.y, p.bits.z, p.bits.w};
-      const std::uint32_t low[4] = {x.bits.x, x.bits.y, x.bits.z, x.bits.w};
+      const std::uint32_t high[4] = {p.bits[0].x, p.bits[0].y, p.bits[0].z, p.bits[0].w};
+      const std::uint32_t low[4] = {x.bits[0].x, x.bits[0].y, x.bits[0].z, x.bits[0].w};
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         out[j] = optim::with_remainder(
@@ -264,11 +278,11 @@ struct ChunkOperands {
     }
   }
 
-  /// Whether packs of kVec elements lie at multiples of their size.
+  /// Whether packs of kVec elements lie at multiples of their size, up to 16 bytes.
   template <int kVec>
   __device__ __forceinline__ bool aligned() const {
     const auto off = [](const void* at, int bytes) {
-      return static_cast<int>(reinterpret_cast<std::uintptr_t>(at)) & (kVec * bytes - 1);
+      return static_cast<int>(reinterpret_cast<std::uintptr_t>(at)) & (min(kVec * bytes, 16) - 1);
     };
     int any = off(values.param.at, values.param.bytes()) | off(grad.at, grad.bytes());
     if (values.has_extra()) any |= off(values.extra, values.extra_type() == DType::f32 ? 4 : 2);
@@ -278,9 +292,10 @@ struct ChunkOperands {
   }
 };
 
-template <int kVec, int kStates, int kPacks>
+template <int kVec, int kStates, int kPacks, bool kFloatStates = false>
 struct RawOperands {
-  RawPack<kVec> param[kPacks], extra[kPacks], grad[kPacks], state[kStates][kPacks];
+  RawPack<kVec> param[kPacks], extra[kPacks], grad[kPacks];
+  RawPack<kVec, kFloatStates> state[kStates][kPacks];
 
   template <bool kPlain>
   __device__ __forceinline__ void load(const ChunkOperands<kStates, kPlain>& c, int pack,
@@ -312,16 +327,23 @@ struct StepStart {
   bool last;
 };
 
+/// What an instance is for: operands of any types; all of 16 bits; all but the states, which are
+/// f32.
+enum class OptimTypes : std::uint8_t { any, halves, halves_float_states };
+
 /// Blocks of a multiprocessor: the most that need no spills.
-constexpr int optim_blocks(int states, bool wide, bool plain) {
+constexpr int optim_blocks(int states, OptimTypes types, bool plain) {
+  const bool wide = types != OptimTypes::any;
   if (!plain) return wide || states != 2 ? 2 : 3;
-  return wide ? 3 : 4;
+  return wide || states != 2 ? 3 : 4;
 }
 
-template <class Formula, bool kWide, bool kPlain>
-__global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kWide, kPlain))
+template <class Formula, OptimTypes kTypes, bool kPlain>
+__global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kTypes, kPlain))
     optim_step_kernel(const __grid_constant__ StepParams a) {
-  constexpr int kVec = kWide ? 8 : 4, kPacks = 2, kStates = Formula::kStates;
+  constexpr bool kFloatStates = kTypes == OptimTypes::halves_float_states;
+  constexpr int kVec = kTypes == OptimTypes::any ? 4 : 8, kPacks = kFloatStates ? 1 : 2;
+  constexpr int kStates = Formula::kStates;
   using Start = StepStart<Formula>;
   __shared__ Start sStart[1];
   ptx::grid_wait();
@@ -334,21 +356,21 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
   ChunkOperands<kStates, kPlain> c(a, t, gradient, first);
   const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
 
-  RawOperands<kVec, kStates, kPacks> raw;
+  RawOperands<kVec, kStates, kPacks, kFloatStates> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
+  int turn = 0;
   if (threadIdx.x == 0) {
     const optim::Start start = start_of(a, t);
     sStart[0] = {Formula::numbers(start),
                  optim::gradient_factor(start.group, a.grad_factor, a.grad_scale), start.steps,
-                 counts_last(a)};
+                 false};
+    turn = draw_turn(a, start);
   }
   __syncthreads();
   const typename Formula::Numbers numbers = sStart[0].numbers;
   const float factor = sStart[0].factor;
   c.values.step = sStart[0].step;
-  if (sStart[0].last) count_steps(a);
-  if (!gradient) return;
 
   while (pack < packs) {
 #pragma unroll
@@ -372,14 +394,15 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
       c.values.store(at * kVec, p);
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        if (c.state[k].at) RawPack<kVec>::store(c.state[k], at * kVec, s[k]);
+        if (c.state[k].at) RawPack<kVec, kFloatStates>::store(c.state[k], at * kVec, s[k]);
       }
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
+  const int count = gradient ? c.count : 0;
 #pragma unroll 1
-  for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < c.count; e += kOptimThreads) {
+  for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     float states[kStates];
 #pragma unroll
     for (int k = 0; k < kStates; ++k) states[k] = c.state[k].at ? load_one(c.state[k], e) : 0.0f;
@@ -390,21 +413,25 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
       if (c.state[k].at) store_one(c.state[k], e, states[k]);
     }
   }
+  end_turn(a, turn, sStart[0].last);
 }
 
-/// Host: kEvery, an instance each for plain parameters and for all operands of 16 bits; else one.
+/// Host: kEvery, an instance each for what is used most; else one.
 template <class Formula, bool kEvery>
 void launch_step(const OptimStep& args, const StepParams& a, Stream stream) {
   const Launch shape{.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true};
   if constexpr (kEvery) {
+    using enum OptimTypes;
     const bool plain = a.rounding == OptimRounding::nearest;
-    const bool wide = a.param != DType::f32 && a.grad != DType::f32 && a.state != DType::f32 &&
-                      a.rounding != OptimRounding::master;
-    if (wide && plain) return launch(optim_step_kernel<Formula, true, true>, shape, stream, a);
-    if (wide) return launch(optim_step_kernel<Formula, true, false>, shape, stream, a);
-    if (plain) return launch(optim_step_kernel<Formula, false, true>, shape, stream, a);
+    if (a.param != DType::f32 && a.grad != DType::f32 && a.rounding != OptimRounding::master) {
+      if (a.state == DType::f32)
+        return launch(optim_step_kernel<Formula, halves_float_states, false>, shape, stream, a);
+      if (plain) return launch(optim_step_kernel<Formula, halves, true>, shape, stream, a);
+      return launch(optim_step_kernel<Formula, halves, false>, shape, stream, a);
+    }
+    if (plain) return launch(optim_step_kernel<Formula, any, true>, shape, stream, a);
   }
-  launch(optim_step_kernel<Formula, false, false>, shape, stream, a);
+  launch(optim_step_kernel<Formula, OptimTypes::any, false>, shape, stream, a);
 }
 
 }  // namespace fastkern::cuda

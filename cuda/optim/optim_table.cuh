@@ -67,11 +67,13 @@ __device__ __forceinline__ optim::Start start_of(const StepParams& a, const Opti
           t.product ? static_cast<double>(*t.product) : 1.0, t.state[1] != nullptr};
 }
 
-/// Whether all other blocks have read their counts before; of the thread that has read the block's.
-__device__ __forceinline__ bool counts_last(const StepParams& a) {
-  return a.counts && ptx::draw_number_ordered(a.counter) == a.chunks - 1;
+/// How many blocks have read their counts before; of the thread that has read the block's. What is
+/// added, always one, is made of what was read, so the numbers are drawn in the order of the reads
+/// without a fence, for which the block would wait.
+__device__ __forceinline__ int draw_turn(const StepParams& a, const optim::Start& start) {
+  if (!a.counts) return 0;
+  return ptx::draw_number(a.counter, start.steps != 0 && !(start.product > 1e300) ? 1 : 0);
 }
-
 /// The step is done for every tensor that has a gradient.
 __device__ __forceinline__ void count_steps(const StepParams& a) {
   for (int i = static_cast<int>(threadIdx.x); i < a.tensors; i += static_cast<int>(blockDim.x)) {
@@ -81,6 +83,14 @@ __device__ __forceinline__ void count_steps(const StepParams& a) {
     if (t.step) *t.step += 1.0f;
   }
   if (threadIdx.x == 0) *a.counter = 0;
+}
+
+/// All threads of the block, at its end: adds to the counts if all blocks have read them.
+__device__ __forceinline__ void end_turn(const StepParams& a, int turn, bool& shared) {
+  if (!a.counts) return;
+  if (threadIdx.x == 0) shared = turn == a.chunks - 1;
+  __syncthreads();
+  if (shared) count_steps(a);
 }
 
 }  // namespace fastkern::cuda

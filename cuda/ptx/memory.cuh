@@ -39,13 +39,13 @@ __device__ __forceinline__ uint2 ld_global_nc_8_if(const void* p, bool inside) {
 }
 
 /// 16 bytes, or the first 8 of them, or none if `bytes` is 0, of memory that the kernel also
-/// writes; what is not read is undefined. Not kept in L1.
+/// writes; what is not read is undefined.
 __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
   uint4 v;
   asm volatile(
       "{\n.reg .pred all, half;\nsetp.eq.s32 all, %5, 16;\nsetp.eq.s32 half, %5, 8;\n"
-      "@all ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "@half ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%4];\n}"
+      "@all ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "@half ld.global.v2.u32 {%0, %1}, [%4];\n}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(p), "r"(bytes)
       : "memory");
@@ -135,7 +135,16 @@ __device__ __forceinline__ void red_add_global(float4* p, float4 v) {
 /// *p, which becomes one more.
 __device__ __forceinline__ int draw_number(int* p) { return atomicAdd(p, 1); }
 
-/// The same, after what this thread has read before.
+/// *p, which becomes `by` more.
+__device__ __forceinline__ int draw_number(int* p, int by) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(p), "r"(by)
+               : "memory");
+  return before;
+}
+/// *p, which becomes one more, after what this thread has read and written before.
 __device__ __forceinline__ int draw_number_ordered(int* p) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");

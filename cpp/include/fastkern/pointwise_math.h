@@ -110,6 +110,19 @@ FASTKERN_HD T min(T a, T b) {
   return a != a ? a : smaller;
 }
 
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float max(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+__device__ __forceinline__ float min(float a, float b) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
+  return smaller;
+}
+#endif
+
 FASTKERN_HD float abs(float a) {
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(a) & 0x7fffffffu);
 }

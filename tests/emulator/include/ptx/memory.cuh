@@ -89,6 +89,11 @@ inline void red_add_global(float4* p, float4 v) {
 }
 
 inline int draw_number(int* p) { return (*p)++; }
+inline int draw_number(int* p, int by) {
+  const int before = *p;
+  *p += by;
+  return before;
+}
 inline int draw_number_ordered(int* p) { return (*p)++; }
 
 /// Blocks run one after the other: what a block waits for has happened, or never will.
