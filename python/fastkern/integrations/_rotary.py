@@ -99,7 +99,14 @@ def _calling(function: Any) -> FunctionType | None:
 def _wrapped(function: FunctionType) -> Any:
     """What a decorator with ``functools.wraps`` wraps, if its closure is where it calls it."""
     inner = function.__dict__.get("__wrapped__")
-    return inner if any(cell.cell_contents is inner for cell in function.__closure__ or ()) else None
+    return inner if any(_holds(cell, inner) for cell in function.__closure__ or ()) else None
+
+
+def _holds(cell: CellType, inner: Any) -> bool:
+    try:
+        return cell.cell_contents is inner
+    except ValueError:  # empty
+        return False
 
 
 def _with_name(function: FunctionType, inner: FunctionType, new: Callable[..., Any]) -> FunctionType:
@@ -113,7 +120,7 @@ def _with_name(function: FunctionType, inner: FunctionType, new: Callable[..., A
         wrapped = _wrapped(function)
         attributes["__wrapped__"] = replaced = _with_name(wrapped, inner, new)
         cells = closure or ()
-        closure = tuple(CellType(replaced) if cell.cell_contents is wrapped else cell for cell in cells)
+        closure = tuple(CellType(replaced) if _holds(cell, wrapped) else cell for cell in cells)
     made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__, made.__annotations__ = function.__kwdefaults__, function.__annotations__
     made.__qualname__, made.__module__, made.__doc__ = function.__qualname__, function.__module__, function.__doc__
