@@ -5,18 +5,20 @@
     python examples/train_gpt.py                              # both, on the GPU if there is one: about a minute
     python examples/train_gpt.py --kernels fastkern --steps 5000 --data shakespeare.txt
     python examples/train_gpt.py --model 124m --compile       # 124 M parameters, 32 x 1024 tokens a step, bfloat16
+    python examples/train_gpt.py --model 124m --compile also --steps 100 --table build/train_gpt.md
     python examples/train_gpt.py --kernels fastkern --optimizer lion
 
 The text is the source code of Python's standard library, which every machine has, or --data FILE. The model is a modern
 decoder: RMSNorm, rotary positions, grouped-query causal attention, SwiGLU. All that it computes with, but for plain
 matrix products, is a table, `Kernels`: changing the kernels is changing the table. `--kernels both` trains two models
 from the same initial weights on the same batches, shows their losses and speeds, draws them, and fails if the two did
-not learn the same.
+not learn the same. `--compile also` adds a model under torch.compile for each, all in turns of some steps in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sysconfig
@@ -239,22 +241,31 @@ class Text:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+WIDTH = 17  # of a column
+
+
 @dataclass
 class Run:
     """One model in training, and what was measured on the way."""
 
     kernels: Kernels
     options: argparse.Namespace
+    compiled: bool = False
     losses: list[float] = field(default_factory=list)  # nats/byte, one a step
     gradients: dict[str, float] = field(default_factory=dict)  # norm of each weight's gradient in the first step
     speeds: list[float] = field(default_factory=list)  # tokens/s, one a block of steps
     validation: float = math.nan
+    peak: int = 0  # bytes of the GPU, the most in any block but the first: its own, whatever other runs hold
+
+    @property
+    def name(self) -> str:
+        return self.kernels.name + (" compiled" if self.compiled and self.options.compile == "also" else "")
 
     def __post_init__(self) -> None:
         o = self.options
         torch.manual_seed(o.seed)  # the same initial weights, whatever the kernels
         self.model = GPT(o, self.kernels).to(o.device)
-        self.forward = torch.compile(self.model) if o.compile else self.model
+        self.forward = torch.compile(self.model) if self.compiled else self.model
         self.autocast = torch.autocast(o.device.type, getattr(torch, o.dtype), enabled=o.dtype != "float32")
         groups = [[p for p in self.model.parameters() if p.dim() == dim] for dim in (1, 2)]
         decay = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.0, 0.1), strict=True)]
@@ -269,7 +280,8 @@ class Run:
         return min((step + 1) / (self.options.steps / 20), 0.55 + 0.45 * math.cos(math.pi * step / self.options.steps))
 
     def train(self, text: Text, steps: range) -> None:
-        losses, start = [], self.finished()
+        losses, before = [], self.memory()
+        start = self.finished()
         for step in steps:
             with self.autocast:
                 loss = self.forward(*text.batch(step))
@@ -283,6 +295,17 @@ class Run:
             self.scheduler.step()
         self.speeds.append(len(steps) * self.options.batch * self.options.context / (self.finished() - start))
         self.losses += torch.stack(losses).tolist()  # only now, as reading a value waits for the GPU
+        if before is not None and steps.start > 0:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.options.device) - before)
+
+    def memory(self) -> int | None:
+        """Bytes of the GPU in use that are not this run's weights and optimizer states; the peak begins anew."""
+        if self.options.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(self.options.device)
+        states = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        own = [*self.model.parameters(), *self.model.buffers(), *(x for x in states if x.is_cuda)]
+        return torch.cuda.memory_allocated(self.options.device) - sum(x.nbytes for x in own)
 
     def finished(self) -> float:
         """The time when the device has done all its work."""
@@ -293,7 +316,7 @@ class Run:
     @torch.no_grad()
     def validate(self, text: Text) -> None:
         with self.autocast:
-            self.validation = torch.stack([self.forward(*batch) for batch in text.validation_batches()]).mean().item()
+            self.validation = torch.stack([self.model(*batch) for batch in text.validation_batches()]).mean().item()
 
     @torch.no_grad()
     def sample(self, prompt: str, length: int, temperature: float) -> str:
@@ -309,16 +332,18 @@ class Run:
 
 def train(o: argparse.Namespace, text: Text, tables: Sequence[Kernels]) -> list[Run]:
     """Train a model per table, in turns of a block of steps, so that a slow moment of the machine meets them all."""
-    runs = [Run(kernels, o) for kernels in tables]
+    ways = {"": (False,), "all": (True,), "also": (False, True)}[o.compile]
+    runs = [Run(kernels, o, compiled) for compiled in ways for kernels in tables]
     print(f"model: {sum(p.numel() for p in runs[0].model.parameters()):,} parameters, {o.dtype}, on {o.device}")
     print("\nloss in nats/byte, mean over the steps since the row before")
-    print("  step", *(f"{kernels.name:>12}" for kernels in tables), *["  difference"] * (len(runs) == 2))
+    print("  step", *(f"{run.name:>{WIDTH}}" for run in runs), *["  difference"] * (len(runs) == 2))
     block, start = math.ceil(o.steps / 20), 0
     for turn, stop in enumerate(sorted({1, *range(block, o.steps, block), o.steps})):
         for run in runs[:: -1 if turn % 2 else 1]:
             run.train(text, range(start, stop))
         row = [statistics.fmean(run.losses[start:]) for run in runs]
-        print(f"{stop:6}", *(f"{x:12.4f}" for x in row), *[f"{row[-1] - row[0]:+12.6f}"] * (len(row) == 2), flush=True)
+        difference = [f"{row[-1] - row[0]:+12.6f}"] * (len(row) == 2)
+        print(f"{stop:6}", *(f"{x:{WIDTH}.4f}" for x in row), *difference, flush=True)
         start = stop
     for run in runs:
         run.speeds = run.speeds[1:] or run.speeds  # without the first step, which warms up
@@ -329,15 +354,63 @@ def train(o: argparse.Namespace, text: Text, tables: Sequence[Kernels]) -> list[
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
+def rows(runs: Sequence[Run]) -> list[dict[str, str | float]]:
+    """What was measured. Speeds compare blocks of steps that were run in turns, and take the median."""
+
+    def last(run: Run) -> float:
+        return statistics.fmean(run.losses[-max(1, len(run.losses) // 20) :])
+
+    return [
+        {
+            "kernels": run.name,
+            "training loss": last(run),
+            "validation loss": run.validation,
+            "difference": max(abs(last(run) / last(runs[0]) - 1), abs(run.validation / runs[0].validation - 1)),
+            "tokens/s": statistics.median(run.speeds),
+            "speed": statistics.median(b / a for a, b in zip(runs[0].speeds, run.speeds, strict=True)),
+            "GiB": run.peak / 2**30,
+        }
+        for run in runs
+    ]
+
+
 def table(runs: Sequence[Run]) -> str:
-    """A row for each run; the last column compares blocks of steps that were run in turns, and takes the median."""
-    lines = ["kernels     training loss   validation loss     tokens/s    speed"]
-    for run in runs:
-        last = statistics.fmean(run.losses[-max(1, len(run.losses) // 20) :])
-        ratio = statistics.median(b / a for a, b in zip(runs[0].speeds, run.speeds, strict=True))
-        speed = statistics.median(run.speeds)
-        lines.append(f"{run.kernels.name:<10}{last:15.4f}{run.validation:18.4f}{speed:13,.0f}{ratio:8.2f}x")
+    """A row for each run, compared with the first."""
+    lines = [f"{'kernels':<17} training loss   validation loss     tokens/s    speed   difference  peak GiB"]
+    for row in rows(runs):
+        numbers = (
+            "{training loss:14.4f}{validation loss:18.4f}{tokens/s:13,.0f}{speed:8.2f}x{difference:13.3%}{GiB:10.1f}"
+        )
+        lines.append(f"{row['kernels']:<17}{numbers.format(**row)}")
+    if len(runs) == 4:
+        ratio = statistics.median(b / a for a, b in zip(runs[2].speeds, runs[3].speeds, strict=True))
+        lines.append(f"{runs[3].name}: {ratio:.2f}x the speed of {runs[2].name}")
     return "\n".join(lines)
+
+
+def write_table(runs: Sequence[Run], path: Path) -> str:
+    """The rows and what they were measured on, as Markdown, or as JSON if the file is called that; the path."""
+    o, made = runs[0].options, rows(runs)
+    where = torch.cuda.get_device_name(o.device) if o.device.type == "cuda" else "CPU"
+    facts = {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in vars(o).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        device = {"device_name": where, "torch": torch.__version__}
+        path.write_text(json.dumps({"options": facts | device, "rows": made}, indent=1) + "\n")
+        return str(path)
+    lines = [
+        f"{where}, torch {torch.__version__}: {sum(p.numel() for p in runs[0].model.parameters()):,} parameters, "
+        f"{o.dtype}, {o.batch} x {o.context} tokens a step, {o.steps} steps, {o.optimizer}",
+        "",
+        "| kernels | tokens/s | speed | peak GiB | training loss | validation loss | difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    row = (
+        "| {kernels} | {tokens/s:,.0f} | {speed:.2f}x | {GiB:.1f} | {training loss:.4f} | {validation loss:.4f} "
+        "| {difference:.2%} |"
+    )
+    path.write_text("\n".join([*lines, *(row.format(**one) for one in made)]) + "\n")
+    return str(path)
 
 
 class DisagreementError(AssertionError):
@@ -365,7 +438,7 @@ def assert_agreement(a: Run, b: Run) -> str:
         wrong += [f"{what}: {x:.6g}, {y:.6g}" for (what, x, y), e in zip(checks, errors, strict=True) if not e <= limit]
         figures.append(f"{max(errors):.1e} (limit {limit:.0e})")
     if wrong:
-        raise DisagreementError("\n  ".join([f"{a.kernels.name} and {b.kernels.name} disagree", *wrong]))
+        raise DisagreementError("\n  ".join([f"{a.name} and {b.name} disagree", *wrong]))
     return f"relative difference of the first step {figures[0]}, of the losses later {figures[1]}"
 
 
@@ -377,13 +450,15 @@ def plot(runs: Sequence[Run], path: Path) -> str:
         return "none, as matplotlib is not installed (pip install matplotlib)"
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    for run, (colour, width) in zip(runs, [("#a9b8cc", 6), ("#d1495b", 1.6)][-len(runs) :], strict=True):
+    styles = [("#a9b8cc", 6.0), ("#d1495b", 1.6), ("#5c7899", 3.0), ("#7a1f2b", 1.2)]
+    for run, (colour, width) in zip(runs, styles[1:2] if len(runs) == 1 else styles, strict=False):
         losses, reach = run.losses, len(run.losses) // 100
         smooth = [statistics.fmean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))]
-        label = f"{run.kernels.name} (validation {run.validation:.3f})"
+        label = f"{run.name} (validation {run.validation:.3f})"
         left.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=width, label=label)
         speed = statistics.median(run.speeds)
-        right.bar_label(right.bar(run.kernels.name, speed, color=colour, width=0.6), [f"{speed:,.0f}"], padding=3)
+        bar = right.bar(run.name.replace(" ", "\n"), speed, color=colour, width=0.6)
+        right.bar_label(bar, [f"{speed:,.0f}"], padding=3)
     left.set(title="training loss, nats/byte", xlabel="step")
     left.legend(frameon=False)
     left.grid(alpha=0.25)
@@ -437,11 +512,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     states, meaning = ("float32", "bfloat16", "8bit"), "fastkern's optimizer states (default: the weights' type)"
     parser.add_argument("--states", choices=states, help=meaning)
     parser.add_argument("--untied", action="store_true", help="a head of its own instead of the embedding's weights")
-    parser.add_argument("--compile", action="store_true", help="train the models under torch.compile")
+    meaning = "train the models under torch.compile; also: one of each without and one with it"
+    parser.add_argument("--compile", nargs="?", const="all", default="", choices=("all", "also"), help=meaning)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", metavar="FILE", help="text to train on (default: Python's standard library)")
     parser.add_argument("--plot", metavar="FILE", default="build/train_gpt.png", help="picture (default: %(default)s)")
+    parser.add_argument("--table", metavar="FILE", help="write speeds, memory and losses there: Markdown, or .json")
     parser.add_argument("--sample-bytes", type=int, default=400, metavar="N", help="text to write at the end")
     o = parser.parse_args(argv)
 
@@ -482,11 +559,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("out of GPU memory: try a smaller --batch or --context, or --model small") from None
     print(f"\n{table(runs)}\n")
     print(f"    plot: {plot(runs, Path(o.plot))}")
-    if len(runs) == 2:
-        print(f"   agree: {assert_agreement(*runs)}")
+    if o.table:
+        print(f"   table: {write_table(runs, Path(o.table))}")
+    for run in runs[1:]:
+        print(f"   agree: {assert_agreement(runs[0], run)}{f' ({run.name})' if len(runs) > 2 else ''}")
     if o.sample_bytes > 0:
         prompt = "\n" if o.data else "class Reader:\n    def __init__(self"
-        print(f"\n{runs[-1].kernels.name} writes:\n\n{runs[-1].sample(prompt, o.sample_bytes, temperature=0.8)}")
+        print(f"\n{runs[-1].name} writes:\n\n{runs[-1].sample(prompt, o.sample_bytes, temperature=0.8)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -73,7 +74,8 @@ def test_train_gpt_runs(kernels: str, data: Path, tmp_path: Path) -> None:
     assert len(rows) == 12
     assert all(len(row.split()) == (4 if kernels == "both" else 2) for row in rows)
     for name in names:
-        assert re.search(rf"^{name} +\d\.\d{{4}} +\d\.\d{{4}} +[\d,]+ +\d+\.\d\dx$", result.stdout, re.M)
+        row = rf"^{name} +\d\.\d{{4}} +\d\.\d{{4}} +[\d,]+ +\d+\.\d\dx +\d\.\d{{3}}% +0\.0$"
+        assert re.search(row, result.stdout, re.M)
     assert ("agree: relative difference" in result.stdout) == (kernels == "both")
     assert f"{names[-1]} writes:\n\n" in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -136,6 +138,33 @@ def test_train_gpt_notices_a_wrong_kernel(
     runs = train_gpt.train(options, train_gpt.Text(options), [train_gpt.Kernels(), wrong])
     with pytest.raises(train_gpt.DisagreementError, match="torch and wrong disagree"):
         train_gpt.assert_agreement(*runs)
+
+
+def test_train_gpt_with_and_without_compile(
+    train_gpt: ModuleType,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four runs in turns and a table of them; what compiling does is not of interest here."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    for name in ("table.md", "new/table.json"):
+        path = tmp_path / name
+        options = ["--data", str(data), "--compile", "also", "--table", str(path), "--plot", str(tmp_path / "plot.png")]
+        train_gpt.main([*TINY.split(), *options])
+        names = ["torch", "fastkern", "torch compiled", "fastkern compiled"]
+        if path.suffix == ".md":
+            assert re.findall(r"^\| ([a-z ]+) \| [\d,]+ \| \d", path.read_text(), re.M) == names
+        else:
+            rows = json.loads(path.read_text())["rows"]
+            assert [row["kernels"] for row in rows] == names
+            assert rows[0]["training loss"] == rows[2]["training loss"]
+    assert len(compiled) == 4
+    output = capsys.readouterr().out
+    assert re.search(r"fastkern compiled: \d\.\d\dx the speed of torch compiled", output)
+    assert output.count("agree: ") == 6
 
 
 def test_train_gpt_reports_a_disagreement(train_gpt: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,12 +288,13 @@ def test_finetune_hf(
 ) -> None:
     pytest.importorskip("transformers")
     script = load("finetune_hf")
-    sizes = "--device cpu --steps 4 --batch 2 --context 16 --hidden 32 --layers 1 --heads 2 --kv-heads 1"
+    sizes = "--device cpu --steps 4 --warm-up 1 --turn 2 --batch 2 --context 16 --hidden 32 --layers 1 --heads 2"
     monkeypatch.setattr(sys, "argv", ["finetune_hf.py", *sizes.split(), "--data", str(data)])
     script.main()
     output = capsys.readouterr().out
     assert re.search(r"norm +LlamaRMSNorm +fastkern.rms_norm +3 ", output), output
+    assert re.search(r"fastkern: \d+\.\d\dx the speed of transformers$", output, re.M)
     assert "the same bits as a model that was never patched" in output
     monkeypatch.setattr(script, "LIMIT", -1.0)
-    with pytest.raises(SystemExit, match="the losses differ"):
+    with pytest.raises(SystemExit, match="the losses of fastkern and transformers differ"):
         script.main()

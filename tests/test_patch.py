@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", minversion="5.24", reason="needs transformers >= 5.24")
 
-from fastkern.integrations import _patched
+from fastkern.integrations import _patched, _rotary
 from fastkern.integrations import transformers as classes
 from harness.hf_models import DECODERS, assert_near, build, config_of, inputs_of, run
+from transformers.models.llama import modeling_llama
 
 # Replaced in each model of two layers: what, how often.
 REPLACED = {
-    "llama": {"norm": 5, "mlp": 2, "attention": 1, "loss": 1},
-    "qwen3": {"norm": 9, "mlp": 2, "attention": 1, "loss": 1},
-    "mistral": {"norm": 5, "mlp": 2, "attention": 1, "loss": 1},
-    "gemma3": {"norm": 13, "mlp": 2, "attention": 1, "loss": 1},
-    "gemma2": {"norm": 9, "mlp": 2, "attention": 1},
-    "phi3": {"norm": 5, "mlp": 2, "attention": 1, "loss": 1},
+    "llama": {"norm": 5, "mlp": 2, "attention": 1, "loss": 1, "rotary": 2},
+    "qwen3": {"norm": 9, "mlp": 2, "attention": 1, "loss": 1, "rotary": 2},
+    "mistral": {"norm": 5, "mlp": 2, "attention": 1, "loss": 1, "rotary": 2},
+    "gemma3": {"norm": 13, "mlp": 2, "attention": 1, "loss": 1, "rotary": 2},
+    "gemma2": {"norm": 9, "mlp": 2, "attention": 1, "rotary": 2},
+    "phi3": {"norm": 5, "mlp": 2, "attention": 1, "loss": 1, "rotary": 2},
     "gpt2": {"norm": 5, "attention": 1, "loss": 1},
-    "gpt_oss": {"norm": 5, "attention": 1, "loss": 1},
+    "gpt_oss": {"norm": 5, "attention": 1, "loss": 1, "rotary": 2},
     "bert": {"norm": 6, "attention": 1},
     "vit": {"norm": 5, "attention": 1},
 }
@@ -80,7 +81,7 @@ def test_loss_without_logits(name: str) -> None:
     expected.backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters()}
     model.zero_grad()
-    fastkern.patch(model, norm=False, mlp=False, attention=False)
+    fastkern.patch(model, norm=False, mlp=False, attention=False, rotary=False)
     out = model(**inputs, num_items_in_batch=11)
     assert out.logits is None
     out.loss.backward()
@@ -169,12 +170,19 @@ def test_training_curve() -> None:
 
 
 def test_compiled_model() -> None:
-    """One graph, the loss without logits included."""
+    """One graph, the loss without logits and the rotary positions included."""
     model, inputs = build("llama"), inputs_of("llama")
     expected = run(model, inputs)
     fastkern.patch(model)
     model.zero_grad()
-    out = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+    calls: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    out = torch.compile(model, fullgraph=True, backend=backend)(**inputs)
+    assert sum("fastkern.rope" in call for call in calls) == 2, calls
     assert out.logits is None
     out.loss.backward()
     assert_near(out.loss, expected[0], "loss")
@@ -219,15 +227,55 @@ def test_gradient_checkpointing() -> None:
     assert all(torch.equal(again[2][key], grad) for key, grad in expected[2].items())
 
 
+def test_rotary(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One model alone; with a cache and a projection of another's; what computes something else is left."""
+    file, inputs = modeling_llama, inputs_of("llama")
+    own, other = file.apply_rotary_pos_emb, build("llama")
+    model = build("llama")
+    only: dict[str, Any] = {"norm": False, "mlp": False, "attention": False, "loss": False}
+    fastkern.patch(model, **only)
+    assert file.apply_rotary_pos_emb is own
+    before, after = run(other, inputs), run(model, inputs)
+    assert not torch.equal(before[1], after[1])
+    assert_near(after[1], before[1], "logits")
+    turned: list[int] = []
+    monkeypatch.setattr(_rotary, "rope", lambda *given, **options: turned.append(1) or fastkern.rope(*given, **options))
+    for m in (model, other):
+        m.eval()
+        projection = m.model.layers[0].self_attn.q_proj
+        m.model.layers[0].self_attn.q_proj = nn.Sequential(projection, nn.Tanh())
+    ids = inputs["input_ids"][1:]
+    cached = model(ids[:, :9]).past_key_values
+    assert_near(model(ids[:, 9:], past_key_values=cached).logits, other(ids).logits[:, 9:], "cache")
+    assert len(turned) == 4
+    _patched._said.clear()
+    with caplog.at_level(logging.WARNING, "fastkern"):
+        model.double()(ids)
+    assert len(turned) == 4
+    assert "apply_rotary_pos_emb: it is called itself for torch.float64" in caplog.text
+
+    def left(why: str) -> None:
+        assert {e.why for e in fastkern.patch(build("llama"), **only).left} == {why}
+
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", lambda q, k, cos, sin: own(q, k, cos, -sin))
+    left("its rotary function computes something else")
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", own)
+    tables = file.LlamaRotaryEmbedding.forward
+    monkeypatch.setattr(file.LlamaRotaryEmbedding, "forward",
+                        lambda *given: tuple(t + torch.arange(t.shape[-1]) for t in tables(*given)))  # fmt: skip
+    left("its tables are not of an angle for each pair")
+
+
 def test_again_and_in_parts() -> None:
     model = build("llama")
-    first = fastkern.patch(model, mlp=False, attention=False, loss=False, exclude=["model.layers.0.*"])
+    first = fastkern.patch(model, mlp=False, attention=False, loss=False, rotary=False, exclude=["model.layers.0.*"])
     assert {e.path for e in first.replaced} == {
         "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm", "model.norm"
     }  # fmt: skip
     assert {e.why for e in first.left} == {"excluded"}
     second = fastkern.patch(model)
-    assert collections.Counter(e.what for e in second.replaced) == {"norm": 2, "mlp": 2, "attention": 1, "loss": 1}
+    wanted = {"norm": 2, "mlp": 2, "attention": 1, "loss": 1, "rotary": 2}
+    assert collections.Counter(e.what for e in second.replaced) == wanted
     third = fastkern.patch(model)
     assert not third.replaced
     assert {e.why for e in third.left} == {"is patched already"}

@@ -60,13 +60,14 @@ def patched_class(base: Any, recipe: Any) -> Any:
 
     The name goes into saved configurations, and others look for modules by it.
     """
+    make = getattr(recipe, "forward_for", None)
     facts = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_fastkern_base": base,
         "_fastkern_recipe": recipe,
-        "forward": _looking_like(recipe.forward.forward, base.forward),
+        "forward": make(base) if make else _looking_like(recipe.forward.forward, base.forward),
     }
     return type(base.__name__, (recipe.forward, base), facts)
 

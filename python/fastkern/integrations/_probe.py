@@ -56,7 +56,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _agree(got: Any, want: Tensor, dtype: torch.dtype) -> bool:
+def agree(got: Any, want: Tensor, dtype: torch.dtype) -> bool:
     """Equal but for rounding: that of float32, or two roundings in a 16-bit type."""
     if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
         return False
@@ -114,7 +114,7 @@ def _norm_recipe(module: nn.Module, own: dict[str, Any], eps: str, n: int) -> No
             for kind in ("rms", "layer"):
                 for offset in (0.0, 1.0):
                     recipe = Norm(kind, eps, offset, promote, inherited)
-                    if all(_agree(got, recipe(made, given), dtype) for dtype, made, got, given in runs):
+                    if all(agree(got, recipe(made, given), dtype) for dtype, made, got, given in runs):
                         return recipe
     except Exception as error:  # the forward of any class: whatever it raises is the reason
         return f"does not run on one tensor (B, S, N): {type(error).__name__}"
@@ -188,6 +188,6 @@ def _mlp_recipe(module: nn.Module, orders: list[tuple[str, ...]]) -> Mlp | str:
                 continue
             for act in _ACTIVATIONS:
                 recipe = Mlp(first[0], first[1] if len(first) == 2 else None, down, act)
-                if _agree(got, recipe(made, x), torch.float32):
+                if agree(got, recipe(made, x), torch.float32):
                     return recipe
     return error or _DIFFERENT

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkern.integrations import _loss, _probe
+from fastkern.integrations import _loss, _probe, _rotary
 from fastkern.integrations._patched import Patched, patched_class
 from fastkern.integrations.sdpa import has_cuda_kernels
 
@@ -69,6 +69,7 @@ def patch(
     mlp: bool = True,
     attention: bool = True,
     loss: bool = True,
+    rotary: bool = True,
     return_logits: bool | None = None,
     exclude: Iterable[str] = (),
 ) -> PatchReport:
@@ -89,6 +90,8 @@ def patch(
             in the configuration: a model that shares this one's configuration object changes with it.
         loss: the head and the loss of a causal language model by :func:`fastkern.linear_cross_entropy`, without the
             logits, where ``labels`` are given by name.
+        rotary: rotary positions by :func:`fastkern.rope`, in attention modules that call ``apply_rotary_pos_emb`` of
+            their file, where that turns halves as in Llama. The module keeps the code of its forward.
         return_logits: whether the output of such a call has logits. None: in evaluation, not in training; there
             ``output.logits`` is None then, and tuples are without them. True: always, the loss alone is replaced.
         exclude: patterns of module paths (``fnmatch``) to leave alone, such as ``"model.layers.0.*"``.
@@ -104,7 +107,8 @@ def patch(
         * Works under gradient checkpointing, ``torch.compile``, ``train()`` and ``eval()``; ``copy.deepcopy`` and
           pickle give a patched model again. Patch before the model is sharded or wrapped.
         * A patched model can be patched again, with more parts switched on.
-        * Rotary embeddings are left: a model's attention calls a function of its file, not a module, for them.
+        * What an attention's file has under other names is that of the time of the call: whoever replaces a function
+          in the file afterwards does not reach a module whose rotary positions are patched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastkern.patch: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -119,6 +123,8 @@ def patch(
             found = ("mlp", _probe.mlp(module))
         if loss and (found is None or found[1] is None):
             found = ("loss", _loss.loss(module, return_logits))
+        if rotary and (found is None or found[1] is None):
+            found = ("rotary", _rotary.rotary(module, model.modules()))
         if found is None or found[1] is None:
             continue
         what, recipe = found
