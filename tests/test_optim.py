@@ -108,7 +108,7 @@ def test_lamb(device: str) -> None:
 def test_large_tensor(device: str) -> None:
     """More chunks than blocks run at a time, many lengths at once, against torch."""
     generator = torch.Generator().manual_seed(3)
-    sizes = [278011, *range(1, 40), 8191, 8192, 8193, 1 << 20]
+    sizes = [278011, *range(1, 40), 8191, 8193, 16383, 16384, 16385, 1 << 20]
     ours = [torch.nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in sizes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     a, b = optim.AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2)

@@ -37,7 +37,7 @@ def numbers(signed: bool) -> Tensor:
 
 def in_blocks(t: Tensor) -> Tensor:
     """Elements in the order of memory, 256 a row, zeros at the end."""
-    flat = t.detach().cpu().as_strided((t.numel(),), (1,), t.storage_offset())
+    flat = t.detach().as_strided((t.numel(),), (1,), t.storage_offset()).cpu()
     rows = -(-t.numel() // 256)
     whole = flat.new_zeros(rows * 256)
     whole[: t.numel()] = flat

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Formulas of f32 for results of 16 bits, for the functions whose formulas in f32 take longer than
 // memory: what they leave out is less than 2^-19 of the result, or of the smallest f16, and does
-// not outlast the rounding by more than a unit of the last place.
+// not outlast the rounding by more than a unit of the last place. The type of the result decides:
+// whatever the layout, an element has the same bits.
 //
 //   sqrt      of the special function unit. Of a bf16 it is the same after rounding: a root that is
 //             not exact stays 2^-18 away from what lies between two bf16
-//   sigmoid   1 / (1 + 2^(-x log2 e))
+//   sigmoid   2^-32 / (2^-32 + 2^(-x log2 e - 32)): no denormal but the result
+//   tanh      1 - 2 / (e^(2 x) + 1), a polynomial near 0
 //   gelu      x P(x), as activation_formula.h has P where results are of 16 bits
-//   sin, cos  the nearest multiple of pi / 2 subtracted in three parts, then two polynomials. Large
-//             arguments take f32's function: rarely, so it is called, and not repeated in the code
+//   sin, cos  the nearest multiple of pi / 2 subtracted in two parts, then two polynomials. Large
+//             arguments take f32's function, in a loop: it is long
 #pragma once
 
 #include "../ptx/math.cuh"
@@ -24,42 +26,42 @@ inline constexpr bool kLaborious =
     std::is_same_v<F, functor::silu> || std::is_same_v<F, functor::gelu> ||
     std::is_same_v<F, functor::gelu_tanh> || std::is_same_v<F, functor::tanh>;
 
+/// Those that are done in time as a Brief.
+template <class F>
+inline constexpr bool kQuickAsBrief =
+    std::is_same_v<F, functor::sqrt> || std::is_same_v<F, functor::sigmoid> ||
+    std::is_same_v<F, functor::silu>;
+
 /// The special function unit's, for activation_formula.h.
 struct BriefMath {
   static constexpr bool kPrecise = false;
   static __device__ __forceinline__ float exp(float v) {
     return ptx::exp2_approx(v * 1.44269504f);
   }
-  static __device__ __forceinline__ float reciprocal(float v) { return ptx::rcp_approx_subnormal(v); }
+  static __device__ __forceinline__ float reciprocal(float v) { return ptx::rcp_approx(v); }
 };
+
+/// v times the sigmoid of z.
+__device__ __forceinline__ float times_sigmoid(float v, float z) {
+  const float e = ptx::exp2_approx(fmaf(z, -1.44269504f, -32.0f));
+  return v * 0x1p-32f * ptx::rcp_approx(e + 0x1p-32f);
+}
 
 constexpr float kTurnsMost = 65536.0f;
 
 /// sin(v), or cos(v), for |v| up to kTurnsMost.
 template <bool kCos>
 __device__ __forceinline__ float turn_of(float v) {
-  constexpr float kOnes = 12582912.0f;  // 1.5 * 2^23
+  // 1.5 * 2^23: bit 0 says which polynomial, bit 1 which sign. A cosine is a sine a quarter on.
+  constexpr float kOnes = kCos ? 12582913.0f : 12582912.0f;
   const float shifted = fmaf(v, 0.636619747f, kOnes), n = shifted - kOnes;
-  float r = fmaf(n, -0x1.921fb4p+0f, v);
-  r = fmaf(n, -0x1.4442dp-24f, r);
-  r = fmaf(n, -0x1.84698ap-48f, r);
-  const float z = r * r;
-  float s = fmaf(z, -1.95152959e-4f, 8.33216087e-3f);
-  s = fmaf(s, z, -1.66666546e-1f);
-  s = fmaf(s * z, r, r);
-  float c = fmaf(z, 2.44331571e-5f, -1.38873162e-3f);
-  c = fmaf(c, z, 4.16666455e-2f);
-  c = fmaf(c, z, -0.5f);
-  c = fmaf(c, z, 1.0f);
-  const std::uint32_t quarter = __float_as_uint(shifted) + (kCos ? 1u : 0u);
+  const float r = fmaf(n, -0x1.4442dp-24f, fmaf(n, -0x1.921fb4p+0f, v)), z = r * r;
+  const float s = fmaf(z * r, fmaf(z, 8.16461e-3f, -0.16663459f), r);
+  const float c = fmaf(fmaf(fmaf(z, -1.36525e-3f, 4.166128e-2f), z, -0.5f), z, 1.0f);
+  const std::uint32_t quarter = __float_as_uint(shifted);
   const float value = quarter & 1u ? c : s;
   return __uint_as_float(__float_as_uint(value) ^ (quarter & 2u) << 30);
 }
-template <bool kCos>
-__device__ __noinline__ float turn_of_any(float v) {
-  return kCos ? cosf(v) : sinf(v);
-}
-
 template <class F>
 struct Brief;
 template <>
@@ -68,13 +70,11 @@ struct Brief<functor::sqrt> {
 };
 template <>
 struct Brief<functor::sigmoid> {
-  static __device__ __forceinline__ float apply(float v) { return formula::sigmoid<BriefMath>(v); }
+  static __device__ __forceinline__ float apply(float v) { return times_sigmoid(1.0f, v); }
 };
 template <>
 struct Brief<functor::silu> {
-  static __device__ __forceinline__ float apply(float v) {
-    return formula::value<ActivationKind::silu, BriefMath>(v, {});
-  }
+  static __device__ __forceinline__ float apply(float v) { return times_sigmoid(v, v); }
 };
 template <>
 struct Brief<functor::gelu> {
@@ -85,47 +85,78 @@ struct Brief<functor::gelu> {
 template <>
 struct Brief<functor::gelu_tanh> {
   static __device__ __forceinline__ float apply(float v) {
-    return formula::value<ActivationKind::gelu_tanh, BriefMath>(v, {});
+    return times_sigmoid(v, formula::inner_of<ActivationKind::gelu_tanh>(v, 1.0f).z);
+  }
+};
+template <>
+struct Brief<functor::tanh> {
+  static __device__ __forceinline__ float apply(float v) {
+    const float far = fmaf(-2.0f, ptx::rcp_approx(ptx::exp2_approx(v * 2.88539008f) + 1.0f), 1.0f);
+    const float z = v * v;
+    const float near =
+        fmaf(v * z, fmaf(fmaf(z, -4.9904419e-02f, 1.33097002e-01f), z, -3.33329393e-01f), v);
+    return fabsf(v) < 0.3f ? near : far;
   }
 };
 template <bool kCos>
 struct BriefTurn {
   static constexpr float kMost = kTurnsMost;
   static __device__ __forceinline__ float apply(float v) { return turn_of<kCos>(v); }
-  static __device__ __forceinline__ float apply_beyond(float v) { return turn_of_any<kCos>(v); }
+  static __device__ __forceinline__ float apply_beyond(float v) { return kCos ? cosf(v) : sinf(v); }
 };
 template <>
 struct Brief<functor::sin> : BriefTurn<false> {};
 template <>
 struct Brief<functor::cos> : BriefTurn<true> {};
 
-/// Whether F has one, for results of type S.
-template <class F, class S>
-inline constexpr bool kHasBrief = [] {
-  if constexpr (requires { sizeof(Brief<F>); }) {
-    // A root of an f16 may lie too near to the middle of two.
-    return sizeof(S) == 2 &&
-           !(std::is_same_v<F, functor::sqrt> && !std::is_same_v<S, __nv_bfloat16>);
-  } else {
-    return false;
-  }
-}();
+template <class F>
+inline constexpr bool kHasSomeBrief = requires { sizeof(Brief<F>); };
 
-/// a[n] = F(a[n]).
-template <class F, int V>
-__device__ __forceinline__ void apply_brief(Words<float, V>& a) {
+/// Whether results of `type` are those of Brief<F>; of an f16, a root may lie too near to the middle
+/// of two.
+template <class F>
+__host__ __device__ constexpr bool is_brief(DType type) {
+  if constexpr (!kHasSomeBrief<F>) return false;
+  return type == DType::bf16 || (type == DType::f16 && !std::is_same_v<F, functor::sqrt>);
+}
+template <class F, class S>
+inline constexpr bool kHasBrief = is_brief<F>(std::is_same_v<S, __half>          ? DType::f16
+                                              : std::is_same_v<S, __nv_bfloat16> ? DType::bf16
+                                                                                 : DType::f32);
+
+/// values[n] = Brief<F>(values[n]), whatever is beside it.
+template <class F, int N>
+__device__ __forceinline__ void apply_brief(float (&values)[N]) {
   if constexpr (requires { Brief<F>::kMost; }) {
     float most = 0.0f;
 #pragma unroll
-    for (int n = 0; n < V; ++n) most = fmaxf(most, fabsf(element<float>(a, n)));
-    if (!(most <= Brief<F>::kMost)) {
+    for (int n = 0; n < N; ++n) most = fmaxf(most, fabsf(values[n]));
+    if (most > Brief<F>::kMost) {
+      float each[N];
 #pragma unroll
-      for (int n = 0; n < V; ++n) put(a, n, Brief<F>::apply_beyond(element<float>(a, n)));
+      for (int n = 0; n < N; ++n) each[n] = values[n];
+#pragma unroll 1
+      for (int n = 0; n < N; ++n) {
+        const float v = each[n];
+        each[n] = fabsf(v) > Brief<F>::kMost ? Brief<F>::apply_beyond(v) : Brief<F>::apply(v);
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) values[n] = each[n];
       return;
     }
   }
 #pragma unroll
-  for (int n = 0; n < V; ++n) put(a, n, Brief<F>::apply(element<float>(a, n)));
+  for (int n = 0; n < N; ++n) values[n] = Brief<F>::apply(values[n]);
+}
+/// The same for the N elements of a pack.
+template <class F, int N, class W>
+__device__ __forceinline__ void apply_brief(W& words) {
+  float values[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) values[n] = element<float>(words, n);
+  apply_brief<F>(values);
+#pragma unroll
+  for (int n = 0; n < N; ++n) put(words, n, values[n]);
 }
 
 }  // namespace fastkern::pointwise_detail

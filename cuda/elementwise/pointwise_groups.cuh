@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "fastkern/pointwise_layout.h"
+#include "pointwise_brief.cuh"
 #include "pointwise_words.cuh"
 
 namespace fastkern::pointwise_detail {
@@ -225,6 +226,13 @@ struct Groups {
 
   /// The result takes the place of the first input.
   __device__ __forceinline__ void evaluate(const Params<T>& params) {
+    if constexpr (kHasSomeBrief<F> && std::is_same_v<T, float>) {
+      if (is_brief<F>(params.layout.out.dtype)) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) apply_brief<F, N>(words[0][k]);
+        return;
+      }
+    }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
 #pragma unroll
@@ -342,11 +350,18 @@ struct Singles {
     T values[3][K] = {};
 #pragma unroll
     for (int i = 0; i < kIn; ++i) convert(params, i, values[i]);
+    evaluate(params, values);
+    store(params.layout, values[0]);
+  }
+
+  __device__ __forceinline__ void evaluate(const Params<T>& params, T (&values)[3][K]) {
+    if constexpr (kHasSomeBrief<F> && std::is_same_v<T, float>) {
+      if (is_brief<F>(params.layout.out.dtype)) return apply_brief<F>(values[0]);
+    }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       values[0][k] = F::template apply<T>(values[0][k], values[1][k], values[2][k], params.scalars);
     }
-    store(params.layout, values[0]);
   }
 
   __device__ __forceinline__ void store(const PointwiseLayout& p, const T (&values)[K]) {

@@ -22,7 +22,6 @@
 
 #include <optional>
 
-#include "pointwise_brief.cuh"
 #include "pointwise_kernel.cuh"
 
 namespace fastkern::pointwise_detail {
@@ -64,10 +63,11 @@ inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
 template <class F, class S, class O, class T>
 struct Packs {
   static constexpr int kIn = F::kInputs, V = 16 / sizeof(S);
-  // The formula hides behind the accesses of other packs.
-  static constexpr bool kHeavy = kLong<F> || kLaborious<F>;
-  static constexpr int kPacks = kIn > 1 || (kHeavy && !kHasBrief<F, S>) ? 2 : 1;
-  static constexpr int kBlocks = kLong<F> ? (kIn == 1 ? 10 : 6) : kIn == 1 ? 10 : 8;  // at least
+  // A formula that takes long hides behind the accesses of another pack.
+  static constexpr bool kHeavy =
+      kLong<F> || (kLaborious<F> && !(kHasBrief<F, S> && kQuickAsBrief<F>));
+  static constexpr int kPacks = kIn > 1 || kHeavy ? 2 : 1;
+  static constexpr int kBlocks = kLong<F> ? (kIn == 1 ? 10 : 6) : kIn == 1 ? 12 : 8;  // at least
   template <int kInput>
   using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
 
@@ -206,7 +206,7 @@ struct Packs {
       if constexpr (kIn > 1) b = values<1>(p, k);
       if constexpr (kIn > 2) c = values<2>(p, k);
       if constexpr (kHasBrief<F, S>) {
-        apply_brief<F>(a);
+        apply_brief<F, V>(a);
       } else {
 #pragma unroll
         for (int n = 0; n < V; ++n)
@@ -236,8 +236,13 @@ struct Packs {
     T b = a, c = a;
     if constexpr (kIn > 1) b = single<1>(p, e);
     if constexpr (kIn > 2) c = single<2>(p, e);
-    reinterpret_cast<O*>(p.out.data)[e - p.head] =
-        to_stored<O>(F::template apply<T>(a, b, c, p.scalars));
+    T result[1] = {a};
+    if constexpr (kHasBrief<F, O>) {
+      apply_brief<F>(result);
+    } else {
+      result[0] = F::template apply<T>(a, b, c, p.scalars);
+    }
+    reinterpret_cast<O*>(p.out.data)[e - p.head] = to_stored<O>(result[0]);
   }
 };
 

@@ -19,7 +19,6 @@ namespace fastkern::cuda {
 namespace {
 
 using optim::Lamb;
-using LambOperands = ChunkOperands<2, false>;
 using LambStart = StepStart<Lamb>;
 
 /// All threads of a block: the trust ratio of every tensor, from the sums of its chunks.
@@ -42,9 +41,10 @@ __device__ __forceinline__ void make_ratios(const StepParams& a) {
   if (threadIdx.x == 0) *a.counter = 0;
 }
 
-__global__ void __launch_bounds__(kOptimThreads, 3)
+template <OptimTypes kTypes, KnownRounding kKnown>
+__global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
     lamb_average_kernel(const __grid_constant__ StepParams a) {
-  constexpr int kPacks = 2;
+  constexpr int kPacks = 2, kVec = eight(kTypes) ? 8 : 4;
   __shared__ LambStart sStart[1];
   __shared__ double sSums[kOptimThreads / 32];
   ptx::grid_wait();
@@ -53,9 +53,10 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
   const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
   const OptimTensor& t = a.tensor[tensor];
   const void* const gradient = a.grad_of(tensor);
-  LambOperands c(a, t, gradient, (chunk - a.first_chunk[tensor]) * kOptimChunk);
-  const int packs = gradient && c.aligned<4>() ? c.count / 4 : 0;
-  RawOperands<4, 2, kPacks> raw;
+  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
+  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, gradient, first);
+  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  RawOperands<kVec, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
   if (threadIdx.x == 0) {
@@ -79,26 +80,26 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
     for (int i = 0; i < kPacks; ++i) {
       const int at = pack + i * kOptimThreads;
       if (at >= packs) break;
-      float p[4], g[4], s[2][4];
+      float p[kVec], g[kVec], s[2][kVec];
       c.values.unpack(raw.param[i], raw.extra[i], p);
       raw.grad[i].unpack(c.grad.type, g);
 #pragma unroll
       for (int k = 0; k < 2; ++k) raw.state[k][i].unpack(c.state[k].type, s[k]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kVec; ++j) {
         float states[2] = {s[0][j], s[1][j]};
         one(p[j], g[j], states);
         s[0][j] = states[0], s[1][j] = states[1];
       }
 #pragma unroll
-      for (int k = 0; k < 2; ++k) RawPack<4>::store(c.state[k], at * 4, s[k]);
+      for (int k = 0; k < 2; ++k) RawPack<kVec>::store(c.state[k], at * kVec, s[k]);
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
   const int count = gradient ? c.count : 0;
 #pragma unroll 1
-  for (int e = packs * 4 + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
+  for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};
     one(c.values.load_value(e), load_one(c.grad, e), states);
     store_one(c.state[0], e, states[0]);
@@ -121,9 +122,10 @@ __global__ void __launch_bounds__(kOptimThreads, 3)
   make_ratios(a);
 }
 
+template <OptimTypes kTypes, KnownRounding kKnown>
 __global__ void __launch_bounds__(kOptimThreads, 2)
     lamb_apply_kernel(const __grid_constant__ StepParams a) {
-  constexpr int kPacks = 2;
+  constexpr int kPacks = 2, kVec = eight(kTypes) ? 8 : 4;
   __shared__ LambStart sStart[1];
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
@@ -131,10 +133,11 @@ __global__ void __launch_bounds__(kOptimThreads, 2)
   const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
   const OptimTensor& t = a.tensor[tensor];
   const void* const gradient = a.grad_of(tensor);
-  LambOperands c(a, t, nullptr, (chunk - a.first_chunk[tensor]) * kOptimChunk);
+  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
+  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, nullptr, first);
   c.grad.at = nullptr;
-  const int packs = gradient && c.aligned<4>() ? c.count / 4 : 0;
-  RawOperands<4, 2, kPacks> raw;
+  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  RawOperands<kVec, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
   int turn = 0;
@@ -152,23 +155,23 @@ __global__ void __launch_bounds__(kOptimThreads, 2)
     for (int i = 0; i < kPacks; ++i) {
       const int at = pack + i * kOptimThreads;
       if (at >= packs) break;
-      float p[4], s[2][4];
+      float p[kVec], s[2][kVec];
       c.values.unpack(raw.param[i], raw.extra[i], p);
 #pragma unroll
       for (int k = 0; k < 2; ++k) raw.state[k][i].unpack(c.state[k].type, s[k]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kVec; ++j) {
         const float states[2] = {s[0][j], s[1][j]};
         p[j] = optim::fma(-step_size, Lamb::direction(numbers, p[j], states), p[j]);
       }
-      c.values.store(at * 4, p);
+      c.values.store(at * kVec, p);
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
   const int count = gradient ? c.count : 0;
 #pragma unroll 1
-  for (int e = packs * 4 + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
+  for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     const float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};
     const float p = c.values.load_value(e);
     c.values.store_value(e, optim::fma(-step_size, Lamb::direction(numbers, p, states), p));
@@ -181,8 +184,14 @@ __global__ void __launch_bounds__(kOptimThreads, 2)
 void launch_lamb(const OptimStep& args, const StepParams& a, Stream stream) {
   FK_CHECK(args.workspace, args.op, ": workspace must be given");
   const Launch shape{.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true};
-  launch(lamb_average_kernel, shape, stream, a);
-  launch(lamb_apply_kernel, shape, stream, a);
+  const auto as = [&]<OptimTypes kTypes, KnownRounding kKnown>() {
+    launch(lamb_average_kernel<kTypes, kKnown>, shape, stream, a);
+    launch(lamb_apply_kernel<kTypes, kKnown>, shape, stream, a);
+  };
+  const bool bf16 = a.param == DType::bf16 && a.grad == DType::bf16 && a.state == DType::bf16;
+  if (bf16 && a.rounding == OptimRounding::nearest)
+    return as.template operator()<OptimTypes::bf16, KnownRounding::nearest>();
+  as.template operator()<OptimTypes::any, KnownRounding::none>();
 }
 
 }  // namespace fastkern::cuda

@@ -5,7 +5,7 @@
 //   formula  states of a block of 256 elements: number of the code · scale; then Formula::update,
 //            element by element; scale: the largest magnitude of the new states, codes: of each
 //            divided by it
-//   work     a block has a chunk of 8192 elements of one parameter, as in optim_step.cuh; warp w
+//   work     a block has a chunk of 16384 elements of one parameter, as in optim_step.cuh; warp w
 //            has its code blocks w, w + 8, ..., a lane eight elements of each: one pack of eight
 //            where values and gradients have 16 bits (`wide`), else two of four, 128 elements
 //            apart. What is not aligned, and the last block of a tensor, element by element
@@ -84,8 +84,8 @@ struct RawBlock {
   uint2 code[kStates];  // eight
   float scale[kStates];
 
-  template <bool kPlain>
-  __device__ __forceinline__ void load(const ChunkOperands<kStates, kPlain>& c,
+  template <KnownRounding kKnown>
+  __device__ __forceinline__ void load(const ChunkOperands<kStates, kKnown>& c,
                                        float* const (&scales)[kStates], int block, bool inside) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -93,7 +93,7 @@ struct RawBlock {
       const int at = block * kCodeBlock + i * 128 + lane * kVec;
       grad[i].load(c.grad, at, inside);
       param[i].load(c.values.param, at, inside && c.values.reads_param());
-      if constexpr (!kPlain) {
+      if constexpr (kKnown == KnownRounding::none) {
         extra[i].load({c.values.extra, c.values.extra_type()}, at, inside && c.values.has_extra());
       }
     }
@@ -117,10 +117,10 @@ struct RawBlock {
 };
 
 /// Blocks of a multiprocessor: the most that need no spills.
-constexpr int coded_blocks(bool plain) { return plain ? 3 : 2; }
+constexpr int coded_blocks(KnownRounding known) { return known == KnownRounding::nearest ? 3 : 2; }
 
-template <class Formula, bool kWide, bool kPlain>
-__global__ void __launch_bounds__(kOptimThreads, coded_blocks(kPlain))
+template <class Formula, bool kWide, KnownRounding kKnown>
+__global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
     optim_coded_kernel(const __grid_constant__ StepParams a) {
   constexpr int kVec = kWide ? 8 : 4, kStates = Formula::kStates, kPacks = 8 / kVec;
   using Start = StepStart<Formula>;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kPlain))
   const OptimTensor& t = a.tensor[tensor];
   const void* const gradient = a.grad_of(tensor);
   const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<kStates, kPlain> c(a, t, gradient, first);
+  ChunkOperands<kStates, kKnown> c(a, types_of<OptimTypes::any>(a), t, gradient, first);
   float* scales[kStates];
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
@@ -256,9 +256,10 @@ void launch_coded(const OptimStep& args, const StepParams& a, Stream stream) {
   const bool wide =
       a.param != DType::f32 && a.grad != DType::f32 && a.rounding != OptimRounding::master;
   const bool plain = a.rounding == OptimRounding::nearest;
-  if (wide && plain) return launch(optim_coded_kernel<Formula, true, true>, shape, stream, a);
-  if (wide) return launch(optim_coded_kernel<Formula, true, false>, shape, stream, a);
-  launch(optim_coded_kernel<Formula, false, false>, shape, stream, a);
+  using enum KnownRounding;
+  if (wide && plain) return launch(optim_coded_kernel<Formula, true, nearest>, shape, stream, a);
+  if (wide) return launch(optim_coded_kernel<Formula, true, none>, shape, stream, a);
+  launch(optim_coded_kernel<Formula, false, none>, shape, stream, a);
 }
 
 }  // namespace fastkern::cuda

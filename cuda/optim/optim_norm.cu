@@ -2,7 +2,7 @@
 // The norm of all gradients, and gradients times a factor.
 //
 //   formula  norm = sqrt(Σ g²) / grad_scale, or the largest |g|; factor = min(1, max_norm / (norm +
-//   1e-6)) work     a block has a chunk of 8192 elements, a thread packs of it, as in
+//   1e-6)) work     a block has a chunk of 16384 elements, a thread packs of it, as in
 //   optim_step.cuh sync     a block leaves its sum in `partials` and draws a number; the one that
 //   draws the last
 //            adds them up in float64, thread t those of chunks t, t + 256, ...: one launch, and an

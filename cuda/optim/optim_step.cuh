@@ -3,8 +3,8 @@
 //
 //   formula  Formula::update, element by element, in float32; each operand rounded once as it is
 //            stored
-//   work     a block has a chunk of 8192 elements of one parameter, which it finds by its number in
-//            the table. Packs of eight elements where all operands, or all but f32 states, have 16
+//   work     a block has a chunk of 16384 elements of one parameter, or half of one, which it finds by
+//            its number in the table. Packs of eight elements where all operands, or all but f32 states, have 16
 //            bits, else of four; pack (i · kPacks + k) · kThreads + t is thread t's. What is not aligned, and the
 //            last elements of a tensor, one by one: the same numbers, element by element
 //   memory   nothing is kept; all loads of a thread's packs come before the first use of one
@@ -126,9 +126,15 @@ __device__ __forceinline__ void store_one(const Operand& to, int element, float 
   tile::store_as(to.at, to.type, static_cast<std::int64_t>(element), v);
 }
 
-/// Parameters as their rounding keeps them. kPlain: rounded to nearest, and no extra.
-template <bool kPlain>
+/// What an instance knows of the rounding of parameters: to nearest, and no extra; stochastic;
+/// nothing.
+enum class KnownRounding : std::uint8_t { nearest, stochastic, none };
+
+/// Parameters as their rounding keeps them.
+template <KnownRounding kKnown>
 struct Values {
+  static constexpr bool kPlain = kKnown == KnownRounding::nearest;
+  static constexpr bool kNoExtra = kKnown != KnownRounding::none;
   Operand param;
   char* extra;
   OptimRounding rounding;
@@ -141,16 +147,16 @@ struct Values {
     return rounding == OptimRounding::master ? DType::f32 : param.type;
   }
   __device__ __forceinline__ bool has_extra() const {
-    return !kPlain && rounding >= OptimRounding::kahan;
+    return !kNoExtra && rounding >= OptimRounding::kahan;
   }
   __device__ __forceinline__ bool reads_param() const {
-    return kPlain || rounding != OptimRounding::master;
+    return kNoExtra || rounding != OptimRounding::master;
   }
 
   template <int kVec>
   __device__ __forceinline__ void unpack(const RawPack<kVec>& p, const RawPack<kVec>& x,
                                          float (&out)[kVec]) const {
-    if (kPlain || rounding <= OptimRounding::stochastic) {
+    if (kNoExtra || rounding <= OptimRounding::stochastic) {
       p.unpack(param.type, out);
     } else if (rounding == OptimRounding::master) {
       if constexpr (kVec == 4) x.unpack(DType::f32, out);
@@ -213,7 +219,7 @@ struct Values {
   }
 
   __device__ __forceinline__ float load_value(int element) const {
-    if (kPlain || rounding <= OptimRounding::stochastic) return load_one(param, element);
+    if (kNoExtra || rounding <= OptimRounding::stochastic) return load_one(param, element);
     if (rounding == OptimRounding::master) return load_one(extra_as(DType::f32), element);
     if (rounding == OptimRounding::kahan) {
       return __fadd_rn(load_one(param, element), load_one(extra_as(param.type), element));
@@ -253,28 +259,51 @@ struct Values {
   }
 };
 
-/// What a chunk's operands are, in the memory of its tensor.
-template <int kStates, bool kPlain>
+/// What an instance knows of its operands' types: nothing; all are f32; all have 16 bits; all are
+/// bf16; all but the states, which are f32.
+enum class OptimTypes : std::uint8_t { any, floats, halves, bf16, bf16_float_states };
+
+/// Whether packs have eight elements, not four.
+constexpr bool eight(OptimTypes types) { return types >= OptimTypes::halves; }
+
+/// Of the parameter, the gradient and the states.
+struct OperandTypes {
+  DType param, grad, state;
+};
+template <OptimTypes kTypes>
+__device__ __forceinline__ OperandTypes types_of(const StepParams& a) {
+  if constexpr (kTypes == OptimTypes::floats) return {DType::f32, DType::f32, DType::f32};
+  if constexpr (kTypes == OptimTypes::bf16) return {DType::bf16, DType::bf16, DType::bf16};
+  if constexpr (kTypes == OptimTypes::bf16_float_states)
+    return {DType::bf16, DType::bf16, DType::f32};
+  return {a.param, a.grad, a.state};
+}
+
+/// What the operands of some elements are, from element `first` of a tensor on, at most kCount.
+template <int kStates, KnownRounding kKnown, std::int64_t kCount = kOptimChunk>
 struct ChunkOperands {
-  Values<kPlain> values;
+  Values<kKnown> values;
   Operand grad;
   Operand state[kStates];  // at == nullptr: not given
   int count;               // elements
 
-  __device__ __forceinline__ ChunkOperands(const StepParams& a, const OptimTensor& t,
-                                           const void* gradient, std::int64_t first)
-      : count(static_cast<int>(min(kOptimChunk, t.numel - first))) {
+  __device__ __forceinline__ ChunkOperands(const StepParams& a, const OperandTypes& types,
+                                           const OptimTensor& t, const void* gradient,
+                                           std::int64_t first)
+      : count(static_cast<int>(max(std::int64_t{0}, min(kCount, t.numel - first)))) {
     const auto part = [&](const void* base, DType type) {
       return static_cast<char*>(const_cast<void*>(base)) + first * (type == DType::f32 ? 4 : 2);
     };
-    values.param = {part(t.param, a.param), a.param};
-    values.rounding = a.rounding;
+    values.param = {part(t.param, types.param), types.param};
+    values.rounding = kKnown == KnownRounding::nearest      ? OptimRounding::nearest
+                      : kKnown == KnownRounding::stochastic ? OptimRounding::stochastic
+                                                            : a.rounding;
     values.seed = a.seed, values.step = 0, values.index = t.index, values.first = first;
     values.extra = values.has_extra() ? part(t.extra, values.extra_type()) : nullptr;
-    grad = {part(gradient, a.grad), a.grad};
+    grad = {part(gradient, types.grad), types.grad};
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
-      state[k] = {t.state[k] ? part(t.state[k], a.state) : nullptr, a.state};
+      state[k] = {t.state[k] ? part(t.state[k], types.state) : nullptr, types.state};
     }
   }
 
@@ -297,8 +326,8 @@ struct RawOperands {
   RawPack<kVec> param[kPacks], extra[kPacks], grad[kPacks];
   RawPack<kVec, kFloatStates> state[kStates][kPacks];
 
-  template <bool kPlain>
-  __device__ __forceinline__ void load(const ChunkOperands<kStates, kPlain>& c, int pack,
+  template <KnownRounding kKnown, std::int64_t kCount>
+  __device__ __forceinline__ void load(const ChunkOperands<kStates, kKnown, kCount>& c, int pack,
                                        int packs) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -310,7 +339,7 @@ struct RawOperands {
       for (int k = 0; k < kStates; ++k) {
         state[k][i].load(c.state[k], at * kVec, inside && c.state[k].at != nullptr);
       }
-      if constexpr (!kPlain) {
+      if constexpr (kKnown == KnownRounding::none) {
         extra[i].load({c.values.extra, c.values.extra_type()}, at * kVec,
                       inside && c.values.has_extra());
       }
@@ -327,33 +356,38 @@ struct StepStart {
   bool last;
 };
 
-/// What an instance is for: operands of any types; all of 16 bits; all but the states, which are
-/// f32.
-enum class OptimTypes : std::uint8_t { any, halves, halves_float_states };
+/// Blocks that share a chunk: 32 KB of a parameter, or 16 of its few other types, are right for one.
+constexpr int chunk_parts(OptimTypes types) { return eight(types) ? 1 : 2; }
 
 /// Blocks of a multiprocessor: the most that need no spills.
-constexpr int optim_blocks(int states, OptimTypes types, bool plain) {
-  const bool wide = types != OptimTypes::any;
-  if (!plain) return wide || states != 2 ? 2 : 3;
-  return wide || states != 2 ? 3 : 4;
+constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
+  if (types == OptimTypes::bf16_float_states) 
+    return known == KnownRounding::stochastic || (known == KnownRounding::nearest && states < 2) ? 3 : 2;
+  const bool wide = eight(types);
+  if (known != KnownRounding::nearest) return wide || states != 2 ? 2 : 3;
+  return wide || states != 2 || types == OptimTypes::floats ? 3 : 4;
 }
 
-template <class Formula, OptimTypes kTypes, bool kPlain>
-__global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kTypes, kPlain))
+template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
+__global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kTypes, kKnown))
     optim_step_kernel(const __grid_constant__ StepParams a) {
-  constexpr bool kFloatStates = kTypes == OptimTypes::halves_float_states;
-  constexpr int kVec = kTypes == OptimTypes::any ? 4 : 8, kPacks = kFloatStates ? 1 : 2;
-  constexpr int kStates = Formula::kStates;
+  constexpr bool kFloatStates = kTypes == OptimTypes::bf16_float_states;
+  constexpr int kVec = eight(kTypes) ? 8 : 4, kPacks = kFloatStates ? 1 : 2;
+  constexpr int kStates = Formula::kStates, kParts = chunk_parts(kTypes);
   using Start = StepStart<Formula>;
+  using Numbers = typename Formula::Numbers;
   __shared__ Start sStart[1];
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
-  const int chunk = static_cast<int>(blockIdx.x);
+  const int chunk = static_cast<int>(blockIdx.x) / kParts;
+  const int part = static_cast<int>(blockIdx.x) % kParts;
   const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
   const OptimTensor& t = a.tensor[tensor];
   const void* const gradient = a.grad_of(tensor);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<kStates, kPlain> c(a, t, gradient, first);
+  constexpr std::int64_t kCount = kOptimChunk / kParts;
+  ChunkOperands<kStates, kKnown, kCount> c(
+      a, types_of<kTypes>(a), t, gradient,
+      (chunk - a.first_chunk[tensor]) * kOptimChunk + part * kCount);
   const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
 
   RawOperands<kVec, kStates, kPacks, kFloatStates> raw;
@@ -368,7 +402,10 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
     turn = draw_turn(a, start);
   }
   __syncthreads();
-  const typename Formula::Numbers numbers = sStart[0].numbers;
+  // Of instances that are short of registers, numbers stay where they are.
+  constexpr bool kStay = kKnown == KnownRounding::none || kTypes == OptimTypes::bf16 ||
+                         kTypes == OptimTypes::floats;
+  const std::conditional_t<kStay, const Numbers&, const Numbers> numbers = sStart[0].numbers;
   const float factor = sStart[0].factor;
   c.values.step = sStart[0].step;
 
@@ -419,19 +456,35 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
 /// Host: kEvery, an instance each for what is used most; else one.
 template <class Formula, bool kEvery>
 void launch_step(const OptimStep& args, const StepParams& a, Stream stream) {
-  const Launch shape{.op = args.op, .grid = a.chunks, .block = kOptimThreads, .overlap = true};
+  const auto as = [&]<OptimTypes kTypes, KnownRounding kKnown>() {
+    const Launch shape{.op = args.op,
+                       .grid = std::int64_t{a.chunks} * chunk_parts(kTypes),
+                       .block = kOptimThreads,
+                       .overlap = true};
+    launch(optim_step_kernel<Formula, kTypes, kKnown>, shape, stream, a);
+  };
   if constexpr (kEvery) {
     using enum OptimTypes;
+    using enum KnownRounding;
+    const auto known = [&]<OptimTypes kTypes>() {
+      if (a.rounding == OptimRounding::nearest) return as.template operator()<kTypes, nearest>();
+      if (a.rounding == OptimRounding::stochastic)
+        return as.template operator()<kTypes, stochastic>();
+      as.template operator()<kTypes, none>();
+    };
+    const auto all = [&](DType param, DType state) {
+      return a.param == param && a.grad == param && a.state == state;
+    };
     const bool plain = a.rounding == OptimRounding::nearest;
-    if (a.param != DType::f32 && a.grad != DType::f32 && a.rounding != OptimRounding::master) {
-      if (a.state == DType::f32)
-        return launch(optim_step_kernel<Formula, halves_float_states, false>, shape, stream, a);
-      if (plain) return launch(optim_step_kernel<Formula, halves, true>, shape, stream, a);
-      return launch(optim_step_kernel<Formula, halves, false>, shape, stream, a);
-    }
-    if (plain) return launch(optim_step_kernel<Formula, any, true>, shape, stream, a);
+    const bool wide = a.rounding != OptimRounding::master;
+    if (plain && all(DType::f32, DType::f32)) return as.template operator()<floats, nearest>();
+    if (wide && all(DType::bf16, DType::bf16)) return known.template operator()<bf16>();
+    if (wide && all(DType::bf16, DType::f32)) return known.template operator()<bf16_float_states>();
+    if (wide && a.param != DType::f32 && a.grad != DType::f32 && a.state != DType::f32)
+      return as.template operator()<halves, none>();
+    if (plain) return as.template operator()<any, nearest>();
   }
-  launch(optim_step_kernel<Formula, OptimTypes::any, false>, shape, stream, a);
+  as.template operator()<OptimTypes::any, KnownRounding::none>();
 }
 
 }  // namespace fastkern::cuda

@@ -88,7 +88,7 @@ __device__ __forceinline__ void count_steps(const StepParams& a) {
 /// All threads of the block, at its end: adds to the counts if all blocks have read them.
 __device__ __forceinline__ void end_turn(const StepParams& a, int turn, bool& shared) {
   if (!a.counts) return;
-  if (threadIdx.x == 0) shared = turn == a.chunks - 1;
+  if (threadIdx.x == 0) shared = turn == static_cast<int>(gridDim.x) - 1;
   __syncthreads();
   if (shared) count_steps(a);
 }

@@ -18,13 +18,6 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
-/// The same with denormals as what they are.
-__device__ __forceinline__ float rcp_approx_subnormal(float x) {
-  float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// Within 2^-23 of the root.
 __device__ __forceinline__ float sqrt_approx(float x) {
   float y;

@@ -36,7 +36,7 @@ inline constexpr int kOptimStates = 3;
 inline constexpr int kOptimCodedStates = 2;             // of kinds whose states may have 8 bits
 inline constexpr std::int64_t kOptimCodeBlock = 256;    // elements that share a scale
 inline constexpr int kOptimGroups = 32;                 // of one call
-inline constexpr std::int64_t kOptimChunk = 8192;       // elements
+inline constexpr std::int64_t kOptimChunk = 16384;      // elements
 inline constexpr std::int64_t kOptimInlineGrads = 448;  // tensors whose gradients are arguments
 
 /// One parameter. All memory is dense, in the same order of elements; any alignment.
