@@ -340,6 +340,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
       } else if (Tile::kApart) {
+        __syncwarp();  // all of its lanes have seen that the job is there
         arrive(&shared.query_free);
       }
 
@@ -365,43 +366,45 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
         }
       }
-      const int to_row = warp * 16 + lane % 16;
-#pragma unroll
-      for (int c = 0; c < kDv / 8; c += 2) {
-        std::uint32_t words[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* const o = rO + c * 4 + e * 2;
-          words[e] = ptx::pack_2(o[0] * inverse[e % 2], o[1] * inverse[e % 2], T{});
-        }
-        const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-        ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
-      }
       const int rows = min(job.stored - group * 64, 64);
       const bool packed = p.f.lengths.start_q;
       const int first = job.first_q + job.i0 + group * 64;
-      if (packed && rows < 64) {
-        // The rows after these are another sequence's. A warp stores what it has computed.
-        __syncwarp();
-        const char* const from = shared.results() + group * (64 * kPanelRow);
-        for (int e = lane; e < 16 * (kDv / 8); e += 32) {
-          const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
-          if (r >= rows || chunk * 8 >= p.f.dv) continue;
-          const char* const at =
-              from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
-          *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
-              *reinterpret_cast<const uint4*>(at);
-        }
-        if (!Tile::kApart) ptx::bar_sync(kGroup + group, 128);
-      } else if (rows > 0) {
-        ptx::fence_async();
-        ptx::bar_sync(kGroup + group, 128);
-        if (thread == 0) {
-          for (int panel = 0; panel < panels_of(kDv); ++panel) {
-            ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
-                           aO + panel * (kM * kPanelRow));
+      if (rows > 0) {
+        const int to_row = warp * 16 + lane % 16;
+#pragma unroll
+        for (int c = 0; c < kDv / 8; c += 2) {
+          std::uint32_t words[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float* const o = rO + c * 4 + e * 2;
+            words[e] = ptx::pack_2(o[0] * inverse[e % 2], o[1] * inverse[e % 2], T{});
           }
-          ptx::bulk_commit();
+          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+        }
+        if (packed && rows < 64) {
+          // The rows after these are another sequence's. A warp stores what it has computed.
+          __syncwarp();
+          const char* const from = shared.results() + group * (64 * kPanelRow);
+          for (int e = lane; e < 16 * (kDv / 8); e += 32) {
+            const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+            if (r >= rows || chunk * 8 >= p.f.dv) continue;
+            const char* const at =
+                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+            *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
+                *reinterpret_cast<const uint4*>(at);
+          }
+          if (!Tile::kApart) ptx::bar_sync(kGroup + group, 128);
+        } else {
+          ptx::fence_async();
+          ptx::bar_sync(kGroup + group, 128);
+          if (thread == 0) {
+            for (int panel = 0; panel < panels_of(kDv); ++panel) {
+              ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
+                             aO + panel * (kM * kPanelRow));
+            }
+            ptx::bulk_commit();
+          }
         }
       }
       if (!Tile::kApart && thread == 0) {
