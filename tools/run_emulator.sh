@@ -29,7 +29,7 @@ done
 sed -i -E \
   -e 's/^#include "\.\.\//#include "/' \
   -e 's/^ *asm volatile\("" : .*;$//' \
-  -e 's/extern __shared__ (__align__\(128\) )?(\w+) (\w+)\[\];/\2* const \3 = reinterpret_cast<\2*>(emulator::dynamic_shared());/' \
+  -e 's/extern __shared__ (__align__\([0-9]+\) )?(\w+) (\w+)\[\];/\2* const \3 = reinterpret_cast<\2*>(emulator::dynamic_shared());/' \
   -e 's/__shared__ (\w+) (\w+)(\[.*\]);/auto\& \2 = emulator::static_shared<\1\3>([] {});/' \
   "$stage"/*.h "$stage"/*/*
 # the one asm outside of cuda/ptx

@@ -5,6 +5,10 @@
 #include "attention/attention_launch.h"
 #include "dispatch.h"
 
+#ifndef FASTKERN_HAS_SM90
+#define FASTKERN_HAS_SM90 0
+#endif
+
 namespace fastkern::cuda {
 namespace attention_detail {
 
@@ -86,6 +90,63 @@ bool has_extras(const Forward& p) {
 
 namespace {
 
+/// What the copy engine can go along; tensors that were expanded it cannot.
+bool in_boxes(const View& v, bool many_rows, bool many_heads, bool many_entries) {
+  const auto fits = [](bool many, std::int64_t stride) {
+    return !many || (stride > 0 && stride < std::int64_t{1} << 40);
+  };
+  return fits(many_rows, v.row) && fits(many_heads, v.head) && fits(many_entries, v.batch);
+}
+
+struct Refusal {
+  const char* why;
+  bool (*of)(const Forward& p);
+};
+constexpr Refusal kHopperRefusals[] = {
+    {"softcap", [](const Forward& p) { return p.softcap > 0.0f; }},
+    {"bias", [](const Forward& p) { return p.bias.data != nullptr; }},
+    {"ALiBi", [](const Forward& p) { return p.slopes.data != nullptr; }},
+    {"block mask", [](const Forward& p) { return p.block_mask.data != nullptr; }},
+    {"dropout", [](const Forward& p) { return p.dropout.threshold > 0; }},
+    {"prefix", [](const Forward& p) { return p.mask.prefix != nullptr; }},
+    {"scale not positive", [](const Forward& p) { return !(p.scale > 0.0f); }},
+    {"no keys", [](const Forward& p) { return p.keys == 0; }},
+    {"head dimension above 256", [](const Forward& p) { return std::max(p.d, p.dv) > 256; }},
+    {"rows not in 16 bytes", [](const Forward& p) { return !p.vectors; }},
+    {"expanded tensor",
+     [](const Forward& p) {
+       const bool entries = !p.lengths.start_q && p.batch > 1, heads = p.heads > p.group;
+       return !in_boxes(p.q, p.queries > 1, p.heads > 1, entries) ||
+              !in_boxes(p.k, p.keys > 1, heads, entries) ||
+              !in_boxes(p.v, p.keys > 1, heads, entries);
+     }},
+    {"more than 2^30 blocks of queries",
+     [](const Forward& p) {
+       const std::int64_t packed = p.lengths.start_q ? p.batch : 0;
+       const std::int64_t units = p.lengths.start_q ? p.heads : std::int64_t{p.heads} * p.batch;
+       return (p.queries / 64 + 1 + packed) * units > std::int64_t{1} << 30;
+     }},
+};
+
+}  // namespace
+
+const char* hopper_refuses(const Forward& p) {
+  for (const Refusal& refusal : kHopperRefusals) {
+    if (refusal.of(p)) return refusal.why;
+  }
+  return nullptr;
+}
+
+namespace {
+
+/// Why a call takes the portable kernel; nullptr: it does not.
+const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream) {
+  if (!FASTKERN_HAS_SM90) return "this build has no code for sm_90a";
+  if (capability(stream.device, args.op) != 90) return "device is not of capability 9.0";
+  if (args.q.dtype == DType::f32) return "f32";
+  return hopper_refuses(p);
+}
+
 /// out = 0 and lse = -inf for the queries of packed tensors that are in no sequence: block b has
 /// those between the used ones of entry b and the next entry, the last block those around them all.
 template <class T>
@@ -115,11 +176,20 @@ __global__ void __launch_bounds__(128) attention_rest_kernel(const Forward p) {
 }  // namespace
 }  // namespace attention_detail
 
+const char* attention_portable_because(const AttentionFwd& args, Stream stream) {
+  return attention_detail::portable_because(args, attention_detail::forward_params(args), stream);
+}
+
 void attention(const AttentionFwd& args, Stream stream) {
   using namespace attention_detail;
   Forward p = forward_params(args);
   if (p.heads == 0 || p.queries == 0) return;
-  if (p.batch > 0) {
+  if (p.batch > 0 && !portable_because(args, p, stream)) {
+#if FASTKERN_HAS_SM90
+    args.q.dtype == DType::f16 ? launch_hopper_fwd_as<__half>(p, stream, args.op)
+                               : launch_hopper_fwd_as<__nv_bfloat16>(p, stream, args.op);
+#endif
+  } else if (p.batch > 0) {
     dispatch_bool(has_extras(p), [&]<bool kExtras>() {
       if (args.q.dtype == DType::f32) return launch_fwd_f32(p, stream, args.op);
       if (args.q.dtype == DType::f16) return launch_fwd_as<__half, kExtras>(p, stream, args.op);

@@ -18,6 +18,12 @@ bool has_extras(const Forward& p);
 template <class T, bool kExtras>
 void launch_fwd_as(Forward& p, Stream stream, const char* op);
 void launch_fwd_f32(Forward& p, Stream stream, const char* op);
+/// Which calls with 16-bit operands the kernel for Hopper leaves to the others, and why; nullptr:
+/// not this one.
+const char* hopper_refuses(const Forward& p);
+/// Where FASTKERN_HAS_SM90 and the device has capability 9.0.
+template <class T>
+void launch_hopper_fwd_as(Forward& p, Stream stream, const char* op);
 template <class T, bool kExtras>
 void launch_bwd_as(Backward& p, Stream stream, const char* op);
 void launch_bwd_f32(Backward& p, Stream stream, const char* op);

@@ -6,12 +6,9 @@
 #include <cstdint>
 
 #include "ptx/cluster.cuh"
+#include "ptx/shared.cuh"
 
 namespace fastkern::ptx {
-
-__device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-}
 
 __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, int arrivals) {
   if constexpr (kHasClusters) {
@@ -23,6 +20,13 @@ __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, int arriva
 /// Makes initialised barriers visible to the cluster, before a cluster barrier.
 __device__ __forceinline__ void mbarrier_init_fence() {
   if constexpr (kHasClusters) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier) {
+  if constexpr (kHasClusters) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+  }
 }
 
 /// Arrives, and adds `bytes` to what the phase waits for.
@@ -48,6 +52,12 @@ __device__ __forceinline__ bool mbarrier_try_wait(std::uint64_t* barrier, std::u
         : "memory");
   }
   return done;
+}
+
+/// Waits for the phase of this parity, of a barrier of this block.
+__device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
 }
 
 /// Writes a word of another block's shared memory and reports its four bytes to that block's

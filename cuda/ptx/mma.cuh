@@ -7,15 +7,11 @@
 
 #include <cstdint>
 
+#include "ptx/cluster.cuh"
 #include "ptx/math.cuh"
+#include "ptx/shared.cuh"
 
 namespace fastkern::ptx {
-
-/// An address in shared memory, to be computed with: in one register.
-using SharedAddress = std::uint32_t;
-__device__ __forceinline__ SharedAddress shared_address(const void* shared) {
-  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
-}
 
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_4(std::uint32_t (&r)[4], SharedAddress from) {
@@ -31,6 +27,15 @@ __device__ __forceinline__ void ldmatrix_4_transposed(std::uint32_t (&r)[4], Sha
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)
                : "memory");
+}
+
+/// The inverse of ldmatrix_4: lane l gives the address of row l % 8 of matrix l / 8 (sm_90).
+__device__ __forceinline__ void stmatrix_4(SharedAddress to, const std::uint32_t (&r)[4]) {
+  if constexpr (kHasClusters) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void st_shared_4(SharedAddress to, std::uint32_t v) {

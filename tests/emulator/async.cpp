@@ -64,8 +64,44 @@ void cp_async_wait(int pending) {
   }
 }
 
+void box_arrives(void* shared, long size, std::function<void()> write, void* barrier) {
+  const int rank = running->rank;
+  in_block(shared, static_cast<int>(size), rank, "cp.async.bulk.tensor");
+  mbarrier_at(barrier, "cp.async.bulk.tensor");
+  std::memset(shared, kPoison, size);
+  state.stores.push_back({rank, std::move(write), size, static_cast<char*>(barrier)});
+  if (settings.arrival == Arrival::early) deliver(state.stores.size() - 1);
+  may_switch();
+}
+
+void later(Later what, std::function<void()> action) {
+  // In order: what comes later may need what comes first.
+  Thread& thread = self();
+  if (settings.arrival == Arrival::early) return action();
+  (what == Later::bulk ? thread.open_bulk : thread.open_products).push_back(std::move(action));
+}
+
+void later_commit(Later what) {
+  Thread& thread = self();
+  const bool bulk = what == Later::bulk;
+  (bulk ? thread.bulk : thread.products)
+      .push_back(std::exchange(bulk ? thread.open_bulk : thread.open_products, {}));
+  may_switch();
+}
+
+void later_wait(Later what, int pending) {
+  auto& groups = what == Later::bulk ? self().bulk : self().products;
+  for (; static_cast<int>(groups.size()) > pending; groups.pop_front()) {
+    for (const auto& action : groups.front()) action();
+  }
+  may_switch();
+}
+
 /// Copies that a thread never waited for still write.
 void finish_copies(Thread& thread) {
+  for (const auto& group : thread.bulk) {
+    if (!group.empty()) fault("a thread ends with stores of the copy engine under way");
+  }
   for (const auto& group : thread.groups) {
     for (const Copy& copy : group) perform(copy);
   }
@@ -104,12 +140,13 @@ bool mbarrier_try_wait(void* barrier, unsigned parity) {
 
 void st_async(void* shared, std::uint32_t value, void* barrier, unsigned rank) {
   check_aligned(shared, 4);
-  const Store store{static_cast<int>(rank), in_block(shared, 4, rank, "st.async"), value,
+  char* const to = in_block(shared, 4, rank, "st.async");
+  const Store store{static_cast<int>(rank), [=] { std::memcpy(to, &value, 4); }, 4,
                     in_block(barrier, 8, rank, "st.async")};
   if (state.blocks[rank].live == 0)
     fault("st.async to block %u of the cluster, which has ended", rank);
   mbarrier_at(store.barrier, "st.async");
-  std::memset(store.to, kPoison, 4);  // it may arrive at once
+  std::memset(to, kPoison, 4);  // it may arrive at once
   state.stores.push_back(store);
   if (settings.arrival == Arrival::early) deliver(state.stores.size() - 1);
   may_switch();
@@ -121,9 +158,9 @@ void deliver(std::size_t number) {
   state.stores.pop_back();
   if (state.blocks[store.rank].live == 0)
     fault("st.async arrives at block %d of the cluster, which has ended", store.rank);
-  std::memcpy(store.to, &store.value, 4);
+  store.write();
   Mbarrier& b = mbarrier_at(store.barrier, "st.async");
-  b.bytes -= 4;
+  b.bytes -= store.bytes;
   check_mbarrier(b);
 }
 

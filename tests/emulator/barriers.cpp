@@ -51,6 +51,18 @@ std::uint64_t meet(unsigned mask, bool is_shuffle, std::uint64_t bits, int sourc
   return thread.received;
 }
 
+/// Counts the running thread; the last one wakes those that wait.
+bool arrives_last(int id, int threads) {
+  Block& block = own_block();
+  if (block.named_arrived[id] > 0 && block.named_threads[id] != threads)
+    fault("barrier %d with %d and with %d threads", id, block.named_threads[id], threads);
+  block.named_threads[id] = threads;
+  if (++block.named_arrived[id] < threads) return false;
+  block.named_arrived[id] = 0;
+  wake_all(block.named[id]);
+  return true;
+}
+
 }  // namespace
 
 void warp_barrier(unsigned mask) { meet(mask, false, 0, 0); }
@@ -74,17 +86,15 @@ void block_barrier() {
 void block_barrier(int id, int threads) {
   Thread& thread = self();
   if (id < 1 || id > 15 || threads % 32 != 0) fault("bar.sync %d, %d", id, threads);
-  std::vector<int>& waiting = own_block().named[id];
-  if (!waiting.empty() && own_block().named_threads[id] != threads)
-    fault("bar.sync %d with %d and with %d threads", id, own_block().named_threads[id], threads);
-  own_block().named_threads[id] = threads;
-  if (static_cast<int>(waiting.size()) + 1 == threads) {
-    wake_all(waiting);
-    may_switch();
-    return;
-  }
-  waiting.push_back(thread.index);
+  if (arrives_last(id, threads)) return may_switch();
+  own_block().named[id].push_back(thread.index);
   sleep("bar.sync");
+}
+
+void block_arrive(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32 != 0) fault("bar.arrive %d, %d", id, threads);
+  arrives_last(id, threads);
+  may_switch();
 }
 
 void check_cluster_barrier() {

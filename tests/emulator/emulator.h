@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -95,6 +96,7 @@ T& static_shared(Lambda) {
 
 void block_barrier();
 void block_barrier(int id, int threads);
+void block_arrive(int id, int threads);
 void warp_barrier(unsigned mask);
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source);
 void cluster_arrive();
@@ -108,6 +110,14 @@ void mbarrier_init(void* barrier, int arrivals);
 void mbarrier_expect(void* barrier, unsigned bytes);
 bool mbarrier_try_wait(void* barrier, unsigned parity);
 void st_async(void* shared, std::uint32_t value, void* barrier, unsigned rank);
+/// A box of the copy engine: `write` fills it when it arrives, and the barrier hears of the bytes.
+void box_arrives(void* shared, long size, std::function<void()> write, void* barrier);
+/// What happens no sooner than when it is waited for, in groups, or at once: stores of the copy
+/// engine, products of warpgroups.
+enum class Later { bulk, products };
+void later(Later what, std::function<void()> action);
+void later_commit(Later what);
+void later_wait(Later what, int pending);
 
 /// With Order::random, perhaps another thread goes on from here.
 void may_switch();

@@ -215,6 +215,8 @@ void begin_thread(int rank, int i, long block) {
   thread.ended = thread.arrived = false;
   thread.waits_for = "has not begun";
   thread.open.clear(), thread.groups.clear();
+  thread.open_bulk.clear(), thread.open_products.clear();
+  thread.bulk.clear(), thread.products.clear();
   // As if emulator_switch had left the fiber just before thread_main.
   void** top = reinterpret_cast<void**>(thread.stack + kStack) - 2;
   *top = reinterpret_cast<void*>(&thread_main);
@@ -233,6 +235,7 @@ void begin_block(int rank, long block) {
   std::memset(b.fixed, kPoison, kFixed);
   b.live = state.grid.threads;
   b.waiting.clear();
+  for (int id = 0; id < 16; ++id) b.named[id].clear(), b.named_arrived[id] = 0;
   b.warps.assign(state.grid.threads / 32, {});
   for (int i = 0; i < state.grid.threads; ++i) begin_thread(rank, i, block);
 }

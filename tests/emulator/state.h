@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,9 @@ struct Thread : Running {
   // cp.async: copies not yet in a group, and groups not yet waited for
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  // the same of the copy engine's stores, and of products of warpgroups
+  std::vector<std::function<void()>> open_bulk, open_products;
+  std::deque<std::vector<std::function<void()>>> bulk, products;
   // cluster barrier: whether it has arrived, and in which phase
   bool arrived = false;
   long cluster_phase = 0;
@@ -47,7 +51,7 @@ struct Block {
   int live = 0;           // threads that have not ended
   std::vector<int> waiting;
   std::vector<int> named[16];  // who waits in bar.sync, by its number
-  int named_threads[16] = {};
+  int named_threads[16] = {}, named_arrived[16] = {};
   std::vector<std::vector<Meeting>> warps;
 };
 
@@ -59,11 +63,11 @@ struct Mbarrier {
   std::vector<int> waiting;
 };
 
-/// A st.async under way.
+/// A st.async, or a box of the copy engine, under way to a block.
 struct Store {
   int rank;
-  char* to;
-  std::uint32_t value;
+  std::function<void()> write;
+  long bytes;
   char* barrier;
 };
 

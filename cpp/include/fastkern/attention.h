@@ -108,6 +108,9 @@ FASTKERN_API void attention_dropout_mask(const TensorRef& mask, const AttentionD
 
 namespace cuda {
 FASTKERN_API void attention(const AttentionFwd& args, Stream stream);
+/// Why a call takes the kernel that runs on every GPU, instead of the one for Hopper; nullptr: it
+/// does not.
+FASTKERN_API const char* attention_portable_because(const AttentionFwd& args, Stream stream);
 FASTKERN_API void attention_bwd(const AttentionBwd& args, Stream stream);
 FASTKERN_API std::size_t attention_bwd_workspace(const AttentionBwd& args);
 FASTKERN_API void merge_attention(const MergeFwd& args, Stream stream);

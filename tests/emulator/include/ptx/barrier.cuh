@@ -8,4 +8,6 @@ namespace fastkern::ptx {
 
 inline void bar_sync(int id, int threads) { emulator::block_barrier(id, threads); }
 
+inline void bar_arrive(int id, int threads) { emulator::block_arrive(id, threads); }
+
 }  // namespace fastkern::ptx

@@ -5,13 +5,9 @@
 #include <cuda_runtime.h>
 
 #include "ptx/math.cuh"
+#include "ptx/shared.cuh"
 
 namespace fastkern::ptx {
-
-using SharedAddress = std::uintptr_t;
-inline SharedAddress shared_address(const void* shared) {
-  return reinterpret_cast<SharedAddress>(shared);
-}
 
 inline void st_shared_4(SharedAddress to, std::uint32_t v) {
   emulator::check_aligned(reinterpret_cast<const void*>(to), 4);
@@ -67,6 +63,17 @@ inline void ldmatrix_4(std::uint32_t (&r)[4], SharedAddress from) {
 }
 inline void ldmatrix_4_transposed(std::uint32_t (&r)[4], SharedAddress from) {
   mma_detail::ldmatrix<true>(r, from);
+}
+
+inline void stmatrix_4(SharedAddress to, const std::uint32_t (&r)[4]) {
+  emulator::check_aligned(reinterpret_cast<const void*>(to), 16);
+  const void* const* const rows = mma_detail::show(reinterpret_cast<const void*>(to));
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m) {
+    char* const row = static_cast<char*>(const_cast<void*>(rows[8 * m + lane / 4]));
+    std::memcpy(row + lane % 4 * 4, &r[m], 4);
+  }
+  mma_detail::leave();
 }
 
 template <class T>

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// What attention kernels of Hopper share: their tiles, what lies where in shared memory, which
+// queries a block of threads takes when, and the parameters.
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/attention_scores.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+/// Panels of 64 columns, rows of 128 bytes each, swizzled by the copy engine.
+constexpr int panels_of(int columns) { return (columns + 63) / 64; }
+inline constexpr int kPanelRow = 128;
+
+/// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time.
+/// kApart: results have shared memory of their own, else they lie where queries were. kTurns: the
+/// warpgroups issue their products in turn. (nvcc 13.0 takes no values of classes as template
+/// arguments of kernels.)
+template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, bool kOwnResults,
+          bool kInTurn>
+struct HopperTile {
+  static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
+  static constexpr bool kApart = kOwnResults, kTurns = kInTurn;
+  static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
+                       kOtherRegisters = kGroups == 3 ? 32 : 40;
+};
+
+/// What a block of threads does next: queries i0 to i1 of one head of one entry, and blocks `begin`
+/// to `end` of keys.
+struct HopperJob {
+  int b, h, i0, i1;  // b < 0: nothing, and nothing after it
+  int stored;        // queries of the tensor from i0 on: those beyond the sequence get zeros
+  int first_q, first_k;
+  int begin, end;
+  AttentionSight<int> sight;
+  std::int64_t lse_at;
+};
+
+/// Two stages of keys and of values, each with a barrier that it is there and one that it is free.
+inline constexpr int kHopperStages = 2;
+template <class Tile>
+struct HopperShared {
+  static constexpr int kQuery = panels_of(Tile::kD) * Tile::kM * kPanelRow;
+  static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
+  static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
+  static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
+  static_assert(Tile::kApart || kOut <= kQuery);
+
+  alignas(1024) char query[kQuery];
+  alignas(1024) char keys[kHopperStages][kKeys];
+  alignas(1024) char values[kHopperStages][kValues];
+  alignas(1024) char out[Tile::kApart ? kOut : 16];
+  std::uint64_t query_there, query_free;
+  std::uint64_t keys_there[kHopperStages], keys_free[kHopperStages];
+  std::uint64_t values_there[kHopperStages], values_free[kHopperStages];
+  HopperJob jobs[2];
+
+  __device__ __forceinline__ char* results() { return Tile::kApart ? out : query; }
+};
+
+/// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a
+/// warpgroup (one each).
+enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5 };
+
+/// In which order blocks of queries are taken. `units`: heads of entries. Longest first goes
+/// through `section` of them side by side.
+struct HopperSchedule {
+  int tiles, units, section;
+  bool longest_first;
+};
+
+struct HopperForward {
+  CUtensorMap q, k, v, out;
+  Forward f;
+  HopperSchedule schedule;
+};
+
+/// The `turn`th tile of this block of threads. Every other round goes backwards: whoever had the
+/// longest has the shortest next.
+__device__ __forceinline__ int hopper_tile(int turn) {
+  const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  return turn * grid + (turn & 1 ? grid - 1 - block : block);
+}
+
+/// For a whole warp.
+template <class Tile>
+__device__ __forceinline__ HopperJob hopper_job(const Forward& p, const HopperSchedule& s, int id) {
+  constexpr int kM = Tile::kM, kN = Tile::kN;
+  Place place;
+  if (p.lengths.start_q) {
+    place = place_of<kM>(p, id);
+  } else {
+    const int section = id / (s.section * p.blocks), first = section * s.section;
+    const int rest = id - first * p.blocks, width = min(s.section, s.units - first);
+    const int index = s.longest_first ? p.blocks - 1 - rest / width : rest % p.blocks;
+    const int unit = first + (s.longest_first ? rest % width : rest / p.blocks);
+    place = {unit / p.heads, unit % p.heads, index * kM};
+  }
+  HopperJob job{};
+  job.b = place.b, job.h = place.h, job.i0 = job.i1 = place.i0;
+  if (place.b < 0) return job;
+  const AttentionSequence<int> at = attention_sequence(p.lengths, place.b, p.queries, p.keys);
+  const bool packed = p.lengths.start_q;
+  job.i1 = max(min(job.i0 + kM, at.queries), job.i0);
+  job.stored = packed ? job.i1 - job.i0 : min(kM, p.queries - job.i0);
+  job.first_q = at.first_q, job.first_k = at.first_k;
+  job.sight = attention_sight(p.mask, at, place.b);
+  if (job.i1 > job.i0) {
+    job.begin = job.sight.begin(job.i0) / kN;
+    job.end = max((job.sight.end(job.i1) + kN - 1) / kN, job.begin);
+  }
+  const std::int64_t row =
+      packed ? place.h : static_cast<std::int64_t>(place.b) * p.heads + place.h;
+  job.lse_at = row * p.queries + at.first_q + job.i0;
+  return job;
+}
+
+}  // namespace fastkern::cuda::attention_detail

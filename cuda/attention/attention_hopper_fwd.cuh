@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention, forward, on Hopper (sm_90a). attention.h says what is computed; hopper_refuses() for
+// which calls.
+//
+//   work     a block of threads per multiprocessor goes from tile to tile: 64 queries a warpgroup
+//   of
+//            one head, against the keys they see, last ones first, Tile::kN at a time
+//   memory   one thread of the first warpgroup has the copy engine fetch queries, keys and values,
+//            two stages of the last two; scores, probabilities and results are registers of the
+//            others, results leave through shared memory
+//   overlap  products q k of a block are issued before products p v of the one before: its softmax
+//            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
+//            the other. Fetching goes on into the next tile
+//   sync     barrier         who arrives              who waits
+//            query_there     copy engine, producer    all that compute: queries and the job
+//            query_free      they, after the last     producer
+//                            look at the queries
+//            keys_there      copy engine, producer    they
+//            keys_free       they, a warp each        producer
+//            values_*        the same                 the same
+//            kTurn + g       warpgroup g - 1          warpgroup g, before it issues
+//   cost     4 * S * T * D flops where all is seen; keys and values read S / queries times, from L2
+#pragma once
+
+#include "attention/attention_hopper.cuh"
+#include "launch.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+/// Where a ring of stages stands after `turn` uses.
+struct Stage {
+  int index;
+  std::uint32_t parity;
+};
+__device__ __forceinline__ Stage stage_of(int turn) {
+  static_assert(kHopperStages == 2);
+  return {turn & 1, static_cast<std::uint32_t>(turn >> 1 & 1)};
+}
+
+/// One thread that fetches.
+template <class Tile>
+struct HopperProducer {
+  using Shared = HopperShared<Tile>;
+  const HopperForward& p;
+  Shared& shared;
+  int turn = 0;  // blocks of keys asked for; values lag behind
+
+  static __device__ __forceinline__ void fetch(char* to, int panels, int rows,
+                                               const CUtensorMap* map, int row, int head, int entry,
+                                               std::uint64_t* barrier, ptx::Keep keep) {
+    for (int panel = 0; panel < panels; ++panel) {
+      ptx::tma_load(ptx::shared_address(to) + panel * rows * kPanelRow, map, panel * 64, row, head,
+                    entry, barrier, keep);
+    }
+  }
+  __device__ __forceinline__ void keys(int row, int head, int entry) {
+    const Stage stage = stage_of(turn);
+    ptx::mbarrier_wait(&shared.keys_free[stage.index], stage.parity ^ 1);
+    ptx::mbarrier_expect(&shared.keys_there[stage.index], Shared::kKeys);
+    fetch(shared.keys[stage.index], panels_of(Tile::kD), Tile::kN, &p.k, row, head, entry,
+          &shared.keys_there[stage.index], ptx::Keep::long_);
+  }
+  __device__ __forceinline__ void values(int of_turn, int row, int head, int entry) {
+    const Stage stage = stage_of(of_turn);
+    ptx::mbarrier_wait(&shared.values_free[stage.index], stage.parity ^ 1);
+    ptx::mbarrier_expect(&shared.values_there[stage.index], Shared::kValues);
+    fetch(shared.values[stage.index], panels_of(Tile::kDv), Tile::kN, &p.v, row, head, entry,
+          &shared.values_there[stage.index], ptx::Keep::long_);
+  }
+
+  /// Everything of the job with number t.
+  __device__ __forceinline__ void run(const HopperJob& job, int t) {
+    const int entry = p.f.lengths.start_q ? 0 : job.b, head = job.h / p.f.group;
+    int row = job.first_k + (job.end - 1) * Tile::kN;
+    const bool any = job.begin < job.end;
+    if (any) keys(row, head, entry);
+    ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
+    shared.jobs[t & 1] = job;
+    if (!any) {
+      ptx::mbarrier_arrive(&shared.query_there);
+      return;
+    }
+    ptx::mbarrier_expect(&shared.query_there, Shared::kQuery);
+    fetch(shared.query, panels_of(Tile::kD), Tile::kM, &p.q, job.first_q + job.i0, job.h, entry,
+          &shared.query_there, ptx::Keep::shortly);
+    for (int n = job.end - 1; n > job.begin; --n) {
+      const int before = turn++;
+      keys(row - Tile::kN, head, entry);
+      values(before, row, head, entry);
+      row -= Tile::kN;
+    }
+    values(turn++, row, head, entry);
+  }
+  __device__ __forceinline__ void finish(int t) {
+    ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
+    shared.jobs[t & 1].b = -1;
+    ptx::mbarrier_arrive(&shared.query_there);
+  }
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
+  using Shared = HopperShared<Tile>;
+  constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
+  constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
+  extern __shared__ __align__(1024) char hopper_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
+
+  // The number of the warpgroup, for the compiler to see that all of a warp agree.
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&p.q);
+    ptx::prefetch_map(&p.k);
+    ptx::prefetch_map(&p.v);
+    ptx::prefetch_map(&p.out);
+    constexpr int kWarps = 4 * kGroups;
+    ptx::mbarrier_init(&shared.query_there, 1);
+    ptx::mbarrier_init(&shared.query_free, Tile::kApart ? kWarps : kGroups);
+    for (int s = 0; s < kHopperStages; ++s) {
+      ptx::mbarrier_init(&shared.keys_there[s], 1);
+      ptx::mbarrier_init(&shared.keys_free[s], kWarps);
+      ptx::mbarrier_init(&shared.values_there[s], 1);
+      ptx::mbarrier_init(&shared.values_free[s], kWarps);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  ptx::grid_wait();
+  ptx::grid_launch_next();
+
+  if (warpgroup == 0) {
+    ptx::registers_give_back<Tile::kOtherRegisters>();
+    if (threadIdx.x < 32) {
+      HopperProducer<Tile> producer{p, shared};
+      int t = 0;
+      for (int round = 0;; ++round) {
+        const int id = hopper_tile(round);
+        if (round * static_cast<int>(gridDim.x) >= p.schedule.tiles) break;
+        if (id >= p.schedule.tiles) continue;
+        const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);
+        if (job.b < 0) continue;
+        if (threadIdx.x == 0) producer.run(job, t);
+        __syncwarp();
+        ++t;
+      }
+      if (threadIdx.x == 0) producer.finish(t);
+    }
+  } else {
+    ptx::registers_take<Tile::kRegisters>();
+    const int group = warpgroup - 1;
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+    const int quad = lane / 4, pair = lane % 4;
+    const auto arrive = [&](std::uint64_t* barrier) {
+      if (lane == 0) ptx::mbarrier_arrive(barrier);
+    };
+    const ptx::SharedAddress aQ = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
+    const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
+    const ptx::SharedAddress aV = ptx::shared_address(shared.values);
+    const float unit = p.f.scale_log2;  // from products to powers of two
+
+    float rS[kScores], rO[kResults];
+    std::uint32_t rP[kN / 16][4];
+    const auto issue_scores = [&](int stage) {
+      const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
+      const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < Tile::kD / 16; ++kk) {
+        ptx::wgmma<ptx::Major::k, ptx::Major::k>(
+            rS, ptx::matrix_right(dQ, kk / 4 * (kM * kPanelRow) + kk % 4 * 32),
+            ptx::matrix_right(dK, kk / 4 * (kN * kPanelRow) + kk % 4 * 32), kk > 0, T{});
+      }
+      ptx::wgmma_commit();
+    };
+    const auto issue_results = [&](int stage) {
+      const ptx::MatrixDescriptor dV =
+          ptx::matrix_descriptor(aV + stage * Shared::kValues, kN * kPanelRow);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kN / 16; ++kk) {
+        ptx::wgmma<ptx::Major::mn>(rO, rP[kk], ptx::matrix_right(dV, kk * (16 * kPanelRow)), true,
+                                   T{});
+      }
+      ptx::wgmma_commit();
+    };
+    const auto pack_probabilities = [&] {
+#pragma unroll
+      for (int kk = 0; kk < kN / 16; ++kk) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* const s = rS + kk * 8 + e * 2;
+          rP[kk][e] = ptx::pack_2(s[0], s[1], T{});
+        }
+      }
+    };
+
+    if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
+    int turn = 0;  // blocks of keys seen
+    for (int t = 0;; ++t) {
+      ptx::mbarrier_wait(&shared.query_there, t & 1);
+      const HopperJob& job = shared.jobs[t & 1];
+      if (job.b < 0) break;
+      const int row = group * 64 + warp * 16 + quad;  // and eight below
+      const float sink = p.f.sinks.at(job.h, -INFINITY);
+      // In units of what the products are; a sink is a key of its own, counted by one thread.
+      float top[2], sum[2], alpha[2];
+      top[0] = top[1] = sink == -INFINITY ? sink : sink / p.f.scale;
+      sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+      bool grown = false;
+#pragma unroll
+      for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
+
+      // Scores of block n become probabilities; alpha: what results so far are multiplied with, if
+      // any of the warp's queries has `grown`.
+      const auto softmax = [&](int n, bool masked) {
+        const int j0 = n * kN + pair * 2;
+        if (masked) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = job.i0 + row + half * 8;
+            const int from = job.sight.low(i) - j0, to = job.sight.high(i) - j0;
+#pragma unroll
+            for (int c = 0; c < kN / 8; ++c) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              }
+            }
+          }
+        }
+        float most[2];
+        grown = false;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& m = most[half];
+          m = fmaxf(rS[half * 2], rS[half * 2 + 1]);
+#pragma unroll
+          for (int c = 1; c < kN / 8; ++c) {
+            m = fmaxf(m, fmaxf(rS[c * 4 + half * 2], rS[c * 4 + half * 2 + 1]));
+          }
+          m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+          m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+          // Powers of two by which scores may exceed what they are measured against, before
+          // results so far are measured anew (Zadouri et al., FlashAttention-4).
+          if ((m - top[half]) * unit <= 8.0f) {
+            m = top[half];  // stays
+          } else {
+            grown = true;
+          }
+        }
+        grown = __any_sync(~0u, grown);
+        if (grown) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float base = most[half] == -INFINITY ? 0.0f : most[half] * unit;
+            alpha[half] =
+                top[half] == most[half] ? 1.0f : ptx::exp2_approx(fmaf(top[half], unit, -base));
+            top[half] = most[half];
+            sum[half] *= alpha[half];
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float base = top[half] == -INFINITY ? 0.0f : top[half] * unit;
+          float more[2] = {};
+#pragma unroll
+          for (int c = 0; c < kN / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& s = rS[c * 4 + half * 2 + e];
+              s = ptx::exp2_approx(fmaf(s, unit, -base));
+              more[e] += s;
+            }
+          }
+          sum[half] += more[0] + more[1];
+        }
+      };
+
+      const int begin = job.begin, end = job.end;
+      if (begin < end) {
+        // Blocks that all queries of the warpgroup see whole: whole_begin to whole_end.
+        const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
+        const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
+        const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
+        int n = end - 1;
+        {
+          const Stage stage = stage_of(turn);
+          ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          issue_scores(stage.index);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          arrive(&shared.keys_free[stage.index]);
+          // Rows of values beyond the sequence, which are of others, would make zeros NaN.
+          if (const int rows = end * kN - job.sight.keys;
+              rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
+            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+            const int all = panels_of(kDv) * rows * 8;
+            char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
+            for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
+              char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
+              *reinterpret_cast<uint4*>(to) = uint4{};
+            }
+            ptx::fence_async();
+            ptx::bar_sync(kComputing, kGroups * 128);
+          }
+          softmax(n, n >= whole_end || n < whole_begin);
+          pack_probabilities();
+        }
+        for (--n; n >= begin; --n) {
+          const Stage before = stage_of(turn++), stage = stage_of(turn);
+          ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
+          issue_scores(stage.index);
+          ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
+          issue_results(before.index);
+          if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rS);
+          arrive(&shared.keys_free[stage.index]);
+          softmax(n, n >= whole_end || n < whole_begin);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rO);
+          arrive(&shared.values_free[before.index]);
+          pack_probabilities();
+          if (grown) {
+#pragma unroll
+            for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
+          }
+        }
+        const Stage stage = stage_of(turn++);
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        issue_results(stage.index);
+        if (Tile::kApart) arrive(&shared.query_free);
+        ptx::wgmma_wait<0>();
+        ptx::registers_arrived(rO);
+        arrive(&shared.values_free[stage.index]);
+      } else if (Tile::kApart) {
+        __syncwarp();  // all of its lanes have seen that the job is there
+        arrive(&shared.query_free);
+      }
+
+      // Results leave through shared memory, once the copy engine has read those before.
+      const ptx::SharedAddress aO =
+          ptx::shared_address(shared.results()) + group * (64 * kPanelRow);
+      if (thread == 0) ptx::bulk_wait_read<0>();
+      ptx::bar_sync(kGroup + group, 128);
+      float inverse[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float total = sum[half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        const int at = row + half * 8;
+        const bool nothing = total == 0.0f || job.i0 + at >= job.i1;  // seen, or to be computed
+        inverse[half] = nothing ? 0.0f : 1.0f / total;
+        if (nothing) {
+#pragma unroll
+          for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
+        }
+        if (pair == 0 && at < job.stored) {
+          p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
+        }
+      }
+      const int rows = min(job.stored - group * 64, 64);
+      const bool packed = p.f.lengths.start_q;
+      const int first = job.first_q + job.i0 + group * 64;
+      if (rows > 0) {
+        const int to_row = warp * 16 + lane % 16;
+#pragma unroll
+        for (int c = 0; c < kDv / 8; c += 2) {
+          std::uint32_t words[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float* const o = rO + c * 4 + e * 2;
+            words[e] = ptx::pack_2(o[0] * inverse[e % 2], o[1] * inverse[e % 2], T{});
+          }
+          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+        }
+        if (packed && rows < 64) {
+          // The rows after these are another sequence's. A warp stores what it has computed.
+          __syncwarp();
+          const char* const from = shared.results() + group * (64 * kPanelRow);
+          for (int e = lane; e < 16 * (kDv / 8); e += 32) {
+            const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+            if (r >= rows || chunk * 8 >= p.f.dv) continue;
+            const char* const at =
+                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+            *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
+                *reinterpret_cast<const uint4*>(at);
+          }
+          if (!Tile::kApart) ptx::bar_sync(kGroup + group, 128);
+        } else {
+          ptx::fence_async();
+          ptx::bar_sync(kGroup + group, 128);
+          if (thread == 0) {
+            for (int panel = 0; panel < panels_of(kDv); ++panel) {
+              ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
+                             aO + panel * (kM * kPanelRow));
+            }
+            ptx::bulk_commit();
+          }
+        }
+      }
+      if (!Tile::kApart && thread == 0) {
+        ptx::bulk_wait_read<0>();
+        ptx::mbarrier_arrive(&shared.query_free);
+      }
+    }
+    if (thread == 0) ptx::bulk_wait<0>();
+  }
+}
+
+}  // namespace fastkern::cuda::attention_detail

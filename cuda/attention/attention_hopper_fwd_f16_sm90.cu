@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attention/attention_hopper_fwd_launch.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+template void launch_hopper_fwd_as<__half>(Forward&, Stream, const char*);
+
+}  // namespace fastkern::cuda::attention_detail

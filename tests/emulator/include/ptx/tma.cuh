@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for cuda/ptx/tma.cuh: boxes of rows of 64 elements of 16 bits.
+#pragma once
+
+#include <array>
+
+#include "ptx/shared.cuh"
+#include "tensor_map.cuh"
+
+namespace fastkern::ptx {
+
+enum class Keep : std::uint64_t { normal, shortly, long_ };
+
+inline void prefetch_map(const CUtensorMap*) {}
+
+namespace tma_detail {
+
+/// visit(element of the tensor or nullptr, element of the box in shared memory).
+template <class Visit>
+void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddress box,
+          const Visit& visit) {
+  for (int row = 0; row < map.box[1]; ++row) {
+    for (int column = 0; column < map.box[0]; ++column) {
+      const long at[] = {first[0] + column, first[1] + row, first[2], first[3]};
+      char* element = static_cast<char*>(map.data) + at[0] * 2;
+      for (int i = 0; i < 4; ++i) {
+        if (at[i] < 0 || at[i] >= map.sizes[i]) element = nullptr;
+        if (i > 0 && element) element += map.sizes[i] == 1 ? 0 : at[i] * map.strides[i - 1];
+      }
+      visit(element, swizzled_address(box + row * 128 + column * 2));
+    }
+  }
+}
+
+inline cuda::MapShape shape_of(const CUtensorMap* map, SharedAddress box) {
+  cuda::MapShape shape;
+  std::memcpy(&shape, map, sizeof shape);
+  if (shape.box[0] != 64 || shape.box[2] * shape.box[3] != 1)
+    emulator::fault("boxes of %d columns are not emulated", shape.box[0]);
+  emulator::check_aligned(reinterpret_cast<const void*>(box), 128);
+  return shape;
+}
+
+}  // namespace tma_detail
+
+inline void tma_load(SharedAddress to, const CUtensorMap* map, int c0, int c1, int c2, int c3,
+                     std::uint64_t* barrier, Keep = Keep::normal) {
+  const cuda::MapShape shape = tma_detail::shape_of(map, to);
+  if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
+  emulator::box_arrives(
+      reinterpret_cast<void*>(to), shape.box[1] * 128l,
+      [=] {
+        tma_detail::each(shape, {c0, c1, c2, c3}, to, [](const char* from, char* at) {
+          const char zeros[2] = {};
+          std::memcpy(at, from ? from : zeros, 2);
+        });
+      },
+      barrier);
+}
+
+inline void tma_store(const CUtensorMap* map, int c0, int c1, int c2, int c3, SharedAddress from) {
+  const cuda::MapShape shape = tma_detail::shape_of(map, from);
+  if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
+  emulator::later(emulator::Later::bulk, [=] {
+    tma_detail::each(shape, {c0, c1, c2, c3}, from, [](char* to, const char* at) {
+      if (to) std::memcpy(to, at, 2);
+    });
+  });
+}
+
+inline void bulk_add(float* to, SharedAddress from, int bytes) {
+  emulator::later(emulator::Later::bulk, [=] {
+    for (int i = 0; i < bytes / 4; ++i) to[i] += reinterpret_cast<const float*>(from)[i];
+  });
+}
+
+inline void bulk_commit() { emulator::later_commit(emulator::Later::bulk); }
+template <int kPending>
+inline void bulk_wait_read() {
+  emulator::later_wait(emulator::Later::bulk, kPending);
+}
+template <int kPending>
+inline void bulk_wait() {
+  emulator::later_wait(emulator::Later::bulk, kPending);
+}
+inline void fence_async() {}
+
+}  // namespace fastkern::ptx
