@@ -259,9 +259,9 @@ struct Values {
   }
 };
 
-/// What an instance knows of its operands' types: nothing; all are f32; all have 16 bits; all are
-/// bf16; all but the states, which are f32.
-enum class OptimTypes : std::uint8_t { any, floats, halves, bf16, bf16_float_states };
+/// What an instance knows of its operands' types: nothing; all have 16 bits; all are bf16; all but
+/// the states, which are f32.
+enum class OptimTypes : std::uint8_t { any, halves, bf16, bf16_float_states };
 
 /// Whether packs have eight elements, not four.
 constexpr bool eight(OptimTypes types) { return types >= OptimTypes::halves; }
@@ -272,7 +272,6 @@ struct OperandTypes {
 };
 template <OptimTypes kTypes>
 __device__ __forceinline__ OperandTypes types_of(const StepParams& a) {
-  if constexpr (kTypes == OptimTypes::floats) return {DType::f32, DType::f32, DType::f32};
   if constexpr (kTypes == OptimTypes::bf16) return {DType::bf16, DType::bf16, DType::bf16};
   if constexpr (kTypes == OptimTypes::bf16_float_states)
     return {DType::bf16, DType::bf16, DType::f32};
@@ -365,7 +364,7 @@ constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
     return known == KnownRounding::stochastic || (known == KnownRounding::nearest && states < 2) ? 3 : 2;
   const bool wide = eight(types);
   if (known != KnownRounding::nearest) return wide || states != 2 ? 2 : 3;
-  return wide || states != 2 || types == OptimTypes::floats ? 3 : 4;
+  return wide || states != 2 ? 3 : 4;
 }
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
@@ -403,8 +402,7 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
   }
   __syncthreads();
   // Of instances that are short of registers, numbers stay where they are.
-  constexpr bool kStay = kKnown == KnownRounding::none || kTypes == OptimTypes::bf16 ||
-                         kTypes == OptimTypes::floats;
+  constexpr bool kStay = kKnown == KnownRounding::none || kTypes == OptimTypes::bf16;
   const std::conditional_t<kStay, const Numbers&, const Numbers> numbers = sStart[0].numbers;
   const float factor = sStart[0].factor;
   c.values.step = sStart[0].step;
@@ -477,7 +475,6 @@ void launch_step(const OptimStep& args, const StepParams& a, Stream stream) {
     };
     const bool plain = a.rounding == OptimRounding::nearest;
     const bool wide = a.rounding != OptimRounding::master;
-    if (plain && all(DType::f32, DType::f32)) return as.template operator()<floats, nearest>();
     if (wide && all(DType::bf16, DType::bf16)) return known.template operator()<bf16>();
     if (wide && all(DType::bf16, DType::f32)) return known.template operator()<bf16_float_states>();
     if (wide && a.param != DType::f32 && a.grad != DType::f32 && a.state != DType::f32)

@@ -61,6 +61,10 @@ class Optimizer(torch.optim.Optimizer):
             defaults.setdefault(name, value)
         if defaults["differentiable"]:
             raise ValueError(f"{self._name}: differentiable must be False, got True")
+        # torch.compile calls a step and does not look into it. Here, where torch loads its compiler in any case.
+        cls = type(self)
+        if not (hasattr(cls.step, "hooked") or hasattr(cls.step, "_torchdynamo_disable")):
+            cls.step = torch.compiler.disable(cls.step)  # type: ignore[method-assign]
         super().__init__(params, defaults)
 
     # ---- what a subclass says ----------------------------------------------------------------------------------------
