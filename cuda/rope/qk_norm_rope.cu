@@ -25,7 +25,7 @@ struct NormParams {
 };
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, kWhole ? 4 : 1) qk_norm_rope_kernel(const NormParams p) {
+__global__ void __launch_bounds__(kBlock, kWhole ? 8 : 1) qk_norm_rope_kernel(const NormParams p) {
   constexpr int kMost = kHeads<T>;
   ptx::grid_wait();
   ptx::grid_launch_next();

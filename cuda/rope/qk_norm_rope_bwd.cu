@@ -20,7 +20,7 @@ namespace fastkern::cuda {
 namespace rope_detail {
 namespace {
 
-constexpr int kWarps = kBlock / 32;
+constexpr int kBwdBlock = 128, kWarps = kBwdBlock / 32;
 
 /// Registers allow so many; interleaved pairs take a few more.
 template <bool kInterleaved>
@@ -71,7 +71,7 @@ __device__ __forceinline__ void store_sums(const Columns& c, int width, int n, f
     }
   }
   __syncthreads();
-  for (int column = threadIdx.x; column < n; column += kBlock) {
+  for (int column = threadIdx.x; column < n; column += kBwdBlock) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) sum += sums[i * n + column];
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_sums(const Columns& c, int width, int n, f
 }
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, kWhole ? kBlocks<kInterleaved> : 1)
+__global__ void __launch_bounds__(kBwdBlock, kWhole ? kBlocks<kInterleaved> : 1)
     qk_norm_rope_bwd_kernel(const BwdParams p) {
   constexpr int kMost = kHeadsBwd<T>;
   ptx::grid_wait();
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kBlock, kWhole ? kBlocks<kInterleaved> : 1)
   const std::uint32_t block = blockIdx.x - (of_k ? p.k.first_block : 0);
 
   const int width = p.width, lane = threadIdx.x & (width - 1);
-  const std::uint32_t slots = kBlock / width, slot = threadIdx.x / width;
+  const std::uint32_t slots = kBwdBlock / width, slot = threadIdx.x / width;
   const Columns c = Columns::of<kInterleaved>(p.split, lane);
   Weights weight;
   weight.load(of_k ? p.k.side.weight : p.q.side.weight, c, p.weight_offset);
@@ -174,11 +174,11 @@ struct Total {
 };
 
 /// Blocks of 32 columns, of q's weight and of k's.
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBwdBlock)
     qk_norm_rope_weights_kernel(const Total q, const Total k, int n) {
   ptx::grid_wait();
   ptx::grid_launch_next();
-  __shared__ float parts[kBlock];
+  __shared__ float parts[kBwdBlock];
   const int halves = gridDim.x / 2;
   const bool of_k = static_cast<int>(blockIdx.x) >= halves;
   const float* const sums = of_k ? k.sums : q.sums;
@@ -221,7 +221,7 @@ Blocks blocks_of(const QkNormRopeBwd& a, int width, int device) {
   const std::int64_t q = units_of(a, a.q, a.dq, a.dq_weight);
   const std::int64_t k = units_of(a, a.k, a.dk, a.dk_weight);
   if (q + k == 0) return {};
-  const std::int64_t slots = kBlock / width;
+  const std::int64_t slots = kBwdBlock / width;
   const std::int64_t all = std::int64_t{a.angles.interleaved ? kBlocks<true> : kBlocks<false>} *
                            device_attribute(cudaDevAttrMultiProcessorCount, device, a.op);
   std::int64_t for_k = k == 0 ? 0 : std::max<std::int64_t>(all * k / (q + k), 1);
@@ -280,7 +280,7 @@ void qk_norm_rope_bwd(const QkNormRopeBwd& args, Stream stream) {
     packs = packs && whole(*t);
   dispatch_heads(
       args.q.dtype, args.angles.interleaved, packs, [&]<class T, bool kInterleaved, bool kWhole>() {
-        const Launch shape{.op = op, .grid = blocks.q + blocks.k, .block = kBlock, .overlap = true};
+        const Launch shape{.op = op, .grid = blocks.q + blocks.k, .block = kBwdBlock, .overlap = true};
         launch(qk_norm_rope_bwd_kernel<T, kInterleaved, kWhole>, shape, stream, p);
       });
   if (!weights) return;
@@ -288,7 +288,7 @@ void qk_norm_rope_bwd(const QkNormRopeBwd& args, Stream stream) {
     return Total{side.sums, side.blocks, out.data, out.dtype};
   };
   launch(qk_norm_rope_weights_kernel,
-         {.op = op, .grid = 2 * ceil_div(n, 32), .block = kBlock, .overlap = true}, stream,
+         {.op = op, .grid = 2 * ceil_div(n, 32), .block = kBwdBlock, .overlap = true}, stream,
          total(p.q, args.dq_weight), total(p.k, args.dk_weight), static_cast<int>(n));
 }
 
