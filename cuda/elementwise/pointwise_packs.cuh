@@ -63,11 +63,14 @@ inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
 template <class F, class S, class O, class T>
 struct Packs {
   static constexpr int kIn = F::kInputs, V = 16 / sizeof(S);
-  // A formula that takes long hides behind the accesses of another pack.
+  // A formula that takes long hides behind the accesses of another pack; one that takes longer than
+  // those, behind other warps.
+  static constexpr bool kTurns = kLong<F> && kHasBrief<F, S>;
   static constexpr bool kHeavy =
       kLong<F> || (kLaborious<F> && !(kHasBrief<F, S> && kQuickAsBrief<F>));
-  static constexpr int kPacks = kIn > 1 || kHeavy ? 2 : 1;
-  static constexpr int kBlocks = kLong<F> ? (kIn == 1 ? 10 : 6) : kIn == 1 ? 12 : 8;  // at least
+  static constexpr int kPacks = kIn > 1 || (kHeavy && !kTurns) ? 2 : 1;
+  static constexpr int kBlocks =  // at least
+      kTurns ? 16 : kLong<F> ? (kIn == 1 ? 10 : 6) : kIn == 1 ? 12 : 8;
   template <int kInput>
   using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
 
