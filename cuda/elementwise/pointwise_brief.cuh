@@ -35,9 +35,7 @@ inline constexpr bool kQuickAsBrief =
 /// The special function unit's, for activation_formula.h.
 struct BriefMath {
   static constexpr bool kPrecise = false;
-  static __device__ __forceinline__ float exp(float v) {
-    return ptx::exp2_approx(v * 1.44269504f);
-  }
+  static __device__ __forceinline__ float exp(float v) { return ptx::exp2_approx(v * 1.44269504f); }
   static __device__ __forceinline__ float reciprocal(float v) { return ptx::rcp_approx(v); }
 };
 
@@ -112,8 +110,8 @@ struct Brief<functor::cos> : BriefTurn<true> {};
 template <class F>
 inline constexpr bool kHasSomeBrief = requires { sizeof(Brief<F>); };
 
-/// Whether results of `type` are those of Brief<F>; of an f16, a root may lie too near to the middle
-/// of two.
+/// Whether results of `type` are those of Brief<F>; of an f16, a root may lie too near to the
+/// middle of two.
 template <class F>
 __host__ __device__ constexpr bool is_brief(DType type) {
   if constexpr (!kHasSomeBrief<F>) return false;

@@ -4,8 +4,9 @@
 // pointwise_kernel.cuh, with the same formula and the same bits.
 //
 //   work     a thread has kPacks packs, a block's threads apart, so that a warp's lie side by side.
-//            They are counted through one dense dimension (`flat`) or through rows of whole packs; a row may
-//            have its own stride, or none, in every operand: a bias, one number for each row
+//            They are counted through one dense dimension (`flat`) or through rows of whole packs;
+//            a row may have its own stride, or none, in every operand: a bias, one number for each
+//            row
 //   index    rows: a division by multiplication for each dimension and pack
 //   memory   16 bytes an access; a condition or a boolean result has one byte for each element of
 //            the pack. All packs of a thread are under way before the first conversion
@@ -70,7 +71,10 @@ struct Packs {
       kLong<F> || (kLaborious<F> && !(kHasBrief<F, S> && kQuickAsBrief<F>));
   static constexpr int kPacks = kIn > 1 || (kHeavy && !kTurns) ? 2 : 1;
   static constexpr int kBlocks =  // at least
-      kTurns ? 16 : kLong<F> ? (kIn == 1 ? 10 : 6) : kIn == 1 ? 12 : 8;
+      kTurns     ? 16
+      : kLong<F> ? (kIn == 1 ? 10 : 6)
+      : kIn == 1 ? 12
+                 : 8;
   template <int kInput>
   using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
 

@@ -3,10 +3,12 @@
 //
 //   formula  Formula::update, element by element, in float32; each operand rounded once as it is
 //            stored
-//   work     a block has a chunk of 16384 elements of one parameter, or half of one, which it finds by
-//            its number in the table. Packs of eight elements where all operands, or all but f32 states, have 16
-//            bits, else of four; pack (i · kPacks + k) · kThreads + t is thread t's. What is not aligned, and the
-//            last elements of a tensor, one by one: the same numbers, element by element
+//   work     a block has a chunk of 16384 elements of one parameter, or half of one, which it finds
+//   by
+//            its number in the table. Packs of eight elements where all operands, or all but f32
+//            states, have 16 bits, else of four; pack (i · kPacks + k) · kThreads + t is thread
+//            t's. What is not aligned, and the last elements of a tensor, one by one: the same
+//            numbers, element by element
 //   memory   nothing is kept; all loads of a thread's packs come before the first use of one
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
 //            float64. Thread 0 then draws a number, for which nobody waits: at its end, the block
@@ -355,13 +357,16 @@ struct StepStart {
   bool last;
 };
 
-/// Blocks that share a chunk: 32 KB of a parameter, or 16 of its few other types, are right for one.
+/// Blocks that share a chunk: 32 KB of a parameter, or 16 of its few other types, are right for
+/// one.
 constexpr int chunk_parts(OptimTypes types) { return eight(types) ? 1 : 2; }
 
 /// Blocks of a multiprocessor: the most that need no spills.
 constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
-  if (types == OptimTypes::bf16_float_states) 
-    return known == KnownRounding::stochastic || (known == KnownRounding::nearest && states < 2) ? 3 : 2;
+  if (types == OptimTypes::bf16_float_states)
+    return known == KnownRounding::stochastic || (known == KnownRounding::nearest && states < 2)
+               ? 3
+               : 2;
   const bool wide = eight(types);
   if (known != KnownRounding::nearest) return wide || states != 2 ? 2 : 3;
   return wide || states != 2 ? 3 : 4;

@@ -278,11 +278,12 @@ void qk_norm_rope_bwd(const QkNormRopeBwd& args, Stream stream) {
   bool packs = in_packs(p.split);
   for (const TensorRef* t : {&args.q, &args.k, &args.dq_out, &args.dk_out, &args.dq, &args.dk})
     packs = packs && whole(*t);
-  dispatch_heads(
-      args.q.dtype, args.angles.interleaved, packs, [&]<class T, bool kInterleaved, bool kWhole>() {
-        const Launch shape{.op = op, .grid = blocks.q + blocks.k, .block = kBwdBlock, .overlap = true};
-        launch(qk_norm_rope_bwd_kernel<T, kInterleaved, kWhole>, shape, stream, p);
-      });
+  dispatch_heads(args.q.dtype, args.angles.interleaved, packs,
+                 [&]<class T, bool kInterleaved, bool kWhole>() {
+                   const Launch shape{
+                       .op = op, .grid = blocks.q + blocks.k, .block = kBwdBlock, .overlap = true};
+                   launch(qk_norm_rope_bwd_kernel<T, kInterleaved, kWhole>, shape, stream, p);
+                 });
   if (!weights) return;
   const auto total = [](const SideBwd& side, const TensorRef& out) {
     return Total{side.sums, side.blocks, out.data, out.dtype};
