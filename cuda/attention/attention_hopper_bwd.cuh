@@ -426,8 +426,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           rDq[i * 4] += before.x, rDq[i * 4 + 1] += before.y;
           rDq[i * 4 + 2] += before.z, rDq[i * 4 + 3] += before.w;
         }
-        __syncwarp();
       }
+      __syncwarp();
       arrive(&shared.dq_ours[group]);
       const int i0 = at.m * kM, i1 = min(i0 + kM, queries);
       store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
@@ -522,19 +522,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       __syncwarp();
       arrive(&shared.ds_there[stage]);
 
-      if (t > 0) ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(t - 1));
-      my_turn();
-      ptx::wgmma_fence();
-      if (t > 0) issue_dq(other);
-      issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
-      issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
-      ptx::wgmma_commit();
-      others_turn();
+      const auto issue_gradients = [&] {
+        issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+        issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
+        ptx::wgmma_commit();
+        others_turn();
+      };
       if (t > 0) {
+        ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(t - 1));
+        my_turn();
+        ptx::wgmma_fence();
+        issue_dq(other);
+        issue_gradients();
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rDq);
         arrive(&shared.ds_free[other]);
         give_dq(before, n, t - 1);
+      } else {
+        my_turn();
+        ptx::wgmma_fence();
+        issue_gradients();
       }
       ptx::wgmma_wait<0>();
       ptx::registers_arrived(rDv);
