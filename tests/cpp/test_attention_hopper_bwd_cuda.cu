@@ -3,11 +3,9 @@
 // every GPU, which a prefix of 0 asks for. out and lse are those of that kernel. Skipped elsewhere.
 // `--bench` prints rates instead.
 #include <cstdio>
-#include <deque>
 
 #include "attention_cases.h"
 #include "attention_hopper_support.cuh"
-#include "attention_reference.h"
 
 namespace fastkern {
 namespace {
