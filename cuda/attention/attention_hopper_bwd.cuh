@@ -2,9 +2,9 @@
 // Attention, backward, on Hopper (sm_90a): what attention_bwd.cuh computes, for the calls that
 // hopper_bwd_refuses() leaves.
 //
-//   work     a block of threads has 128 keys of one key head, 64 a warpgroup; it goes through the
-//            query heads that share them and, kM at a time and the last ones first, through the
-//            queries that see them
+//   work     a block of threads per multiprocessor goes from tile to tile: 128 keys of one key
+//            head, 64 a warpgroup, against the query heads that share them and, kM at a time and
+//            the last ones first, the queries that see them
 //   memory   keys and values stay in shared memory; queries and dout go through a ring of two
 //            stages that the copy engine fills. Scores are transposed, keys x queries, so that p
 //            and ds are in registers what the products with dout and q take as their left side; ds
@@ -14,13 +14,16 @@
 //            have long written their ds; scores and dp of a block are issued behind dk and dv of
 //            the one before. The warpgroups issue in turn: p and ds of one are computed during
 //            products of the other
-//   warps    of the first warpgroup: 0 has queries, dout, keys and values fetched, 1 and 2 have dq
+//   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched, 1 and 2 have dq
 //            of a warpgroup each added, 3 fetches lse and delta
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
 //            wait for their turn, and the last one, whose sums before are fetched to shared
 //            memory, writes dq itself. A block waits for blocks alone that began before it
 //   sync     barrier          who arrives             who waits
+//            job_there        warp 0                  all: the next tile
+//            job_free         all                     warp 0
 //            keys_there, ...  copy engine, warp 0     who computes
+//            keys_free, ...   who computes            warp 0
 //            query_there,     copy engine, warp 0     who computes, warp 3
 //            dout_there
 //            rows_there       warp 3                  who computes: lse and delta, and rows that
@@ -59,6 +62,12 @@ struct HopperBackward {
   Backward p;
 };
 
+/// Blocks m_begin to m_end of queries, of each of the query heads, meet the keys of the job.
+struct HopperBwdJob {
+  KeyJob job;
+  int m_begin, m_end;
+};
+
 template <class Tile>
 struct HopperBwdShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
@@ -72,12 +81,12 @@ struct HopperBwdShared {
   alignas(1024) char ds[2][kDs];  // keys x queries
   alignas(1024) float dq[2][Tile::kDq];  // of a warpgroup: four of each thread at a time
   float lse[2][Tile::kM], delta[2][Tile::kM];
-  std::uint64_t keys_there, values_there;
+  std::uint64_t job_there[2], job_free[2];
+  std::uint64_t keys_there, values_there, keys_free, values_free;
   std::uint64_t query_there[2], dout_there[2], rows_there[2], free[2];
   std::uint64_t ds_there[2], ds_free[2];
   std::uint64_t dq_theirs[2], dq_ours[2];
-  KeyJob job;
-  int m_begin, m_end;
+  HopperBwdJob jobs[2];
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is to issue (one each), of all that
@@ -95,22 +104,15 @@ struct HopperMeeting {
 template <class Tile>
 struct HopperMeetings {
   const Backward& p;
-  const KeyJob& job;
-  int n, m_begin, m_end;
+  const HopperBwdJob& all;
   int h, m;
 
-  template <class Shared>
-  __device__ __forceinline__ HopperMeetings(const Backward& p, const Shared& shared)
-      : p(p),
-        job(shared.job),
-        n(shared.job.j0 / Tile::kN),
-        m_begin(shared.m_begin),
-        m_end(shared.m_end),
-        h(shared.job.g * p.f.group),
-        m(shared.m_end - 1) {}
-  __device__ __forceinline__ int count() const { return (m_end - m_begin) * p.f.group; }
+  __device__ __forceinline__ HopperMeetings(const Backward& p, const HopperBwdJob& all)
+      : p(p), all(all), h(all.job.g * p.f.group), m(all.m_end - 1) {}
+  __device__ __forceinline__ int count() const { return (all.m_end - all.m_begin) * p.f.group; }
   __device__ __forceinline__ HopperMeeting operator*() const {
     constexpr int kM = Tile::kM, kN = Tile::kN;
+    const KeyJob& job = all.job;
     const int i0 = m * kM, i1 = min(i0 + kM, job.queries);
     return {h, m, job.job.sight.begin(i0) / kN, (job.job.sight.end(i1) + kN - 1) / kN - 1,
             p.f.lengths.start_q
@@ -118,7 +120,7 @@ struct HopperMeetings {
                 : (static_cast<std::int64_t>(job.job.b) * p.f.heads + h) * p.blocks + m};
   }
   __device__ __forceinline__ void operator++() {
-    if (--m < m_begin) ++h, m = m_end - 1;
+    if (--m < all.m_begin) ++h, m = all.m_end - 1;
   }
 };
 
@@ -126,33 +128,42 @@ struct HopperMeetings {
 __device__ __forceinline__ int ring_stage(int turn) { return turn & 1; }
 __device__ __forceinline__ std::uint32_t ring_parity(int turn) { return turn >> 1 & 1; }
 
-/// Which queries the block of keys meets; for a whole warp.
+/// What comes next, b < 0 when nothing does; for a whole warp.
 template <class Tile>
-__device__ __forceinline__ void find_hopper_bwd_job(const Backward& p,
-                                                    HopperBwdShared<Tile>& shared) {
+__device__ __forceinline__ HopperBwdJob next_hopper_bwd_job(const Backward& p) {
   constexpr int kM = Tile::kM, kN = Tile::kN;
-  const KeyJob job = key_job_of<kN>(p);
-  int begin = 0, end = 0;
-  if (job.job.b >= 0 && job.j1 > job.j0) {
-    const AttentionSight<int>& sight = job.job.sight;
-    begin = sight.first_query(job.j0) / kM;
-    end = (sight.last_query(job.j1, job.queries) + kM - 1) / kM;
-    // Behind the last query there may be none that sees these keys.
-    while (begin < end && sight.end(min(begin * kM + kM, job.queries)) <= job.j0) ++begin;
+  const int tiles = p.key_blocks * p.kv_heads * (p.f.lengths.start_q ? 1 : p.f.batch);
+  HopperBwdJob next{};
+  for (;;) {
+    const int id = draw_key_block(p);
+    next.job.job.b = -1;
+    if (id >= tiles) return next;
+    next.job = key_job_of<kN>(p, id);
+    if (next.job.job.b >= 0) break;
   }
-  if (threadIdx.x % 32 == 0) {
-    shared.job = job;
-    shared.m_begin = begin, shared.m_end = max(end, begin);
+  const KeyJob& job = next.job;
+  if (job.j1 == job.j0) return next;
+  const AttentionSight<int>& sight = job.job.sight;
+  next.m_begin = sight.first_query(job.j0) / kM;
+  next.m_end = (sight.last_query(job.j1, job.queries) + kM - 1) / kM;
+  // Behind the last query there may be none that sees these keys.
+  while (next.m_begin < next.m_end &&
+         sight.end(min(next.m_begin * kM + kM, job.queries)) <= job.j0) {
+    ++next.m_begin;
   }
+  next.m_end = max(next.m_end, next.m_begin);
+  return next;
 }
 
-/// Everything that is fetched by boxes; one thread.
+/// Everything that is fetched by boxes; one thread. Turns: blocks of queries before, and tiles that
+/// met some.
 template <class Tile>
 __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
-                                                 HopperBwdShared<Tile>& shared) {
+                                                 HopperBwdShared<Tile>& shared,
+                                                 const HopperBwdJob& found, int turn, int tile) {
   using Shared = HopperBwdShared<Tile>;
   const Backward& p = all.p;
-  const KeyJob& job = shared.job;
+  const KeyJob& job = found.job;
   const int entry = p.f.lengths.start_q ? 0 : job.job.b;
   const auto fetch = [&](char* to, const CUtensorMap* map, int rows, int row, int head,
                          std::uint64_t* barrier, ptx::Keep keep) {
@@ -161,47 +172,60 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
                     entry, barrier, keep);
     }
   };
-  HopperMeetings<Tile> next(p, shared);
+  const auto fetch_keys = [&](char* to, const CUtensorMap* map, std::uint64_t* there,
+                              std::uint64_t* free) {
+    ptx::mbarrier_wait(free, (tile & 1) ^ 1);
+    ptx::mbarrier_expect(there, Shared::kKeys);
+    fetch(to, map, Tile::kN, job.first_k + job.j0, job.g, there, ptx::Keep::shortly);
+  };
+  HopperMeetings<Tile> next(p, found);
   const int count = next.count();
   for (int t = 0; t < count; ++t, ++next) {
-    const int stage = ring_stage(t), row = job.job.first_q + next.m * Tile::kM;
-    if (t == 0) {
-      ptx::mbarrier_expect(&shared.keys_there, Shared::kKeys);
-      fetch(shared.keys, &all.k, Tile::kN, job.first_k + job.j0, job.g, &shared.keys_there,
-            ptx::Keep::shortly);
-    }
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(t) ^ 1);
+    const int stage = ring_stage(turn + t), row = job.job.first_q + next.m * Tile::kM;
+    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn + t) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
           ptx::Keep::long_);
-    if (t == 0) {
-      ptx::mbarrier_expect(&shared.values_there, Shared::kKeys);
-      fetch(shared.values, &all.v, Tile::kN, job.first_k + job.j0, job.g, &shared.values_there,
-            ptx::Keep::shortly);
-    }
+    if (t == 0) fetch_keys(shared.values, &all.v, &shared.values_there, &shared.values_free);
     ptx::mbarrier_expect(&shared.dout_there[stage], Shared::kQueries);
     fetch(shared.dout[stage], &all.dout, Tile::kM, row, next.h, &shared.dout_there[stage],
           ptx::Keep::long_);
+    // Keys are free last: dq of the tile before takes them.
+    if (t == 0) fetch_keys(shared.keys, &all.k, &shared.keys_there, &shared.keys_free);
+  }
+}
+
+/// One after the other, all that this block of threads is given: f(job, its number), for a whole
+/// warp.
+template <class Tile, class F>
+__device__ __forceinline__ void each_hopper_bwd_job(HopperBwdShared<Tile>& shared, F&& f) {
+  for (int n = 0;; ++n) {
+    ptx::mbarrier_wait(&shared.job_there[ring_stage(n)], ring_parity(n));
+    const HopperBwdJob& next = shared.jobs[ring_stage(n)];
+    if (next.job.job.b < 0) break;
+    f(next);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.job_free[ring_stage(n)]);
   }
 }
 
 /// lse and delta; a warp.
 template <class Tile>
 __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
-                                                      HopperBwdShared<Tile>& shared) {
+                                                      HopperBwdShared<Tile>& shared,
+                                                      const HopperBwdJob& found, int& turn) {
   constexpr int kM = Tile::kM, kRowChunks = 8;
-  const KeyJob& job = shared.job;
+  const KeyJob& job = found.job;
   const int lane = threadIdx.x % 32;
-  HopperMeetings<Tile> next(p, shared);
-  const int count = next.count();
-  for (int t = 0; t < count; ++t, ++next) {
-    const int stage = ring_stage(t);
+  HopperMeetings<Tile> next(p, found);
+  for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
+    const int stage = ring_stage(turn);
     const std::int64_t head =
         p.f.lengths.start_q ? next.h : static_cast<std::int64_t>(job.job.b) * p.f.heads + next.h;
     const float2* const from =
         p.rows + (head * p.f.queries + job.job.first_q + next.m * kM);
     const int rows = job.queries - next.m * kM;
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(t) ^ 1);
+    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     bool dead = false;
 #pragma unroll
     for (int i = lane; i < kM; i += 32) {
@@ -211,8 +235,8 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
     }
     // Of a query that saw nothing, or is not there, 0 times what there is may be NaN: make it 0.
     if (__any_sync(~0u, dead)) {
-      ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(t));
-      ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(t));
+      ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(turn));
+      ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
       for (int e = lane; e < panels_of(Tile::kD) * kM * kRowChunks; e += 32) {
         if (shared.lse[stage][e / kRowChunks % kM] != INFINITY) continue;
         *reinterpret_cast<uint4*>(shared.query[stage] + e * 16) = uint4{};
@@ -227,52 +251,57 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
 
 /// dq of a warpgroup to where it is summed, in its turn; one thread.
 template <class Tile>
-__device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared<Tile>& shared,
-                                              int group) {
-  constexpr int kBytes = Tile::kDq * 4;
-  const ptx::SharedAddress own = ptx::shared_address(shared.dq[group]);
-  HopperMeetings<Tile> next(p, shared);
-  const int count = next.count(), n = next.n;
+struct HopperDqAdder {
+  static constexpr int kBytes = Tile::kDq * 4;
+  const Backward& p;
+  HopperBwdShared<Tile>& shared;
+  int group, turn = 0;
   int* added = nullptr;  // whose turn is to be passed on
-  const auto finish_before = [&] {
+
+  __device__ __forceinline__ void finish() {
     if (!added) return;
     ptx::bulk_wait<0>();
     ptx::fence_async_global();
     ptx::pass_on(added);
     added = nullptr;
-  };
-  for (int t = 0; t < count; ++t, ++next) {
-    const HopperMeeting at = *next;
-    int* const turn = p.turns + (2 * at.block + group);
-    float* const sums = p.dq_sums + (2 * at.block + group) * Tile::kDq;
-    const auto wait = [&] {
-      while (ptx::ld_global_relaxed(turn) < n - at.first) {
-      }
-      ptx::fence_acquire();
-      ptx::fence_async_global();
-    };
-    const bool fetches = n == at.last && n > at.first;
-    if (!fetches) ptx::mbarrier_arrive(&shared.dq_theirs[group]);
-    finish_before();
-    if (fetches) {
-      wait();
-      ptx::mbarrier_expect(&shared.dq_theirs[group], kBytes);
-      ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[group]);
-    }
-    ptx::mbarrier_wait(&shared.dq_ours[group], t & 1);
-    if (n == at.last) continue;
-    if (n == at.first) {
-      ptx::bulk_store(sums, own, kBytes);
-    } else {
-      wait();
-      ptx::bulk_add(sums, own, kBytes);
-    }
-    ptx::bulk_commit();
-    added = turn;
-    ptx::bulk_wait_read<0>();
   }
-  finish_before();
-}
+  __device__ __forceinline__ void run(const HopperBwdJob& found) {
+    const ptx::SharedAddress own = ptx::shared_address(shared.dq[group]);
+    const int n = found.job.j0 / Tile::kN;
+    HopperMeetings<Tile> next(p, found);
+    for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
+      const HopperMeeting at = *next;
+      int* const turns = p.turns + (2 * at.block + group);
+      float* const sums = p.dq_sums + (2 * at.block + group) * Tile::kDq;
+      const auto wait = [&] {
+        while (ptx::ld_global_relaxed(turns) < n - at.first) {
+        }
+        ptx::fence_acquire();
+        ptx::fence_async_global();
+      };
+      const bool fetches = n == at.last && n > at.first;
+      if (!fetches) ptx::mbarrier_arrive(&shared.dq_theirs[group]);
+      finish();
+      if (fetches) {
+        wait();
+        ptx::mbarrier_expect(&shared.dq_theirs[group], kBytes);
+        ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[group]);
+      }
+      ptx::mbarrier_wait(&shared.dq_ours[group], turn & 1);
+      if (n == at.last) continue;
+      if (n == at.first) {
+        ptx::bulk_store(sums, own, kBytes);
+      } else {
+        wait();
+        ptx::bulk_add(sums, own, kBytes);
+      }
+      ptx::bulk_commit();
+      added = turns;
+      ptx::bulk_wait_read<0>();
+    }
+    finish();
+  }
+};
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -292,10 +321,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::prefetch_map(&all.k);
     ptx::prefetch_map(&all.v);
     ptx::prefetch_map(&all.dout);
-    constexpr int kWarps = 8;
+    constexpr int kWarps = 8;  // that compute
     ptx::mbarrier_init(&shared.keys_there, 1);
     ptx::mbarrier_init(&shared.values_there, 1);
+    ptx::mbarrier_init(&shared.keys_free, kWarps);
+    ptx::mbarrier_init(&shared.values_free, kWarps);
     for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(&shared.job_there[s], 1);
+      ptx::mbarrier_init(&shared.job_free[s], kWarps + 3);
       ptx::mbarrier_init(&shared.query_there[s], 1);
       ptx::mbarrier_init(&shared.dout_there[s], 1);
       ptx::mbarrier_init(&shared.rows_there[s], 1);
@@ -307,22 +340,39 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     ptx::mbarrier_init_fence();
   }
+  __syncthreads();
   ptx::grid_wait();
   ptx::grid_launch_next();
-  if (block_warp == 0) find_hopper_bwd_job<Tile>(p, shared);
-  __syncthreads();
-  if (shared.job.job.b < 0) return;
 
   if (warpgroup == 0) {
     ptx::registers_give_back<Tile::kOtherRegisters>();
-    if (block_warp == 3) {
-      fetch_hopper_bwd_rows<Tile>(p, shared);
-    } else if (threadIdx.x % 32 == 0) {
-      if (block_warp == 0) {
-        fetch_hopper_bwd<Tile>(all, shared);
-      } else {
-        add_hopper_dq<Tile>(p, shared, block_warp - 1);
+    if (block_warp == 0) {
+      int turn = 0, tile = 0;
+      for (int n = 0;; ++n) {
+        const HopperBwdJob found = next_hopper_bwd_job<Tile>(p);
+        HopperBwdJob& to = shared.jobs[ring_stage(n)];
+        ptx::mbarrier_wait(&shared.job_free[ring_stage(n)], ring_parity(n) ^ 1);
+        __syncwarp();  // all of its lanes have seen that it is free
+        if (threadIdx.x == 0) {
+          to = found;
+          ptx::mbarrier_arrive(&shared.job_there[ring_stage(n)]);
+        }
+        if (found.job.job.b < 0) break;
+        const int count = (found.m_end - found.m_begin) * p.f.group;
+        if (threadIdx.x == 0) fetch_hopper_bwd<Tile>(all, shared, to, turn, tile);
+        __syncwarp();
+        turn += count, tile += count > 0;
       }
+    } else if (block_warp == 3) {
+      int turn = 0;
+      each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
+        fetch_hopper_bwd_rows<Tile>(p, shared, found, turn);
+      });
+    } else {
+      HopperDqAdder<Tile> adder{p, shared, block_warp - 1};
+      each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
+        if (threadIdx.x % 32 == 0) adder.run(found);
+      });
     }
   } else {
     ptx::registers_take<Tile::kRegisters>();
@@ -332,9 +382,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
-    const KeyJob& job = shared.job;
-    const AttentionSight<int> sight = job.job.sight;
-    const int queries = job.queries, own_keys = job.j0 + group * 64;
     const float scale_log2 = p.f.scale_log2;
 
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
@@ -347,8 +394,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
     float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2], rDq[kDqRegisters];
     std::uint32_t rP[kM / 16][4], rDs[kM / 16][4];
-#pragma unroll
-    for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
 
     // d (64 keys x queries) = own keys or values times rows.
     const auto issue_transposed = [&](float (&d)[kM / 2], ptx::SharedAddress of_keys,
@@ -404,15 +449,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
       others_turn();
     };
-    // dq of the block with number t, which has arrived in registers.
-    const auto give_dq = [&](const HopperMeeting& at, int n, int t) {
+    // dq of a block, with number t, has arrived in registers.
+    const auto give_dq = [&](const HopperMeetings<Tile>& of, int t) {
+      const HopperMeeting at = *of;
+      const KeyJob& job = of.all.job;
+      const int n = job.j0 / kN;
       float4* const own = reinterpret_cast<float4*>(shared.dq[group]) + thread;
       ptx::mbarrier_wait(&shared.dq_theirs[group], t & 1);
       if (n < at.last) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
-          own[i * 128] =
-              make_float4(rDq[i * 4], rDq[i * 4 + 1], rDq[i * 4 + 2], rDq[i * 4 + 3]);
+          own[i * 128] = make_float4(rDq[i * 4], rDq[i * 4 + 1], rDq[i * 4 + 2], rDq[i * 4 + 3]);
         }
         ptx::fence_async();
         __syncwarp();
@@ -429,141 +476,148 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.dq_ours[group]);
-      const int i0 = at.m * kM, i1 = min(i0 + kM, queries);
+      const int i0 = at.m * kM, i1 = min(i0 + kM, job.queries);
       store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
                  warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
                  kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
                  reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
-    HopperMeetings<Tile> next(p, shared);
-    const int total = next.count(), n = next.n;
-    if (total > 0) {
-      if (Tile::kTurns && group == 0) ptx::bar_arrive(kIssues, 256);
-      // Rows of keys and values beyond the sequence are of others: make them zeros.
-      if (const int rows = job.j0 + kN - job.j1;
-          rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
-        ptx::mbarrier_wait(&shared.keys_there, 0);
-        ptx::mbarrier_wait(&shared.values_there, 0);
-        for (int e = group * 128 + thread; e < panels_of(kD) * rows * 8; e += 256) {
-          const int at = e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow +
-                         e % (rows * 8) * 16;
-          *reinterpret_cast<uint4*>(shared.keys + at) = uint4{};
-          *reinterpret_cast<uint4*>(shared.values + at) = uint4{};
+    if (Tile::kTurns && group == 0) ptx::bar_arrive(kIssues, 256);
+    int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
+    each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
+      const KeyJob& job = found.job;
+      const int own_keys = job.j0 + group * 64;
+#pragma unroll
+      for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
+      HopperMeetings<Tile> next(p, found), before = next;
+      const int begin = turn, end = turn + next.count();
+      if (begin < end) {
+        // Rows of keys and values beyond the sequence are of others: make them zeros.
+        ptx::mbarrier_wait(&shared.keys_there, tile & 1);
+        ptx::mbarrier_wait(&shared.values_there, tile & 1);
+        if (const int rows = job.j0 + kN - job.j1;
+            rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
+          for (int e = group * 128 + thread; e < panels_of(kD) * rows * 8; e += 256) {
+            const int at = e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow +
+                           e % (rows * 8) * 16;
+            *reinterpret_cast<uint4*>(shared.keys + at) = uint4{};
+            *reinterpret_cast<uint4*>(shared.values + at) = uint4{};
+          }
+          ptx::fence_async();
+          ptx::bar_sync(kBoth, 256);
         }
-        ptx::fence_async();
-        ptx::bar_sync(kBoth, 256);
+        ++tile;
       }
-      ptx::mbarrier_wait(&shared.keys_there, 0);
-      ptx::mbarrier_wait(&shared.values_there, 0);
-    }
-    HopperMeeting before{};
-    for (int t = 0; t < total; ++t) {
-      const int stage = ring_stage(t), other = stage ^ 1;
-      const HopperMeeting at = *next;
-      const int i0 = at.m * kM, i1 = min(i0 + kM, queries);
-      issue_scores(t);
-      ptx::wgmma_wait<1>();
-      ptx::registers_arrived(rS);
-      if (!sight.all(i0, i1, own_keys, own_keys + 64)) {
-        const int j = own_keys + warp * 16 + quad;
+      for (; turn < end; ++turn) {
+        const int stage = ring_stage(turn), other = stage ^ 1;
+        const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
+        issue_scores(turn);
+        ptx::wgmma_wait<1>();
+        ptx::registers_arrived(rS);
+        if (const AttentionSight<int> sight = job.job.sight;
+            !sight.all(i0, i1, own_keys, own_keys + 64)) {
+          const int j = own_keys + warp * 16 + quad;
 #pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
+          for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int i = i0 + c * 8 + pair * 2 + e;
-            const int from = sight.low(i) - j, to = sight.high(i) - j;
+            for (int e = 0; e < 2; ++e) {
+              const int i = i0 + c * 8 + pair * 2 + e;
+              const int from = sight.low(i) - j, to = sight.high(i) - j;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              if (half * 8 < from || half * 8 >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              for (int half = 0; half < 2; ++half) {
+                if (half * 8 < from || half * 8 >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              }
             }
           }
         }
-      }
 #pragma unroll
-      for (int c = 0; c < kM / 8; ++c) {
-        const float2 lse =
-            *reinterpret_cast<const float2*>(&shared.lse[stage][c * 8 + pair * 2]);
+        for (int c = 0; c < kM / 8; ++c) {
+          const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][c * 8 + pair * 2]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& s = rS[c * 4 + e];
-          s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
+          for (int e = 0; e < 4; ++e) {
+            float& s = rS[c * 4 + e];
+            s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
+          }
         }
-      }
-      ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rDp);
+        ptx::wgmma_wait<0>();
+        ptx::registers_arrived(rDp);
+        if (turn + 1 == end) arrive(&shared.values_free);
 #pragma unroll
-      for (int c = 0; c < kM / 8; ++c) {
-        const float2 delta =
-            *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
+        for (int c = 0; c < kM / 8; ++c) {
+          const float2 delta =
+              *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& dp = rDp[c * 4 + e];
-          dp = rS[c * 4 + e] * (dp - (e % 2 ? delta.y : delta.x));
+          for (int e = 0; e < 4; ++e) {
+            float& dp = rDp[c * 4 + e];
+            dp = rS[c * 4 + e] * (dp - (e % 2 ? delta.y : delta.x));
+          }
         }
-      }
 #pragma unroll
-      for (int kk = 0; kk < kM / 16; ++kk) {
+        for (int kk = 0; kk < kM / 16; ++kk) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int from = kk * 8 + e * 2;
-          rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
-          rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
+          for (int e = 0; e < 4; ++e) {
+            const int from = kk * 8 + e * 2;
+            rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+            rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
+          }
         }
-      }
-      ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(t) ^ 1);
-      const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
+        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
+        const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
 #pragma unroll
-      for (int kk = 0; kk < kM / 16; ++kk) {
-        const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
-        ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
-      }
-      ptx::fence_async();
-      __syncwarp();
-      arrive(&shared.ds_there[stage]);
+        for (int kk = 0; kk < kM / 16; ++kk) {
+          const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
+          ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
+        }
+        ptx::fence_async();
+        __syncwarp();
+        arrive(&shared.ds_there[stage]);
 
-      const auto issue_gradients = [&] {
-        issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
-        issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
-        ptx::wgmma_commit();
-        others_turn();
-      };
-      if (t > 0) {
-        ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(t - 1));
-        my_turn();
-        ptx::wgmma_fence();
-        issue_dq(other);
-        issue_gradients();
-        ptx::wgmma_wait<1>();
-        ptx::registers_arrived(rDq);
-        arrive(&shared.ds_free[other]);
-        give_dq(before, n, t - 1);
-      } else {
-        my_turn();
-        ptx::wgmma_fence();
-        issue_gradients();
+        const auto issue_gradients = [&] {
+          issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+          issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
+          ptx::wgmma_commit();
+          others_turn();
+        };
+        if (turn > begin) {
+          ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
+          my_turn();
+          ptx::wgmma_fence();
+          issue_dq(other);
+          issue_gradients();
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rDq);
+          arrive(&shared.ds_free[other]);
+          give_dq(before, turn - 1);
+        } else {
+          my_turn();
+          ptx::wgmma_fence();
+          issue_gradients();
+        }
+        ptx::wgmma_wait<0>();
+        ptx::registers_arrived(rDv);
+        ptx::registers_arrived(rDk);
+        arrive(&shared.free[stage]);
+        before.h = next.h, before.m = next.m;
+        ++next;
       }
-      ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rDv);
-      ptx::registers_arrived(rDk);
-      arrive(&shared.free[stage]);
-      before = at;
-      ++next;
-    }
-    if (total > 0) {
-      const int stage = ring_stage(total - 1);
-      ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(total - 1));
-      ptx::wgmma_fence();
-      issue_dq(stage);
-      ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rDq);
-      give_dq(before, n, total - 1);
-    }
-    const int row = job.first_k + job.j0, first = group * 64 + warp * 16;
-    store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,
-               reinterpret_cast<const float (&)[kD / 8][4]>(rDv), T{});
-    store_rows(p.dk, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.d, p.f.scale,
-               reinterpret_cast<const float (&)[kD / 8][4]>(rDk), T{});
+      if (begin < end) {
+        const int stage = ring_stage(end - 1);
+        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
+        ptx::wgmma_fence();
+        issue_dq(stage);
+        ptx::wgmma_wait<0>();
+        ptx::registers_arrived(rDq);
+        arrive(&shared.ds_free[stage]);
+        arrive(&shared.keys_free);
+        give_dq(before, end - 1);
+      }
+      const int row = job.first_k + job.j0, first = group * 64 + warp * 16;
+      store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,
+                 reinterpret_cast<const float (&)[kD / 8][4]>(rDv), T{});
+      store_rows(p.dk, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.d, p.f.scale,
+                 reinterpret_cast<const float (&)[kD / 8][4]>(rDk), T{});
+    });
   }
 }
 

@@ -35,7 +35,9 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
         .p = p};
     launch(attention_hopper_bwd_kernel<T, Tile>,
            {.op = op,
-            .grid = static_cast<std::int64_t>(p.key_blocks) * p.kv_heads * entries,
+            .grid = std::min<std::int64_t>(
+                device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op),
+                static_cast<std::int64_t>(p.key_blocks) * p.kv_heads * entries),
             .block = Tile::kThreads,
             .shared = kBytes,
             .overlap = true},
