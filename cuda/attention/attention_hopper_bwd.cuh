@@ -130,29 +130,31 @@ __device__ __forceinline__ std::uint32_t ring_parity(int turn) { return turn >> 
 
 /// What comes next, b < 0 when nothing does; for a whole warp.
 template <class Tile>
-__device__ __forceinline__ HopperBwdJob next_hopper_bwd_job(const Backward& p) {
+__device__ __forceinline__ void find_hopper_bwd_job(const Backward& p, HopperBwdJob& next) {
   constexpr int kM = Tile::kM, kN = Tile::kN;
   const int tiles = p.key_blocks * p.kv_heads * (p.f.lengths.start_q ? 1 : p.f.batch);
-  HopperBwdJob next{};
   for (;;) {
     const int id = draw_key_block(p);
-    next.job.job.b = -1;
-    if (id >= tiles) return next;
-    next.job = key_job_of<kN>(p, id);
-    if (next.job.job.b >= 0) break;
+    if (id >= tiles) {
+      if (threadIdx.x == 0) next.job.job.b = -1;
+      return;
+    }
+    const KeyJob found = key_job_of<kN>(p, id);
+    if (found.job.b < 0) continue;
+    if (threadIdx.x == 0) next.job = found;
+    break;
   }
+  if (threadIdx.x > 0) return;
   const KeyJob& job = next.job;
-  if (job.j1 == job.j0) return next;
   const AttentionSight<int>& sight = job.job.sight;
-  next.m_begin = sight.first_query(job.j0) / kM;
-  next.m_end = (sight.last_query(job.j1, job.queries) + kM - 1) / kM;
-  // Behind the last query there may be none that sees these keys.
-  while (next.m_begin < next.m_end &&
-         sight.end(min(next.m_begin * kM + kM, job.queries)) <= job.j0) {
-    ++next.m_begin;
+  int begin = 0, end = 0;
+  if (job.j1 > job.j0) {
+    begin = sight.first_query(job.j0) / kM;
+    end = (sight.last_query(job.j1, job.queries) + kM - 1) / kM;
+    // Behind the last query there may be none that sees these keys.
+    while (begin < end && sight.end(min(begin * kM + kM, job.queries)) <= job.j0) ++begin;
   }
-  next.m_end = max(next.m_end, next.m_begin);
-  return next;
+  next.m_begin = begin, next.m_end = max(end, begin);
 }
 
 /// Everything that is fetched by boxes; one thread. Turns: blocks of queries before, and tiles that
@@ -349,18 +351,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (block_warp == 0) {
       int turn = 0, tile = 0;
       for (int n = 0;; ++n) {
-        const HopperBwdJob found = next_hopper_bwd_job<Tile>(p);
-        HopperBwdJob& to = shared.jobs[ring_stage(n)];
+        HopperBwdJob& next = shared.jobs[ring_stage(n)];
         ptx::mbarrier_wait(&shared.job_free[ring_stage(n)], ring_parity(n) ^ 1);
         __syncwarp();  // all of its lanes have seen that it is free
-        if (threadIdx.x == 0) {
-          to = found;
-          ptx::mbarrier_arrive(&shared.job_there[ring_stage(n)]);
-        }
-        if (found.job.job.b < 0) break;
-        const int count = (found.m_end - found.m_begin) * p.f.group;
-        if (threadIdx.x == 0) fetch_hopper_bwd<Tile>(all, shared, to, turn, tile);
+        find_hopper_bwd_job<Tile>(p, next);
+        if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(n)]);
         __syncwarp();
+        if (next.job.job.b < 0) break;
+        if (threadIdx.x == 0) fetch_hopper_bwd<Tile>(all, shared, next, turn, tile);
+        __syncwarp();
+        const int count = (next.m_end - next.m_begin) * p.f.group;
         turn += count, tile += count > 0;
       }
     } else if (block_warp == 3) {
