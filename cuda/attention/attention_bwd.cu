@@ -4,6 +4,10 @@
 
 #include "attention/attention_launch.h"
 
+#ifndef FASTKERN_HAS_SM90
+#define FASTKERN_HAS_SM90 0
+#endif
+
 namespace fastkern::cuda {
 namespace attention_detail {
 namespace {
@@ -26,12 +30,61 @@ Parts parts_of(const Forward& f, const AttentionBwd& args) {
   dispatch_columns(std::max(f.d, f.dv), "fastkern::flash_attn", [&]<int kD>() {
     // Of packed tensors the last block of each sequence may not be full.
     const std::int64_t more = packed ? f.batch : 0;
-    parts.turn_count = heads * (ceil_div(f.queries, kLeastQueries) + more) + 1;
+    const std::int64_t blocks = ceil_div(f.queries, kLeastQueries) + more;
+    const std::int64_t of_hopper = kHopperBwdParts * (ceil_div(f.queries, 64) + more);
+    parts.turn_count = heads * std::max(blocks, of_hopper) + 1;
     parts.sums = parts.turns + up(static_cast<std::size_t>(parts.turn_count) * 4);
     const std::int64_t rows = heads * (ceil_div(f.queries, kMostQueries) + more) * kMostQueries;
-    parts.end = parts.sums + static_cast<std::size_t>(rows * kD) * 4;
+    // A tile for Hopper has 64 or 128 columns.
+    const int columns = kD <= 64 ? 64 : std::max(kD, kHopperBwdColumns);
+    parts.end = parts.sums + static_cast<std::size_t>(rows * columns) * 4;
   });
   return parts;
+}
+
+/// But for the workspace.
+Backward backward_params(const AttentionBwd& args) {
+  Backward p{};
+  p.f = forward_params(args.fwd);
+  p.dout = view_of(args.dout), p.dq = view_of(args.dq);
+  p.dk = view_of(args.dk), p.dv = view_of(args.dv);
+  p.f.vectors = p.f.vectors && in_vectors(p.dout, p.f.dv * size_of(args.fwd.q.dtype));
+  p.kv_heads = p.f.group > 0 ? p.f.heads / p.f.group : 0;
+  const auto fours = [](const View& v, int width) {
+    return (reinterpret_cast<std::uintptr_t>(v.data) | static_cast<std::uintptr_t>(v.batch) |
+            static_cast<std::uintptr_t>(v.row) | static_cast<std::uintptr_t>(v.head) |
+            static_cast<std::uintptr_t>(2 * width)) %
+               8 ==
+           0;
+  };
+  p.fours = fours(p.dq, p.f.d) && fours(p.dk, p.f.d) && fours(p.dv, p.f.dv);
+  p.dlse = args.dlse.given() ? static_cast<const float*>(args.dlse.data) : nullptr;
+  return p;
+}
+
+struct BwdRefusal {
+  const char* why;
+  bool (*of)(const Backward& p);
+};
+/// What the kernel for Hopper leaves to the others besides what forward does.
+constexpr BwdRefusal kHopperBwdRefusals[] = {
+    {"head dimension above 128",
+     [](const Backward& p) { return std::max(p.f.d, p.f.dv) > kHopperBwdColumns; }},
+    {"not all of dq, dk and dv",
+     [](const Backward& p) { return !p.dq.data || !p.dk.data || !p.dv.data; }},
+    {"expanded dout",
+     [](const Backward& p) {
+       const bool entries = !p.f.lengths.start_q && p.f.batch > 1;
+       return !in_boxes(p.dout, p.f.queries > 1, p.f.heads > 1, entries);
+     }},
+};
+
+const char* bwd_portable_because(const AttentionFwd& args, const Backward& p, Stream stream) {
+  if (const char* const why = portable_because(args, p.f, stream)) return why;
+  for (const BwdRefusal& refusal : kHopperBwdRefusals) {
+    if (refusal.of(p)) return refusal.why;
+  }
+  return nullptr;
 }
 
 /// dsinks = -sum over entries and queries of exp(sink - lse) * delta.
@@ -91,6 +144,10 @@ void launch_all(Backward& p, const AttentionBwd& args, Stream stream) {
   launch_bwd_first<T>(p, stream, op);
   if constexpr (std::is_same_v<T, float>) {
     launch_bwd_f32(p, stream, op);
+  } else if (!bwd_portable_because(args.fwd, p, stream)) {
+#if FASTKERN_HAS_SM90
+    launch_hopper_bwd_as<T>(p, stream, op);
+#endif
   } else if (p.dq.data || p.dk.data || p.dv.data) {
     dispatch_bool(has_extras(p.f),
                   [&]<bool kExtras>() { launch_bwd_as<T, kExtras>(p, stream, op); });
@@ -117,6 +174,11 @@ void launch_all(Backward& p, const AttentionBwd& args, Stream stream) {
 }  // namespace
 }  // namespace attention_detail
 
+const char* attention_bwd_portable_because(const AttentionBwd& args, Stream stream) {
+  using namespace attention_detail;
+  return bwd_portable_because(args.fwd, backward_params(args), stream);
+}
+
 std::size_t attention_bwd_workspace(const AttentionBwd& args) {
   using namespace attention_detail;
   return parts_of(forward_params(args.fwd), args).end;
@@ -125,8 +187,7 @@ std::size_t attention_bwd_workspace(const AttentionBwd& args) {
 void attention_bwd(const AttentionBwd& args, Stream stream) {
   using namespace attention_detail;
   const char* const op = args.fwd.op;
-  Backward p{};
-  p.f = forward_params(args.fwd);
+  Backward p = backward_params(args);
   if (p.f.heads == 0 || p.f.batch == 0 || p.f.queries == 0) {  // gradients are 0
     const DeviceGuard guard(stream.device, op);
     for (const TensorRef* t : {&args.dq, &args.dk, &args.dv, &args.dbias, &args.dsinks}) {
@@ -137,19 +198,6 @@ void attention_bwd(const AttentionBwd& args, Stream stream) {
     }
     return;
   }
-  p.dout = view_of(args.dout), p.dq = view_of(args.dq);
-  p.dk = view_of(args.dk), p.dv = view_of(args.dv);
-  p.f.vectors = p.f.vectors && in_vectors(p.dout, p.f.dv * size_of(args.fwd.q.dtype));
-  p.kv_heads = p.f.heads / p.f.group;
-  const auto fours = [](const View& v, int width) {
-    return (reinterpret_cast<std::uintptr_t>(v.data) | static_cast<std::uintptr_t>(v.batch) |
-            static_cast<std::uintptr_t>(v.row) | static_cast<std::uintptr_t>(v.head) |
-            static_cast<std::uintptr_t>(2 * width)) %
-               8 ==
-           0;
-  };
-  p.fours = fours(p.dq, p.f.d) && fours(p.dk, p.f.d) && fours(p.dv, p.f.dv);
-  p.dlse = args.dlse.given() ? static_cast<const float*>(args.dlse.data) : nullptr;
   const Parts parts = parts_of(p.f, args);
   FK_CHECK(args.workspace_size >= parts.end, op, ": workspace must have at least ", parts.end,
            " bytes, got ", args.workspace_size);

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kN / 16 / kTiles * kSplit * 32, 1)
   ptx::grid_wait();
   ptx::grid_launch_next();
   if (warp == 0) {
-    const KeyJob found = key_job_of<kN>(p);
+    const KeyJob found = key_job_of<kN>(p, draw_key_block(p));
     if (lane == 0) shared_job[0] = found, behind[0].at = nullptr;
   }
   __syncthreads();

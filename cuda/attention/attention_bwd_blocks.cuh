@@ -93,16 +93,19 @@ __device__ __forceinline__ int stored_keys(const Forward& f, int b) {
   return attention_sequence(all, b, f.queries, f.keys).keys;
 }
 
-/// For a whole warp: the block of keys that a block of threads has. Key blocks of a sequence come
-/// in order.
-template <int kN>
-__device__ __forceinline__ Place key_place_of(const Backward& p) {
-  // Numbers are drawn, so that a block has begun after all those it waits for. Of the heads that go
-  // together all have their first block of keys before any has its second one: so a block has
-  // little to wait for, and what it reads and adds to is still in L2.
+/// For a whole warp: the number of a block of keys. Numbers are drawn, so that a block has begun
+/// after all those it waits for.
+__device__ __forceinline__ int draw_key_block(const Backward& p) {
   int id = 0;
   if (threadIdx.x == 0) id = ptx::draw_number(p.turns + p.turn_count - 1);
-  id = __shfl_sync(~0u, id, 0);
+  return __shfl_sync(~0u, id, 0);
+}
+
+/// For a whole warp: the block of keys with number `id`. Key blocks of a sequence come in order.
+template <int kN>
+__device__ __forceinline__ Place key_place_of(const Backward& p, int id) {
+  // Of the heads that go together all have their first block of keys before any has its second one:
+  // so a block has little to wait for, and what it reads and adds to is still in L2.
   const int heads = p.kv_heads * (p.f.lengths.start_q ? 1 : p.f.batch);
   const int before_these = id / (p.together * p.key_blocks) * p.together;
   const int these = min(p.together, heads - before_these);
@@ -121,8 +124,8 @@ struct KeyJob {
 };
 
 template <int kN>
-__device__ __forceinline__ KeyJob key_job_of(const Backward& p) {
-  const Place place = key_place_of<kN>(p);
+__device__ __forceinline__ KeyJob key_job_of(const Backward& p, int id) {
+  const Place place = key_place_of<kN>(p, id);
   KeyJob k{};
   k.job.b = place.b;
   if (place.b < 0) return k;

@@ -88,15 +88,14 @@ bool has_extras(const Forward& p) {
          p.block_mask.data || p.dropout.threshold > 0 || p.mask.prefix;
 }
 
-namespace {
-
-/// What the copy engine can go along; tensors that were expanded it cannot.
 bool in_boxes(const View& v, bool many_rows, bool many_heads, bool many_entries) {
   const auto fits = [](bool many, std::int64_t stride) {
     return !many || (stride > 0 && stride < std::int64_t{1} << 40);
   };
   return fits(many_rows, v.row) && fits(many_heads, v.head) && fits(many_entries, v.batch);
 }
+
+namespace {
 
 struct Refusal {
   const char* why;
@@ -137,15 +136,14 @@ const char* hopper_refuses(const Forward& p) {
   return nullptr;
 }
 
-namespace {
-
-/// Why a call takes the portable kernel; nullptr: it does not.
 const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream) {
   if (!FASTKERN_HAS_SM90) return "this build has no code for sm_90a";
   if (capability(stream.device, args.op) != 90) return "device is not of capability 9.0";
   if (args.q.dtype == DType::f32) return "f32";
   return hopper_refuses(p);
 }
+
+namespace {
 
 /// out = 0 and lse = -inf for the queries of packed tensors that are in no sequence: block b has
 /// those between the used ones of entry b and the next entry, the last block those around them all.

@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "attention/attention_hopper_fwd.cuh"
+#include "attention/attention_hopper_map.cuh"
 #include "attention/attention_launch.h"
-#include "tensor_map.cuh"
 
 namespace fastkern::cuda::attention_detail {
 
@@ -26,20 +26,6 @@ void dispatch_hopper(int d, int dv, F&& f) {
     if (d > First::kD || dv > First::kDv) return dispatch_hopper<Rest...>(d, dv, f);
   }
   f.template operator()<First>();
-}
-
-/// What a tensor is to the copy engine: `rows` rows of `columns` in `heads` heads; boxes of 64
-/// columns and `box` rows.
-template <class T>
-CUtensorMap hopper_map(const View& view, int columns, int rows, int heads, int entries, int box,
-                       const char* op) {
-  const DType dtype = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
-  return tensor_map({view.data,
-                     dtype,
-                     {columns, rows, heads, entries},
-                     {view.row, view.head, view.batch},
-                     {64, box, 1, 1}},
-                    op);
 }
 
 template <class T>

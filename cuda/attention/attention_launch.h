@@ -18,15 +18,22 @@ bool has_extras(const Forward& p);
 template <class T, bool kExtras>
 void launch_fwd_as(Forward& p, Stream stream, const char* op);
 void launch_fwd_f32(Forward& p, Stream stream, const char* op);
+/// What the copy engine can go along; tensors that were expanded it cannot.
+bool in_boxes(const View& v, bool many_rows, bool many_heads, bool many_entries);
 /// Which calls with 16-bit operands the kernel for Hopper leaves to the others, and why; nullptr:
 /// not this one.
 const char* hopper_refuses(const Forward& p);
+/// Why a call takes the portable kernel; nullptr: it does not.
+const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream);
 /// Where FASTKERN_HAS_SM90 and the device has capability 9.0.
 template <class T>
 void launch_hopper_fwd_as(Forward& p, Stream stream, const char* op);
 template <class T, bool kExtras>
 void launch_bwd_as(Backward& p, Stream stream, const char* op);
 void launch_bwd_f32(Backward& p, Stream stream, const char* op);
+/// Where bwd_portable_because() has nothing to say.
+template <class T>
+void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op);
 template <class T>
 void launch_bwd_first(const Backward& p, Stream stream, const char* op);
 template <class T>
@@ -69,6 +76,8 @@ bool fits(int bytes, Stream stream, const char* op) {
 
 /// Of the tiles of backward: memory between launches does not depend on which is taken.
 inline constexpr int kLeastQueries = 32, kMostQueries = 128;
+/// Of the kernel for Hopper: the most columns, and parts of a block of queries that take turns.
+inline constexpr int kHopperBwdColumns = 128, kHopperBwdParts = 2;
 
 /// The gradient of 16-bit attention, for the head dimensions there are kernels for.
 template <class F>

@@ -72,6 +72,26 @@ __device__ __forceinline__ void bulk_add(float* to, SharedAddress from, int byte
   }
 }
 
+/// The same, stored instead of added.
+__device__ __forceinline__ void bulk_store(void* to, SharedAddress from, int bytes) {
+  if constexpr (kHasClusters) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+/// From global memory, reported to the barrier.
+__device__ __forceinline__ void bulk_load(SharedAddress to, const void* from, int bytes,
+                                          std::uint64_t* barrier) {
+  if constexpr (kHasClusters) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+  }
+}
+
 /// This thread's stores and additions since the last: a group.
 __device__ __forceinline__ void bulk_commit() {
   if constexpr (kHasClusters) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -95,6 +115,11 @@ __device__ __forceinline__ void bulk_wait() {
 /// cores do afterwards.
 __device__ __forceinline__ void fence_async() {
   if constexpr (kHasClusters) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// This thread's accesses of global memory, ordinary ones and the copy engine's, in their order.
+__device__ __forceinline__ void fence_async_global() {
+  if constexpr (kHasClusters) asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 }  // namespace fastkern::ptx

@@ -1,37 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on Hopper: against plain double loops, and against the kernel that runs on every GPU,
 // which a prefix of 0 asks for. Skipped elsewhere. `--bench` prints rates instead.
-#include <cuda_bf16.h>
-
 #include <cstdio>
-#include <deque>
 
 #include "attention_cases.h"
-#include "attention_reference.h"
-#include "support.cuh"
+#include "attention_hopper_support.cuh"
 
 namespace fastkern {
 namespace {
 
 using namespace test;  // NOLINT: all of it is about this
-
-/// Copies of the operands on the device, alive as long as it is.
-struct OnDevice {
-  std::deque<DeviceTensor>* tensors;
-  std::map<const Tensor*, const DeviceTensor*>* where;
-  std::deque<DeviceArray<std::int32_t>>* ints;
-
-  TensorRef operator()(Tensor& t) const {
-    if (!t.given()) return {};
-    const DeviceTensor*& known = (*where)[&t];
-    if (!known) known = &tensors->emplace_back(t);
-    return known->ref();
-  }
-  const std::int32_t* operator()(const std::vector<std::int32_t>& v) const {
-    return v.empty() ? nullptr : ints->emplace_back(v).data();
-  }
-  const std::int64_t* operator()(const std::vector<std::int64_t>&) const { return nullptr; }
-};
 
 AttentionOutputs forward(AttentionProblem p, bool portable, int repeats = 1) {
   std::deque<DeviceTensor> tensors;
@@ -46,25 +24,6 @@ AttentionOutputs forward(AttentionProblem p, bool portable, int repeats = 1) {
   cuda_ok(cudaDeviceSynchronize());
   for (Tensor* t : {&out.out, &out.lse}) *t = where[t]->download();
   return out;
-}
-
-/// NaN wherever no query of a sequence may look.
-void poison(AttentionProblem& p) {
-  const AttentionCase& c = p.c;
-  const std::int64_t entries = c.packed() ? 1 : c.batch;
-  std::vector<bool> q(entries * c.queries), k(entries * c.keys);
-  for (std::int64_t b = 0; b < c.batch; ++b) {
-    const Entry e = attention_entry(c, b);
-    for (std::int64_t i = 0; i < e.queries; ++i) q[e.first_q + i] = true;
-    for (std::int64_t j = 0; j < e.keys; ++j) k[e.first_k + j] = true;
-  }
-  const auto spoil = [](Tensor& t, const std::vector<bool>& used) {
-    const std::int64_t row = used.empty() ? 0 : t.numel() / static_cast<std::int64_t>(used.size());
-    for (std::size_t r = 0; r < used.size(); ++r) {
-      for (std::int64_t i = 0; !used[r] && i < row; ++i) t.set(r * row + i, std::nan(""));
-    }
-  };
-  spoil(p.q, q), spoil(p.k, k), spoil(p.v, k);
 }
 
 Tensor magnitudes(const Tensor& t) {
@@ -96,25 +55,8 @@ testing::AssertionResult agree(const AttentionOutputs& a, const AttentionOutputs
   return testing::AssertionSuccess();
 }
 
-class AttentionHopper : public CudaTest, public testing::WithParamInterface<DType> {
+class AttentionHopper : public HopperAttentionTest {
  protected:
-  void SetUp() override {
-    CudaTest::SetUp();
-    if (IsSkipped()) return;
-    int major = 0, minor = 0;
-    cuda_ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    cuda_ok(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
-    if (major != 9 || minor != 0) GTEST_SKIP() << "no device of capability 9.0";
-  }
-
-  AttentionProblem announced(const AttentionCase& c) {
-    AttentionProblem p = make_attention(c, GetParam());
-    poison(p);
-    std::printf("  %s left %lld right %lld%s\n", p.text().c_str(), static_cast<long long>(c.left),
-                static_cast<long long>(c.right), c.top_left ? " top left" : "");
-    std::fflush(stdout);
-    return p;
-  }
   /// Against double loops.
   void expect_right(const AttentionCase& c) {
     const AttentionProblem p = announced(c);
@@ -250,20 +192,6 @@ TEST_P(AttentionHopper, Packed) {
 // ---- rates
 // ---------------------------------------------------------------------------------------------------------
 
-__global__ void fill_kernel(__nv_bfloat16* to, std::int64_t count, unsigned seed) {
-  for (std::int64_t i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
-    unsigned x[2];
-    for (int k = 0; k < 2; ++k) {
-      unsigned h = static_cast<unsigned>(i) * 2654435761u + seed + k * 0x9e3779b9u;
-      h = (h ^ h >> 16) * 0x85ebca6bu;
-      h = (h ^ h >> 13) * 0xc2b2ae35u;
-      x[k] = h ^ h >> 16;
-    }
-    const float r = sqrtf(-2.0f * logf((x[0] + 1.0f) * 0x1p-32f));
-    to[i] = __float2bfloat16(r * cospif(x[1] * 0x1p-31f));
-  }
-}
-
 double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   constexpr std::int64_t kTokens = 16384, kWidth = 2048;
   const std::int64_t b = kTokens / s, h = kWidth / d, count = kTokens * kWidth;
@@ -275,7 +203,7 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
     zeros = new DeviceArray<std::int32_t>(kTokens);
     for (int i = 0; i < 4; ++i) {
       memory[i] = new DeviceArray<std::uint16_t>(static_cast<std::size_t>(count));
-      fill_kernel<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(memory[i]->data()), count, i);
+      fill_normal<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(memory[i]->data()), count, i);
     }
   }
   const auto ref = [&](int i) {
@@ -289,22 +217,9 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
       .lse = {lse->data(), DType::f32, 3, {b, h, s}, {h * s, s, 1}},
       .scale = 1.0 / std::sqrt(static_cast<double>(d)),
       .mask = {.right = causal ? 0 : -1, .prefix = portable ? zeros->data() : nullptr}};
-  cudaEvent_t begin, end;
-  cuda_ok(cudaEventCreate(&begin));
-  cuda_ok(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 24; ++i) {
-    cuda_ok(cudaEventRecord(begin));
-    cuda::attention(call, {});
-    cuda_ok(cudaEventRecord(end));
-    cuda_ok(cudaEventSynchronize(end));
-    float ms = 0.0f;
-    cuda_ok(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 4) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
+  const double ms = median_ms([&] { cuda::attention(call, {}); });
   const double flops = 4.0 * b * h * s * s * d * (causal ? 0.5 : 1.0);
-  return flops / (times[times.size() / 2] * 1e9);
+  return flops / (ms * 1e9);
 }
 
 int bench() {

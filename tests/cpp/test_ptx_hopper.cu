@@ -131,6 +131,33 @@ TEST_F(Hopper, BulkAdditions) {
   }
 }
 
+/// From one place to another through shared memory.
+__global__ void bulk_kernel(const float* from, float* to, int count) {
+  __shared__ __align__(128) float values[256];
+  __shared__ std::uint64_t there;
+  if (threadIdx.x > 0) return;
+  ptx::mbarrier_init(&there, 1);
+  ptx::mbarrier_init_fence();
+  ptx::mbarrier_expect(&there, count * 4);
+  ptx::bulk_load(ptx::shared_address(values), from, count * 4, &there);
+  ptx::mbarrier_wait(&there, 0);
+  ptx::fence_async();
+  ptx::bulk_store(to, ptx::shared_address(values), count * 4);
+  ptx::bulk_commit();
+  ptx::bulk_wait<0>();
+  ptx::fence_async_global();
+}
+
+TEST_F(Hopper, BulkCopies) {
+  std::vector<float> values(256);
+  for (int i = 0; i < 256; ++i) values[i] = static_cast<float>(i);
+  const DeviceArray<float> from(values), to(256, -1.0f);
+  bulk_kernel<<<1, 32>>>(from.data(), to.data(), 200);
+  cuda_ok(cudaDeviceSynchronize());
+  const std::vector<float> found = to.download();
+  for (int i = 0; i < 256; ++i) ASSERT_EQ(found[i], i < 200 ? values[i] : -1.0f) << i;
+}
+
 /// Matrices of fragments, one a warp, as rows of 32 bytes.
 __global__ void stmatrix_kernel(Word* out) {
   __shared__ __align__(128) Word tile[4][16 * 16];
@@ -159,8 +186,9 @@ TEST_F(Hopper, MatricesOfFragments) {
 
 constexpr int kDepth = 128;  // that is summed over
 
-/// d (64 x kN) = 2 a b: `a` (64 x kDepth), `b` (kN x kDepth), or (kDepth x kN) where kB is mn.
-template <class T, int kN, ptx::Major kB, bool kInRegisters>
+/// d (64 x kN) = 2 a b: `a` (64 x kDepth), `b` (kN x kDepth), or the other way round where kA, kB
+/// are mn.
+template <class T, int kN, ptx::Major kB, bool kInRegisters, ptx::Major kA>
 __global__ void __launch_bounds__(128) product_kernel(const Word* a, const Word* b, float* d) {
   extern __shared__ __align__(1024) char tiles[];
   char *const sA = tiles, *const sB = tiles + 64 * kDepth * 2;
@@ -171,7 +199,11 @@ __global__ void __launch_bounds__(128) product_kernel(const Word* a, const Word*
           *reinterpret_cast<const uint4*>(from + row * columns + chunk * 8);
     }
   };
-  place(sA, a, 64, kDepth);
+  if (kA == ptx::Major::k) {
+    place(sA, a, 64, kDepth);
+  } else {
+    place(sA, a, kDepth, 64);
+  }
   if (kB == ptx::Major::k) {
     place(sB, b, kN, kDepth);
   } else {
@@ -200,8 +232,11 @@ __global__ void __launch_bounds__(128) product_kernel(const Word* a, const Word*
       if constexpr (kInRegisters) {
         ptx::wgmma<kB>(sums, rA[kk], at, add, T{});
       } else {
-        ptx::wgmma<ptx::Major::k, kB>(
-            sums, ptx::matrix_right(dA, kk / 4 * (64 * 128) + kk % 4 * 32), at, add, T{});
+        ptx::wgmma<kA, kB>(
+            sums,
+            ptx::matrix_right(dA, kA == ptx::Major::k ? kk / 4 * (64 * 128) + kk % 4 * 32
+                                                      : kk * (16 * 128)),
+            at, add, T{});
       }
     }
     ptx::wgmma_commit();
@@ -213,7 +248,7 @@ __global__ void __launch_bounds__(128) product_kernel(const Word* a, const Word*
   }
 }
 
-template <class T, int kN, ptx::Major kB, bool kInRegisters>
+template <class T, int kN, ptx::Major kB, bool kInRegisters, ptx::Major kA = ptx::Major::k>
 void expect_product() {
   using Host = std::conditional_t<std::is_same_v<T, __half>, f16, bf16>;
   std::mt19937 random(kN);
@@ -229,7 +264,7 @@ void expect_product() {
   const std::vector<Word> a = small(64 * kDepth), b = small(kN * kDepth);
   const DeviceArray<Word> on_a(a), on_b(b);
   const DeviceArray<float> d(64 * kN, -1.0f);
-  const auto kernel = product_kernel<T, kN, kB, kInRegisters>;
+  const auto kernel = product_kernel<T, kN, kB, kInRegisters, kA>;
   // Panels are whole: 64 columns each.
   const int bytes = 64 * kDepth * 2 + (kN + 63) / 64 * 64 * kDepth * 2;
   cuda_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -241,11 +276,12 @@ void expect_product() {
     for (int n = 0; n < kN; ++n) {
       float sum = 0.0f;
       for (int k = 0; k < kDepth; ++k) {
-        sum +=
-            value(a[i * kDepth + k]) * value(b[kB == ptx::Major::k ? n * kDepth + k : k * kN + n]);
+        sum += value(a[kA == ptx::Major::k ? i * kDepth + k : k * 64 + i]) *
+               value(b[kB == ptx::Major::k ? n * kDepth + k : k * kN + n]);
       }
       if (found[i * kN + n] != 2.0f * sum && wrong++ < 4) {
-        ADD_FAILURE() << "N " << kN << (kB == ptx::Major::mn ? " mn" : " k")
+        ADD_FAILURE() << "N " << kN << (kA == ptx::Major::mn ? " mn" : " k")
+                      << (kB == ptx::Major::mn ? " mn" : " k")
                       << (kInRegisters ? " registers" : " shared") << ": row " << i << " column "
                       << n << " is " << found[i * kN + n] << ", expected " << 2.0f * sum;
       }
@@ -262,6 +298,8 @@ void expect_products() {
   expect_product<__half, kN, ptx::Major::mn, true>();
   expect_product<__nv_bfloat16, kN, ptx::Major::mn, true>();
   expect_product<__nv_bfloat16, kN, ptx::Major::mn, false>();
+  expect_product<__half, kN, ptx::Major::mn, false, ptx::Major::mn>();
+  expect_product<__nv_bfloat16, kN, ptx::Major::mn, false, ptx::Major::mn>();
 }
 
 TEST_F(Hopper, Products64) { expect_products<64>(); }

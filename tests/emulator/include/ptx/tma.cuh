@@ -74,6 +74,18 @@ inline void bulk_add(float* to, SharedAddress from, int bytes) {
   });
 }
 
+inline void bulk_store(void* to, SharedAddress from, int bytes) {
+  emulator::check_aligned(to, 16);
+  emulator::later(emulator::Later::bulk,
+                  [=] { std::memcpy(to, reinterpret_cast<const void*>(from), bytes); });
+}
+inline void bulk_load(SharedAddress to, const void* from, int bytes, std::uint64_t* barrier) {
+  emulator::check_aligned(from, 16);
+  emulator::box_arrives(
+      reinterpret_cast<void*>(to), bytes,
+      [=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); }, barrier);
+}
+
 inline void bulk_commit() { emulator::later_commit(emulator::Later::bulk); }
 template <int kPending>
 inline void bulk_wait_read() {
@@ -84,5 +96,6 @@ inline void bulk_wait() {
   emulator::later_wait(emulator::Later::bulk, kPending);
 }
 inline void fence_async() {}
+inline void fence_async_global() {}
 
 }  // namespace fastkern::ptx

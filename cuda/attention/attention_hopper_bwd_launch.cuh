@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiles of attention backward on Hopper by head dimension; included by the .cu of each element
+// type.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/attention_bwd_launch.cuh"
+#include "attention/attention_hopper_bwd.cuh"
+#include "attention/attention_hopper_map.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+/// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
+using HopperBwd64 = HopperBwdTile<64, 128, true>;
+using HopperBwd128 = HopperBwdTile<128, 64, true>;
+static_assert(HopperBwd128::kD == kHopperBwdColumns);
+
+template <class T>
+void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
+  const auto with = [&]<class Tile>() {
+    constexpr int kBytes = sizeof(HopperBwdShared<Tile>);
+    static_assert(kBytes <= 227 * 1024);
+    const Forward& f = p.f;
+    const bool packed = f.lengths.start_q;
+    const int entries = packed ? 1 : f.batch, more = packed ? f.batch : 0;
+    p.blocks = static_cast<int>(ceil_div(f.queries, Tile::kM)) + more;
+    p.key_blocks = static_cast<int>(ceil_div(f.keys, Tile::kN)) + more;
+    p.together = heads_together(p, Tile::kD, stream, op);
+    const HopperBackward all{
+        .q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, Tile::kM, op),
+        .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, Tile::kN, op),
+        .v = hopper_map<T>(f.v, f.dv, f.keys, p.kv_heads, entries, Tile::kN, op),
+        .dout = hopper_map<T>(p.dout, f.dv, f.queries, f.heads, entries, Tile::kM, op),
+        .p = p};
+    launch(attention_hopper_bwd_kernel<T, Tile>,
+           {.op = op,
+            .grid = std::min<std::int64_t>(
+                device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op),
+                static_cast<std::int64_t>(p.key_blocks) * p.kv_heads * entries),
+            .block = Tile::kThreads,
+            .shared = kBytes,
+            .overlap = true},
+           stream, all);
+  };
+  if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) return with.template operator()<HopperBwd64>();
+  with.template operator()<HopperBwd128>();
+}
+
+}  // namespace fastkern::cuda::attention_detail
