@@ -113,9 +113,12 @@ def _causal_loss(
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         bias = None if bias is None else bias.to(dtype)
+        # 256 MiB of logits: beside a model's activations memory is dearer than some time of the products.
+        chunk_rows = max((256 << 20) // (weight.shape[0] * dtype.itemsize) // 128 * 128, 128)
         loss = linear_cross_entropy(
-            hidden.to(dtype), weight.to(dtype), target, bias, ignore_index=ignore_index, reduction=reduction
-        )
+            hidden.to(dtype), weight.to(dtype), target, bias, ignore_index=ignore_index, reduction=reduction,
+            chunk_rows=chunk_rows,
+        )  # fmt: skip
     else:
         rows = logits.reshape(-1, vocab_size)
         loss = cross_entropy(rows, target, ignore_index=ignore_index, reduction=reduction)
