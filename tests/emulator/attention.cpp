@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // cuda::attention in the emulator against cpu::.
 #include "fastkern/attention.h"
+#include "fastkern/attention_mask.h"
 
 #include <cmath>
 #include <sstream>
@@ -60,6 +61,9 @@ struct AttentionCall {
             {"dsinks", &dsinks},
             {"workspace", &workspace}};
   }
+
+  /// NaN wherever no query of a sequence may look.
+  void poison(const AttentionCase& c);
 
   Tensor q, k, v, bias, slopes, sinks, blocks, out, lse;
   Tensor dout, dlse, dq, dk, dv, dbias, dsinks, workspace;
@@ -159,11 +163,32 @@ AttentionCall::AttentionCall(const AttentionCase& c, int shift) {
   backward.dq = dq.ref(), backward.dk = dk.ref(), backward.dv = dv.ref();
   if (dbias.given()) backward.dbias = dbias.ref();
   if (dsinks.given()) backward.dsinks = dsinks.ref();
+  poison(c);
   if (!c.gradients) return;
   const std::size_t bytes = cuda::attention_bwd_workspace(backward);
   workspace = Tensor(DType::f32, {static_cast<std::int64_t>(bytes / 4)}, {1});
   workspace.allow_writes();
   backward.workspace = workspace.ref().data, backward.workspace_size = bytes;
+}
+
+void AttentionCall::poison(const AttentionCase& c) {
+  const std::int64_t rows_q = c.batch * c.queries, rows_k = c.batch * c.keys;
+  std::vector<bool> of_q(rows_q), of_k(rows_k);
+  for (std::int64_t b = 0; b < c.batch; ++b) {
+    const auto at = attention_sequence<std::int64_t>(
+        forward.lengths, b, c.packed ? rows_q : c.queries, c.packed ? rows_k : c.keys);
+    const std::int64_t first_q = c.packed ? at.first_q : b * c.queries;
+    const std::int64_t first_k = c.packed ? at.first_k : b * c.keys;
+    for (std::int64_t i = 0; i < at.queries; ++i) of_q[first_q + i] = true;
+    for (std::int64_t j = 0; j < at.keys; ++j) of_k[first_k + j] = true;
+  }
+  const auto spoil = [](Tensor& t, const std::vector<bool>& used) {
+    const std::int64_t row = used.empty() ? 0 : t.numel() / static_cast<std::int64_t>(used.size());
+    for (std::size_t r = 0; r < used.size(); ++r) {
+      for (std::int64_t e = 0; !used[r] && e < row; ++e) t.set(r * row + e, std::nanf(""));
+    }
+  };
+  spoil(q, of_q), spoil(dout, of_q), spoil(k, of_k), spoil(v, of_k);
 }
 
 void compare(const char* name, const Tensor& found, const Tensor& expected, double absolute,
