@@ -14,7 +14,8 @@
 //            have long written their ds; scores and dp of a block are issued behind dk and dv of
 //            the one before. The warpgroups issue in turn: p and ds of one are computed during
 //            products of the other
-//   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched, 1 and 2 have dq
+//   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
+//   1 and 2 have dq
 //            of a warpgroup each added, 3 fetches lse and delta
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
 //            wait for their turn, and the last one, whose sums before are fetched to shared
@@ -78,7 +79,7 @@ struct HopperBwdShared {
   alignas(1024) char values[kKeys];
   alignas(1024) char query[2][kQueries];
   alignas(1024) char dout[2][kQueries];
-  alignas(1024) char ds[2][kDs];  // keys x queries
+  alignas(1024) char ds[2][kDs];         // keys x queries
   alignas(1024) float dq[2][Tile::kDq];  // of a warpgroup: four of each thread at a time
   float lse[2][Tile::kM], delta[2][Tile::kM];
   std::uint64_t job_there[2], job_free[2];
@@ -224,8 +225,7 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
     const int stage = ring_stage(turn);
     const std::int64_t head =
         p.f.lengths.start_q ? next.h : static_cast<std::int64_t>(job.job.b) * p.f.heads + next.h;
-    const float2* const from =
-        p.rows + (head * p.f.queries + job.job.first_q + next.m * kM);
+    const float2* const from = p.rows + (head * p.f.queries + job.job.first_q + next.m * kM);
     const int rows = job.queries - next.m * kM;
     ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     bool dead = false;
@@ -423,8 +423,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto issue_dq = [&](int stage) {
       const ptx::MatrixDescriptor dA = ptx::matrix_descriptor(
           aDs + stage * Shared::kDs + (kM == 64 ? 0 : group * (kN * kPanelRow)));
-      const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(
-          aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
+      const ptx::MatrixDescriptor dB =
+          ptx::matrix_descriptor(aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
 #pragma unroll
       for (int kk = 0; kk < kN / 16; ++kk) {
         ptx::wgmma<ptx::Major::mn, ptx::Major::mn>(
@@ -499,8 +499,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (const int rows = job.j0 + kN - job.j1;
             rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
           for (int e = group * 128 + thread; e < panels_of(kD) * rows * 8; e += 256) {
-            const int at = e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow +
-                           e % (rows * 8) * 16;
+            const int at =
+                e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow + e % (rows * 8) * 16;
             *reinterpret_cast<uint4*>(shared.keys + at) = uint4{};
             *reinterpret_cast<uint4*>(shared.values + at) = uint4{};
           }
