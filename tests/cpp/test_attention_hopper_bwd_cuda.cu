@@ -54,9 +54,9 @@ testing::AssertionResult agree(const char* name, const Tensor& a, const Tensor& 
       const double x = a.get(first + c), y = b.get(first + c);
       const double bound = unit * (2.0 * std::abs(y) + 6.0 * row + all) + 1e-6;
       if (!(std::abs(x - y) <= bound)) {
-        return testing::AssertionFailure() << name << " row " << first / columns << " column " << c
-                                           << " is " << x << ", portable " << y << " within "
-                                           << bound;
+        return testing::AssertionFailure()
+               << name << " row " << first / columns << " column " << c << " is " << x
+               << ", portable " << y << " within " << bound;
       }
     }
   }

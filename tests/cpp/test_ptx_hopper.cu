@@ -231,8 +231,8 @@ __global__ void __launch_bounds__(128) product_kernel(const Word* a, const Word*
       } else {
         ptx::wgmma<kA, kB>(
             sums,
-            ptx::matrix_right(dA, kA == ptx::Major::k ? kk / 4 * (64 * 128) + kk % 4 * 32
-                                                      : kk * (16 * 128)),
+            ptx::matrix_right(
+                dA, kA == ptx::Major::k ? kk / 4 * (64 * 128) + kk % 4 * 32 : kk * (16 * 128)),
             at, add, T{});
       }
     }
