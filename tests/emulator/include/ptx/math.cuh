@@ -8,5 +8,6 @@ namespace fastkern::ptx {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }
+inline float sqrt_approx(float x) { return std::sqrt(x); }
 
 }  // namespace fastkern::ptx
