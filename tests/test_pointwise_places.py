@@ -227,3 +227,12 @@ def test_host_time() -> None:
     with torch.no_grad():
         ours, theirs = fastest(fastkern.add), fastest(torch.add)
     assert ours < 10 * theirs + 2e-6, f"{1e6 * ours:.1f} us, torch {1e6 * theirs:.1f} us"
+
+
+@pytest.mark.parametrize("alpha", [2.0**64, float("inf"), 0.5, 3.0])
+def test_alpha_of_meta_tensors(alpha: float) -> None:
+    """Where torch says what becomes of a call, any alpha may be given; a tensor elsewhere is refused by name."""
+    x = torch.ones(3, device="meta")
+    assert fastkern.add(x, x, alpha=alpha).shape == (3,)
+    with pytest.raises(RuntimeError, match="fastkern::add"):
+        fastkern.add(x, torch.ones(3), alpha=alpha)

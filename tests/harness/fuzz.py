@@ -204,7 +204,11 @@ def _assert_right(spec: OpSpec, op_name: str, function: Any, arguments: Argument
     copies = {k: spec.dense(v.detach().resolve_neg()) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     op = getattr(torch.ops.fastkern, op_name).default
     # A number in place of a tensor is the function's to place: the operator has another overload for it.
-    numbers = any(str(a.type) == "Tensor" and not isinstance(copies.get(a.name), Tensor) for a in op._schema.arguments)
+    numbers = any(
+        not isinstance(copies.get(a.name), Tensor)
+        and (str(a.type) == "Tensor" or (str(a.type) == "Optional[Tensor]" and copies.get(a.name) is not None))
+        for a in op._schema.arguments
+    )
     with torch.no_grad():
         again = as_tuple((function if numbers else op)(**copies))[
             : len(result)

@@ -28,8 +28,8 @@ def _torch_sub(input: Tensor, other: Any, alpha: float) -> Tensor:
 
 
 def _whole(alpha: float) -> float:
-    """Torch takes no floating-point alpha for integers."""
-    return int(alpha) if alpha == int(alpha) else alpha
+    """Torch takes no floating-point alpha for integers, and no integer beyond 64 bits."""
+    return int(alpha) if abs(alpha) < 2**63 and alpha == int(alpha) else alpha
 
 
 def _torch_div(input: Tensor, other: Any, rounding_mode: str | None) -> Tensor:
