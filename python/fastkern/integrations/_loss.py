@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastkern.integrations._patched import FLOATS, Patched, patched_class, say_once
 from fastkern.integrations._probe import numbers, obstacle, quietly, small_linear, stand_in
-from fastkern.ops.linear_cross_entropy import linear_cross_entropy
+from fastkern.ops.linear_cross_entropy import linear_cross_entropy, rows_in
 from fastkern.ops.loss import cross_entropy
 
 
@@ -114,7 +114,7 @@ def _causal_loss(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         bias = None if bias is None else bias.to(dtype)
         # 256 MiB of logits: beside a model's activations memory is dearer than some time of the products.
-        chunk_rows = max((256 << 20) // (weight.shape[0] * dtype.itemsize) // 128 * 128, 128)
+        chunk_rows = rows_in(256 << 20, weight.shape[0], dtype.itemsize)
         loss = linear_cross_entropy(
             hidden.to(dtype), weight.to(dtype), target, bias, ignore_index=ignore_index, reduction=reduction,
             chunk_rows=chunk_rows,

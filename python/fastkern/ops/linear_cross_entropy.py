@@ -205,9 +205,14 @@ _TILE = 128  # rows
 _CHUNK_BYTES = 1004 << 20
 
 
+def rows_in(memory: int, classes: int, itemsize: int) -> int:
+    """Rows of logits that so many bytes hold: a multiple of 128, no fewer."""
+    return max(memory // (classes * itemsize) // _TILE * _TILE, _TILE)
+
+
 def chunk_of(rows: int, classes: int, itemsize: int) -> int:
     """Rows of a chunk: as many as make 1,004 MiB of logits, no fewer than 128, in parts of one size but the last."""
-    most = max(_CHUNK_BYTES // (classes * itemsize) // _TILE * _TILE, _TILE)
+    most = rows_in(_CHUNK_BYTES, classes, itemsize)
     if rows <= most:
         return max(rows, 1)
     per_part = math.ceil(rows / math.ceil(rows / most))
