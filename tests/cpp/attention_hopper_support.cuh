@@ -1,36 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tests of attention on Hopper share: operands on the device, NaN where nobody may look,
-// and rates.
+// What the tests of attention on Hopper share: NaN where nobody may look, and rates.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include <algorithm>
 #include <cstdio>
-#include <deque>
+#include <string>
 
-#include "attention_reference.h"
-#include "support.cuh"
+#include "attention_on_device.cuh"
 
 namespace fastkern::test {
-
-/// Copies of the operands on the device, alive as long as it is.
-struct OnDevice {
-  std::deque<DeviceTensor>* tensors;
-  std::map<const Tensor*, const DeviceTensor*>* where;
-  std::deque<DeviceArray<std::int32_t>>* ints;
-
-  TensorRef operator()(Tensor& t) const {
-    if (!t.given()) return {};
-    const DeviceTensor*& known = (*where)[&t];
-    if (!known) known = &tensors->emplace_back(t);
-    return known->ref();
-  }
-  const std::int32_t* operator()(const std::vector<std::int32_t>& v) const {
-    return v.empty() ? nullptr : ints->emplace_back(v).data();
-  }
-  const std::int64_t* operator()(const std::vector<std::int64_t>&) const { return nullptr; }
-};
 
 /// NaN wherever no query of a sequence may look.
 inline void poison(AttentionProblem& p) {
@@ -104,6 +84,33 @@ double median_ms(const Call& call) {
   cuda_ok(cudaEventDestroy(end));
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
+}
+
+/// Runs the tests, or with `--bench` prints rates instead: of a head dimension, a number of
+/// queries, whether the mask is causal, and whether the portable kernel is meant.
+template <class Rate>
+int tests_or_rates(int argc, char** argv, std::initializer_list<int> columns, const char* what,
+                   const Rate& rate) {
+  if (argc < 2 || std::string(argv[1]) != "--bench") {
+    testing::InitGoogleTest(&argc, argv);
+    return RUN_ALL_TESTS();
+  }
+  constexpr int kQueries[] = {512, 1024, 2048, 4096, 8192, 16384};
+  std::printf("%-4s %-7s", "d", "mask");
+  for (const int s : kQueries) std::printf(" %7d", s);
+  std::printf("   TFLOP/s%s\n", what);
+  for (const int d : columns) {
+    for (const bool causal : {false, true}) {
+      std::printf("%-4d %-7s", d, causal ? "causal" : "full");
+      for (const int s : kQueries) {
+        std::printf(" %7.1f", rate(d, s, causal, false));
+        std::fflush(stdout);
+      }
+      std::printf("\n");
+    }
+  }
+  std::printf("portable, d 128, full, 2048: %.1f\n", rate(128, 2048, false, true));
+  return 0;
 }
 
 }  // namespace fastkern::test

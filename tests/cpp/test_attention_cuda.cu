@@ -1,43 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // cuda::attention and cuda::attention_bwd against plain double loops, in guarded memory.
-#include <deque>
-
 #include "attention_cases.h"
-#include "attention_reference.h"
-#include "support.cuh"
+#include "attention_on_device.cuh"
 
 namespace fastkern {
 namespace {
 
 using namespace test;  // NOLINT: all of it is about this
 
-/// Copies of the operands on the device, alive as long as it is.
-struct OnDevice {
-  std::deque<DeviceTensor>* tensors;
-  std::map<const Tensor*, const DeviceTensor*>* where;
-  std::deque<DeviceArray<std::int32_t>>* ints;
-  std::deque<DeviceArray<std::int64_t>>* longs;
-
-  TensorRef operator()(Tensor& t) const {
-    if (!t.given()) return {};
-    const DeviceTensor*& known = (*where)[&t];
-    if (!known) known = &tensors->emplace_back(t);
-    return known->ref();
-  }
-  const std::int32_t* operator()(const std::vector<std::int32_t>& v) const {
-    return v.empty() ? nullptr : ints->emplace_back(v).data();
-  }
-  const std::int64_t* operator()(const std::vector<std::int64_t>& v) const {
-    return v.empty() ? nullptr : longs->emplace_back(v).data();
-  }
-};
-
 AttentionOutputs attention_on_cuda(AttentionProblem p, bool gradients = true) {
-  std::deque<DeviceTensor> tensors;
-  std::map<const Tensor*, const DeviceTensor*> where;
-  std::deque<DeviceArray<std::int32_t>> ints;
-  std::deque<DeviceArray<std::int64_t>> longs;
-  const OnDevice place{&tensors, &where, &ints, &longs};
+  OnDevice place;
   AttentionOutputs out = blank_attention(p);
   cuda::attention(attention_fwd(p, out, place), {});
   if (gradients) {
@@ -51,7 +23,7 @@ AttentionOutputs attention_on_cuda(AttentionProblem p, bool gradients = true) {
   }
   cuda_ok(cudaDeviceSynchronize());
   for (const auto& [name, t] : out.named()) {
-    if (where.count(t)) *t = where[t]->download();
+    if (place.where.count(t)) *t = place.where[t]->download();
   }
   return out;
 }

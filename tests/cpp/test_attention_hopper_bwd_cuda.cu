@@ -2,8 +2,6 @@
 // Gradients of attention on Hopper: against plain double loops, and against the kernel that runs on
 // every GPU, which a prefix of 0 asks for. out and lse are those of that kernel. Skipped elsewhere.
 // `--bench` prints rates instead.
-#include <cstdio>
-
 #include "attention_cases.h"
 #include "attention_hopper_support.cuh"
 
@@ -13,10 +11,7 @@ namespace {
 using namespace test;  // NOLINT: all of it is about this
 
 AttentionOutputs backward(AttentionProblem p, bool portable, int repeats = 1) {
-  std::deque<DeviceTensor> tensors;
-  std::map<const Tensor*, const DeviceTensor*> where;
-  std::deque<DeviceArray<std::int32_t>> ints;
-  const OnDevice place{&tensors, &where, &ints};
+  OnDevice place;
   AttentionOutputs out = blank_attention(p);
   const std::vector<std::int32_t> zeros(p.c.batch, 0);
   p.c.prefix = zeros;
@@ -34,7 +29,7 @@ AttentionOutputs backward(AttentionProblem p, bool portable, int repeats = 1) {
   cuda_ok(cudaDeviceSynchronize());
   EXPECT_TRUE(workspace.download().gaps_intact()) << "workspace";
   for (const auto& [name, t] : out.named()) {
-    if (where.count(t)) *t = where[t]->download();
+    if (place.where.count(t)) *t = place.where[t]->download();
   }
   return out;
 }
@@ -256,29 +251,9 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   return 10.0 * b * h * s * s * d * (causal ? 0.5 : 1.0) / (ms * 1e9);
 }
 
-int bench() {
-  std::printf("%-4s %-7s", "d", "mask");
-  for (const int s : {512, 1024, 2048, 4096, 8192, 16384}) std::printf(" %7d", s);
-  std::printf("   TFLOP/s, backward\n");
-  for (const std::int64_t d : {64, 128}) {
-    for (const bool causal : {false, true}) {
-      std::printf("%-4lld %-7s", static_cast<long long>(d), causal ? "causal" : "full");
-      for (const int s : {512, 1024, 2048, 4096, 8192, 16384}) {
-        std::printf(" %7.1f", bench_case(d, s, causal, false));
-        std::fflush(stdout);
-      }
-      std::printf("\n");
-    }
-  }
-  std::printf("portable, d 128, full, 2048: %.1f\n", bench_case(128, 2048, false, true));
-  return 0;
-}
-
 }  // namespace
 }  // namespace fastkern
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string(argv[1]) == "--bench") return fastkern::bench();
-  testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
+  return fastkern::test::tests_or_rates(argc, argv, {64, 128}, ", backward", fastkern::bench_case);
 }

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention on Hopper: against plain double loops, and against the kernel that runs on every GPU,
 // which a prefix of 0 asks for. Skipped elsewhere. `--bench` prints rates instead.
-#include <cstdio>
-
 #include "attention_cases.h"
 #include "attention_hopper_support.cuh"
 
@@ -12,17 +10,15 @@ namespace {
 using namespace test;  // NOLINT: all of it is about this
 
 AttentionOutputs forward(AttentionProblem p, bool portable, int repeats = 1) {
-  std::deque<DeviceTensor> tensors;
-  std::map<const Tensor*, const DeviceTensor*> where;
-  std::deque<DeviceArray<std::int32_t>> ints;
+  OnDevice place;
   AttentionOutputs out = blank_attention(p);
   if (portable) p.c.prefix.assign(p.c.batch, 0);
-  const AttentionFwd call = attention_fwd(p, out, OnDevice{&tensors, &where, &ints});
+  const AttentionFwd call = attention_fwd(p, out, place);
   const char* const why = cuda::attention_portable_because(call, {});
   EXPECT_EQ(why == nullptr, !portable) << (why ? why : "");
   for (int i = 0; i < repeats; ++i) cuda::attention(call, {});
   cuda_ok(cudaDeviceSynchronize());
-  for (Tensor* t : {&out.out, &out.lse}) *t = where[t]->download();
+  for (Tensor* t : {&out.out, &out.lse}) *t = place.where[t]->download();
   return out;
 }
 
@@ -222,29 +218,9 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   return flops / (ms * 1e9);
 }
 
-int bench() {
-  std::printf("%-4s %-7s", "d", "mask");
-  for (const int s : {512, 1024, 2048, 4096, 8192, 16384}) std::printf(" %7d", s);
-  std::printf("   TFLOP/s\n");
-  for (const std::int64_t d : {64, 128, 256}) {
-    for (const bool causal : {false, true}) {
-      std::printf("%-4lld %-7s", static_cast<long long>(d), causal ? "causal" : "full");
-      for (const int s : {512, 1024, 2048, 4096, 8192, 16384}) {
-        std::printf(" %7.1f", bench_case(d, s, causal, false));
-        std::fflush(stdout);
-      }
-      std::printf("\n");
-    }
-  }
-  std::printf("portable, d 128, full, 2048: %.1f\n", bench_case(128, 2048, false, true));
-  return 0;
-}
-
 }  // namespace
 }  // namespace fastkern
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string(argv[1]) == "--bench") return fastkern::bench();
-  testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
+  return fastkern::test::tests_or_rates(argc, argv, {64, 128, 256}, "", fastkern::bench_case);
 }
