@@ -155,6 +155,9 @@ def test_refusals(device: str) -> None:
     refused: list[tuple[Any, str]] = [
         (lambda: fastkern.add(x, x[:, :4]), r"add: other must broadcast with shape \(3, 5\), got \(3, 4\)"),
         (lambda: fastkern.where(x > 0, x, x[:2]), r"where: other must broadcast with shape \(3, 5\), got \(2, 5\)"),
+        (lambda: fastkern.where(x > 0, 3, None), r"where: other must be a tensor or a number, got NoneType"),
+        (lambda: fastkern.where(x > 0, "a", 2.5), r"where: input must be a tensor or a number, got str"),
+        (lambda: fastkern.where(x > 0, 1, 2**64), r"where: other must fit 64 bits, got 18446744073709551616"),
         (lambda: fastkern.where(x, x, x), r"where: condition must be bool, got torch\.float32"),
         (lambda: fastkern.exp(c), r"exp: input must be of a real type, got torch\.complex64|exp: input must be of"),
         (lambda: fastkern.silu(i), r"silu: input must be of a floating-point type, got torch\.int64"),

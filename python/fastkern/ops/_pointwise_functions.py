@@ -126,7 +126,7 @@ def number(name: str, argument: str, like: Tensor, value: Any) -> tuple[str, Any
         return "", torch.tensor(value, dtype=dtype)
     if isinstance(value, (float, torch.SymFloat)):
         return "float", value
-    if isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__"):
+    if isinstance(value, (int, torch.SymInt)) or hasattr(kind, "__index__"):
         return "int", value if isinstance(value, torch.SymInt) else int(value)
     raise TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {kind.__name__}")
 
@@ -136,6 +136,20 @@ def number_first(name: str, input: Any, other: Any) -> Tensor:
     if not isinstance(other, Tensor) or not isinstance(input, (int, float, complex)):
         raise refuse(name, input=input)
     return torch.tensor(input, dtype=torch.result_type(other, input))
+
+
+def two_numbers(name: str, **values: Any) -> list[Tensor]:
+    """Two numbers that stand where no tensor says the type, as CPU tensors without dimensions of their common type."""
+    tensors = []
+    for argument, value in values.items():
+        if not isinstance(value, (int, float, complex)) and not hasattr(type(value), "__index__"):
+            raise TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {type(value).__name__}")
+        try:
+            tensors.append(torch.tensor(value))
+        except (RuntimeError, ValueError, OverflowError) as error:  # by the version of torch
+            raise RuntimeError(f"fastkern::{name}: {argument} must fit 64 bits, got {value}") from error
+    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+    return [t.to(dtype) for t in tensors]
 
 
 def refuse(name: str, **arguments: object) -> TypeError:

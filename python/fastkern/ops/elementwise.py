@@ -28,6 +28,7 @@ from fastkern.ops._pointwise_functions import (
     finish_in_place,
     number,
     refuse,
+    two_numbers,
     unary,
     unary_in_place,
 )
@@ -309,8 +310,7 @@ def where(condition: Tensor, input: Operand, other: Operand, *, out: Tensor | No
     kind, first, second = "", input, other
     if not isinstance(input, Tensor):
         if not isinstance(other, Tensor):
-            dtype = torch.result_type(torch.tensor(input), torch.tensor(other))
-            first, second = torch.tensor(input, dtype=dtype), torch.tensor(other, dtype=dtype)
+            first, second = two_numbers("where", input=input, other=other)
         else:
             kind, first = number("where", "input", other, input)
             kind = f"{kind}_input" if kind else ""
