@@ -11,7 +11,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
+# Examples are drawn from literals of the loaded modules besides: other ones in each worker, in each order of tests.
+providers._get_local_constants = providers.Constants
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
 settings.register_profile("ci", max_examples=400, derandomize=True, **_COMMON)
 settings.register_profile("quick", max_examples=100, derandomize=True, **_COMMON)
