@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -201,9 +202,10 @@ void AttentionCall::check_numbers() const {
   const AttentionOptions& o = options_;
   FK_CHECK(o.window_left >= -1, op_, ": window_left must be at least -1, got ", o.window_left);
   FK_CHECK(o.window_right >= -1, op_, ": window_right must be at least -1, got ", o.window_right);
-  FK_CHECK(!o.scale || std::isfinite(*o.scale), op_, ": scale must be finite, got ", *o.scale);
-  FK_CHECK(std::isfinite(o.softcap) && o.softcap >= 0.0, op_,
-           ": softcap must be finite and >= 0, got ", o.softcap);
+  constexpr double kMost = std::numeric_limits<float>::max();
+  FK_CHECK(!o.scale || std::abs(*o.scale) <= kMost, op_, ": scale must be finite in float32, got ",
+           *o.scale);
+  check_softcap(o.softcap, op_);
   FK_CHECK(o.block_size == 64 || o.block_size == 128, op_, ": block_size must be 64 or 128, got ",
            o.block_size);
 }

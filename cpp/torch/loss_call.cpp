@@ -2,6 +2,7 @@
 #include "loss_call.h"
 
 #include <cmath>
+#include <limits>
 
 namespace fastkern::torch_layer {
 namespace {
@@ -52,13 +53,12 @@ void LossCall::operands(const Tensor& target, MaybeTensor weight, const char* we
 
 void LossCall::numbers(const LossNumbers& n) {
   const char* const op = args_.op;
-  constexpr double kMost = 3.4028234663852886e38;
+  constexpr double kMost = std::numeric_limits<float>::max();
   FK_CHECK(n.label_smoothing >= 0.0 && n.label_smoothing <= 1.0, op,
            ": label_smoothing must be between 0 and 1, got ", n.label_smoothing);
   FK_CHECK(n.lse_square_scale >= 0.0 && n.lse_square_scale <= kMost, op,
            ": lse_square_scale must be finite in float32 and >= 0, got ", n.lse_square_scale);
-  FK_CHECK(n.softcap >= 0.0 && n.softcap <= kMost, op,
-           ": softcap must be finite in float32 and >= 0, got ", n.softcap);
+  check_softcap(n.softcap, op);
   FK_CHECK(std::abs(n.logit_scale) <= kMost, op, ": logit_scale must be finite in float32, got ",
            n.logit_scale);
   FK_CHECK(n.reduction >= 0 && n.reduction <= 2, op,

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "fastkern/rows.h"
@@ -307,6 +308,12 @@ void check_device(const Tensor& t, Device device, const char* op, const char* ar
   const Device found = device_of(t);
   FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device), " like ", like,
            ", got ", device_text(found));
+}
+
+void check_softcap(double softcap, const char* op) {
+  using Limits = std::numeric_limits<float>;
+  FK_CHECK(softcap == 0.0 || (softcap >= Limits::min() && softcap <= Limits::max()), op,
+           ": softcap must be 0 or a positive normal float32, got ", softcap);
 }
 
 void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op,

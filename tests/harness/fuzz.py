@@ -187,6 +187,13 @@ def _assert_words(spec: OpSpec, op_name: str, error: Exception) -> None:
         assert own[1] in names, f"{op_name}: the message starts with no argument of {sorted(names)}: {text!r}"
 
 
+def _by_function(type_text: str, value: object) -> bool:
+    """Whether an operator's argument of this type does not take the value, which the function in front of it does."""
+    if value is None:
+        return "Optional" not in type_text
+    return type_text in ("Tensor", "Optional[Tensor]") and not isinstance(value, Tensor)
+
+
 def _assert_right(spec: OpSpec, op_name: str, function: Any, arguments: Arguments, result: tuple[Tensor, ...]) -> None:
     """An accepted call gives what the same call on dense copies gives, and forward ops what the reference gives."""
     parameters = inspect.signature(getattr(fastkern, spec.name)).parameters
@@ -203,14 +210,13 @@ def _assert_right(spec: OpSpec, op_name: str, function: Any, arguments: Argument
         assert value.device == given[0].device, f"{op_name}: result on {value.device}"
     copies = {k: spec.dense(v.detach().resolve_neg()) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     op = getattr(torch.ops.fastkern, op_name).default
-    # A number in place of a tensor is the function's to place: the operator has another overload for it.
-    numbers = any(
-        not isinstance(copies.get(a.name), Tensor)
-        and (str(a.type) == "Tensor" or (str(a.type) == "Optional[Tensor]" and copies.get(a.name) is not None))
-        for a in op._schema.arguments
-    )
+    for argument in op._schema.arguments:  # True stands for 1 in a call of ours, not in torch's functions
+        if isinstance(copies.get(argument.name), bool) and "int" in str(argument.real_type).lower():
+            copies[argument.name] = int(copies[argument.name])
+    # A number in place of a tensor, None in place of a number are the function's to place.
+    placed = any(_by_function(str(a.real_type), copies[a.name]) for a in op._schema.arguments if a.name in copies)
     with torch.no_grad():
-        again = as_tuple((function if numbers else op)(**copies))[
+        again = as_tuple((function if placed else op)(**copies))[
             : len(result)
         ]  # a function may keep what is for backward alone
         for i, (ours, dense) in enumerate(zip(result, again, strict=True)):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -123,10 +122,9 @@ def _numbers(op: str, o: Options) -> None:
         raise _fail(op, "window_left", "be at least -1", o.window_left)
     if o.window_right < -1:
         raise _fail(op, "window_right", "be at least -1", o.window_right)
-    if o.scale is not None and not math.isfinite(o.scale):
-        raise _fail(op, "scale", "be finite", o.scale)
-    if not (math.isfinite(o.softcap) and o.softcap >= 0):
-        raise _fail(op, "softcap", "be finite and >= 0", o.softcap)
+    if o.scale is not None and not abs(o.scale) <= torch.finfo(torch.float32).max:
+        raise _fail(op, "scale", "be finite in float32", o.scale)
+    _check.softcap(op, o.softcap)
     if o.block_size not in (64, 128):
         raise _fail(op, "block_size", "be 64 or 128", o.block_size)
 

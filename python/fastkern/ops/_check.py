@@ -109,3 +109,9 @@ def device(op: str, name: str, t: Tensor, x: Tensor, like: str = "x") -> None:
 def eps(op: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise RuntimeError(f"fastkern::{op}: eps must be finite and >= 0, got {value}")
+
+
+def softcap(op: str, value: float) -> None:
+    limits = torch.finfo(torch.float32)
+    if not (value == 0 or limits.tiny <= value <= limits.max):
+        raise RuntimeError(f"fastkern::{op}: softcap must be 0 or a positive normal float32, got {value}")

@@ -67,9 +67,11 @@ def numbers(op: str, o: Options) -> None:
     """Raise unless the numbers are in their range."""
     if not 0 <= o.label_smoothing <= 1:
         raise RuntimeError(f"fastkern::{op}: label_smoothing must be between 0 and 1, got {o.label_smoothing}")
-    for name, value in (("lse_square_scale", o.lse_square_scale), ("softcap", o.softcap)):
-        if not 0 <= value <= _LARGEST:
-            raise RuntimeError(f"fastkern::{op}: {name} must be finite in float32 and >= 0, got {value}")
+    if not 0 <= o.lse_square_scale <= _LARGEST:
+        raise RuntimeError(
+            f"fastkern::{op}: lse_square_scale must be finite in float32 and >= 0, got {o.lse_square_scale}"
+        )
+    _check.softcap(op, o.softcap)
     if not abs(o.logit_scale) <= _LARGEST:
         raise RuntimeError(f"fastkern::{op}: logit_scale must be finite in float32, got {o.logit_scale}")
     if not 0 <= o.reduction <= 2:

@@ -117,13 +117,7 @@ def number(name: str, argument: str, like: Tensor, value: Any) -> tuple[str, Any
     if kind is bool:
         return ("", torch.tensor(value)) if like.dtype == torch.bool else ("int", int(value))
     if isinstance(value, complex):
-        dtype = torch.result_type(like, value)
-        if dtype == torch.complex32:
-            raise RuntimeError(
-                f"fastkern::{name}: {argument} must not be complex where the other operand is torch.float16: "
-                "there is no complex32"
-            )
-        return "", torch.tensor(value, dtype=dtype)
+        return "", _complex_number(name, argument, like, value)
     if isinstance(value, (float, torch.SymFloat)):
         return "float", value
     if isinstance(value, (int, torch.SymInt)) or hasattr(kind, "__index__"):
@@ -131,10 +125,24 @@ def number(name: str, argument: str, like: Tensor, value: Any) -> tuple[str, Any
     raise TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {kind.__name__}")
 
 
+def _complex_number(name: str, argument: str, like: Tensor, value: complex) -> Tensor:
+    # With float8 torch knows no common type; with float16 it is complex32, for which there are no kernels.
+    alone = like.is_floating_point() and like.itemsize == 1
+    dtype = None if alone else torch.result_type(like, value)
+    if dtype in (None, torch.complex32):
+        raise RuntimeError(
+            f"fastkern::{name}: {argument} must not be complex where the other operand is {like.dtype}: "
+            "there is no complex32 or smaller"
+        )
+    return torch.tensor(value, dtype=dtype)
+
+
 def number_first(name: str, input: Any, other: Any) -> Tensor:
     """A number in front of a tensor, as a CPU tensor without dimensions that changes no type."""
     if not isinstance(other, Tensor) or not isinstance(input, (int, float, complex)):
         raise refuse(name, input=input)
+    if isinstance(input, complex):
+        return _complex_number(name, "input", other, input)
     return torch.tensor(input, dtype=torch.result_type(other, input))
 
 

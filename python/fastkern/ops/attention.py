@@ -114,12 +114,12 @@ def flash_attn(
         v: (B, T, G, Dv), dtype and device of ``q``.
         causal: query i sees no key after its position: a ``window[1]`` of 0.
         window: how many keys before and after its position a query sees, itself not counted; None or -1: all.
-        scale: finite; None: ``1 / sqrt(D)``.
+        scale: finite in float32; None: ``1 / sqrt(D)``.
         bias: (B, H, S, T), of which the first three may be 1. float32, float16 or bfloat16 is added to the scores;
             of bool, True makes visible. Any strides; an expanded tensor is not copied.
         alibi_slopes: (H,) or (B, H), float32: a penalty that grows with the distance. Press, Smith and Lewis, "Train
             Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation", 2021. No gradient.
-        softcap: finite and >= 0; 0: none. As in Gemma 2, 2024; 30 to 50 there.
+        softcap: a positive float32; 0: none. As in Gemma 2, 2024; 30 to 50 there.
         sinks: (H,), float32, float16 or bfloat16: the score of a key that every query sees and that has no value, as in
             GPT-OSS, 2025; Xiao, Tian, Chen, Han and Lewis, "Efficient Streaming Language Models with Attention Sinks",
             2023.

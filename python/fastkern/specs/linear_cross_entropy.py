@@ -201,7 +201,7 @@ def _bad_calls(op: str) -> tuple[BadCall, ...]:
             "class_weight too long", set_to(class_weight=lambda a: a["weight"].detach().new_ones(1)),
             rf"{op}: class_weight must have shape \(\d+,\), got \(1,\)",
         ),
-        BadCall("softcap -2", set_to(softcap=lambda a: -2.0), rf"{op}: softcap must be finite in float32 and >= 0"),
+        BadCall("softcap -2", set_to(softcap=lambda a: -2.0), rf"{op}: softcap must be 0 or a positive normal float32"),
         BadCall("reduction 3", set_to(reduction=lambda a: 3), rf"{op}: reduction must be 0 \(none\), .* got 3"),
         BadCall("chunk_rows -1", set_to(chunk_rows=lambda a: -1), rf"{op}: chunk_rows must be >= 0, got -1"),
     )  # fmt: skip

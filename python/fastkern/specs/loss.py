@@ -217,8 +217,9 @@ def _bad_calls(op: str) -> tuple[BadCall, ...]:
         number("label_smoothing", 1.5, r"between 0 and 1, got 1\.5"),
         number("label_smoothing", float("nan"), r"between 0 and 1, got -?nan"),
         number("lse_square_scale", -1.0, r"finite in float32 and >= 0, got -1"),
-        number("softcap", float("inf"), r"finite in float32 and >= 0, got inf"),
-        number("softcap", -2.0, r"finite in float32 and >= 0, got -2"),
+        number("softcap", float("inf"), r"0 or a positive normal float32, got inf"),
+        number("softcap", 1e-300, r"0 or a positive normal float32, got 1e-300"),
+        number("softcap", -2.0, r"0 or a positive normal float32, got -2"),
         number("logit_scale", float("nan"), r"finite in float32, got -?nan"),
         number("reduction", 3, r"0 \(none\), 1 \(mean\) or 2 \(sum\), got 3"),
     )  # fmt: skip
