@@ -351,7 +351,8 @@ def _register(op: str) -> Any:
         return _own.gated(op, arguments[0], arguments[1], _options_of(names, arguments))
 
     def fake(*arguments: Any) -> Tensor:
-        return arguments[0].new_empty(check(*arguments))
+        sizes = check(*arguments)  # before the first of them is taken for a tensor
+        return arguments[0].new_empty(sizes)
 
     def check_bwd(dy: Tensor, a: Tensor, b: Tensor | None, *rest: Any) -> None:
         _own.gated(f"{op}_bwd", a, b, _options_of(bwd_names, (dy, a, b, *rest)), dy)
