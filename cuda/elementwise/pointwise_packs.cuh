@@ -94,12 +94,11 @@ struct Packs {
       if (p.outer == 0) continue;
       std::uint32_t rest = divide(group, p.row);
       column[k] = group - rest * p.row.size;
+      // The last dimension is divided by as well: with a branch around that, nvcc had the indices of
+      // some functions in local memory.
 #pragma unroll
       for (int d = 0; d < kOuterDims; ++d) {
-        if (d + 1 >= p.outer) {
-          index[d][k] = rest;
-          break;
-        }
+        if (d >= p.outer) break;
         const std::uint32_t next = divide(rest, p.dims[d]);
         index[d][k] = rest - next * p.dims[d].size;
         rest = next;
@@ -186,7 +185,7 @@ struct Packs {
     Words<T, V> to;
     if (!a.number && a.inner != 0) {
 #pragma unroll
-      for (int n = 0; n < V; ++n) put(to, n, to_compute<T>(element<I>(words[kInput][k], n)));
+      for (int n = 0; n < V; ++n) put(to, n, element_as<T, I>(words[kInput][k], n));
     } else {
       const T v = a.number ? p.numbers[kInput] : to_compute<T>(element<I>(words[kInput][k], 0));
 #pragma unroll
