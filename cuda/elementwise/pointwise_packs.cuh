@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast way of a pointwise function: all tensors have one type S (a condition is boolean, as is
-// the result of a comparison) and lie in packs of 16 bytes; or one of two inputs of basic arithmetic
-// has 16 bits beside f32, and packs of 8 bytes. What does not goes through pointwise_kernel.cuh, with
-// the same formula and the same bits.
+// the result of a comparison) and lie in packs of 16 bytes; or one of two inputs of basic
+// arithmetic has 16 bits beside f32, and packs of 8 bytes. What does not goes through
+// pointwise_kernel.cuh, with the same formula and the same bits.
 //
 //   work     a thread has kPacks packs, a block's threads apart, so that a warp's lie side by side.
 //            They are counted through one dense dimension (`flat`) or through rows of whole packs;
@@ -64,9 +64,8 @@ template <class F>
 inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
 /// Functions that have kernels for 16 bits beside f32.
 template <class F>
-inline constexpr bool kMixes =
-    std::is_same_v<F, functor::add> || std::is_same_v<F, functor::sub> ||
-    std::is_same_v<F, functor::mul> || std::is_same_v<F, functor::div>;
+inline constexpr bool kMixes = std::is_same_v<F, functor::add> || std::is_same_v<F, functor::sub> ||
+                               std::is_same_v<F, functor::mul> || std::is_same_v<F, functor::div>;
 
 /// B: the type of the second input, where that is another.
 template <class F, class S, class O, class T, class B = S>
@@ -103,8 +102,8 @@ struct Packs {
       if (p.outer == 0) continue;
       std::uint32_t rest = divide(group, p.row);
       column[k] = group - rest * p.row.size;
-      // The last dimension is divided by as well: with a branch around that, nvcc had the indices of
-      // some functions in local memory.
+      // The last dimension is divided by as well: with a branch around that, nvcc had the indices
+      // of some functions in local memory.
 #pragma unroll
       for (int d = 0; d < kOuterDims; ++d) {
         if (d >= p.outer) break;
