@@ -25,12 +25,13 @@ install(
 # What fastkern/cuda/elementwise/pointwise.cuh is made of, for kernels that users compile.
 install(FILES cuda/launch.cuh DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda")
 install(
-  FILES cuda/ptx/cluster.cuh cuda/ptx/memory.cuh
+  FILES cuda/ptx/cluster.cuh cuda/ptx/math.cuh cuda/ptx/memory.cuh
   DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/ptx"
 )
 install(
   FILES
     cuda/elementwise/pointwise.cuh
+    cuda/elementwise/pointwise_brief.cuh
     cuda/elementwise/pointwise_groups.cuh
     cuda/elementwise/pointwise_kernel.cuh
     cuda/elementwise/pointwise_packs.cuh

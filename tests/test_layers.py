@@ -89,6 +89,19 @@ def test_cuda_is_not_needed_by_public_headers() -> None:
         assert not seen, f"{path.relative_to(ROOT)} includes {seen}"
 
 
+def test_installed_kernels_are_complete() -> None:
+    """Kernels that users compile come with all that they include."""
+    cmake = (ROOT / "cmake/FastkernInstall.cmake").read_text()
+    installed = {(ROOT / name).resolve() for name in re.findall(r"\bcuda/[\w/]+\.cuh\b", cmake)}
+    assert installed
+    for path in installed:
+        for bracket, name in _includes(path):
+            if bracket == '"' and not (ROOT / "cpp/include" / name).is_file():
+                assert (path.parent / name).resolve() in installed, (
+                    f"{path.name} includes {name}, which is not installed"
+                )
+
+
 def test_no_template_library_in_kernels() -> None:
     for path in _files("cuda"):
         seen = [n for _, n in _includes(path) if n.startswith(("cute/", "cutlass/", "thrust/"))]
