@@ -14,6 +14,7 @@
 #pragma once
 
 #include "../ptx/math.cuh"
+#include "../tile/formula_math.cuh"
 #include "fastkern/activation_formula.h"
 #include "pointwise_words.cuh"
 
@@ -31,13 +32,6 @@ template <class F>
 inline constexpr bool kQuickAsBrief =
     std::is_same_v<F, functor::sqrt> || std::is_same_v<F, functor::sigmoid> ||
     std::is_same_v<F, functor::silu>;
-
-/// The special function unit's, for activation_formula.h.
-struct BriefMath {
-  static constexpr bool kPrecise = false;
-  static __device__ __forceinline__ float exp(float v) { return ptx::exp2_approx(v * 1.44269504f); }
-  static __device__ __forceinline__ float reciprocal(float v) { return ptx::rcp_approx(v); }
-};
 
 /// v times the sigmoid of z.
 __device__ __forceinline__ float times_sigmoid(float v, float z) {
@@ -62,7 +56,7 @@ struct Brief<functor::silu> {
 template <>
 struct Brief<functor::gelu> {
   static __device__ __forceinline__ float apply(float v) {
-    return formula::value<ActivationKind::gelu, BriefMath>(v, {});
+    return formula::value<ActivationKind::gelu, tile::FormulaMath<false>>(v, {});
   }
 };
 template <>
