@@ -29,6 +29,10 @@ install(
   DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/ptx"
 )
 install(
+  FILES cuda/tile/formula_math.cuh
+  DESTINATION "${FASTKERN_INSTALL_INCLUDEDIR}/fastkern/cuda/tile"
+)
+install(
   FILES
     cuda/elementwise/pointwise.cuh
     cuda/elementwise/pointwise_brief.cuh

@@ -50,6 +50,9 @@ struct Maker {
     return 2 * bytes_of(a) == shape.compute_size;
   }
 
+  /// A result as wide as the compute type would leave in halves of sectors, every other one first.
+  bool may_pair() const { return shape.groups % 2 == 0 && bytes_of(to.out) < shape.compute_size; }
+
   /// Groups of whole rows.
   bool rows() {
     if (plan.ndim == 1 || !inner_dense(to.out) || plan.sizes[0] % shape.vector != 0 ||
@@ -59,7 +62,6 @@ struct Maker {
     const auto in_pairs = [&](const PointwiseAccess& a) {
       return !half_as_wide(a) || rows_aligned(a, 2 * shape.vector);
     };
-    to.paired = pairs && in_pairs(to.out) && half_as_wide(to.out);
     bool narrow = half_as_wide(to.out), good = in_pairs(to.out);
     each_input([&](PointwiseAccess& a) {
       if (a.strides[0] == 0) {
@@ -72,7 +74,7 @@ struct Maker {
         a.access = Access::each;
       }
     });
-    to.paired = pairs && narrow && good && shape.groups % 2 == 0;
+    to.paired = pairs && narrow && good && may_pair();
     to.groups = static_cast<std::uint32_t>(plan.numel / shape.vector);
     return true;
   }
@@ -149,7 +151,7 @@ struct Maker {
       }
     });
     to.flat = true;
-    to.paired = narrow && pairs && shape.groups % 2 == 0;
+    to.paired = narrow && pairs && may_pair();
     to.groups = static_cast<std::uint32_t>((plan.numel - to.head) / shape.vector);
     if (to.paired) to.groups &= ~1u;
     return to.groups > 0;

@@ -14,7 +14,7 @@
 #include "fastkern/rows.h"
 #include "launch.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/math.cuh"
+#include "tile/formula_math.cuh"
 #include "tile/pack.cuh"
 
 namespace fastkern::cuda::activation_detail {
@@ -163,13 +163,6 @@ RowView<T> view_of(TensorRef t, const Extent& e, const char* op, const char* arg
 
 /// How 16-bit results are computed, and those of f32.
 template <class T>
-struct Math {
-  static constexpr bool kPrecise = sizeof(T) == 4;
-  static __device__ __forceinline__ float exp(float v) {
-    if constexpr (kPrecise) return expf(v);
-    return ptx::exp2_approx(v * 1.44269504f);
-  }
-  static __device__ __forceinline__ float reciprocal(float v) { return ptx::rcp_approx(v); }
-};
+using Math = tile::FormulaMath<sizeof(T) == 4>;
 
 }  // namespace fastkern::cuda::activation_detail

@@ -9,11 +9,12 @@
 //   sigmoid   2^-32 / (2^-32 + 2^(-x log2 e - 32)): no denormal but the result
 //   tanh      1 - 2 / (e^(2 x) + 1), a polynomial near 0
 //   gelu      x P(x), as activation_formula.h has P where results are of 16 bits
-//   sin, cos  the nearest multiple of pi / 2 subtracted in two parts, then two polynomials. Large
+//   sin, cos  the nearest multiple of pi subtracted in two parts, then one polynomial. Large
 //             arguments take f32's function, in a loop: it is long
 #pragma once
 
 #include "../ptx/math.cuh"
+#include "../tile/formula_math.cuh"
 #include "fastkern/activation_formula.h"
 #include "pointwise_words.cuh"
 
@@ -32,34 +33,12 @@ inline constexpr bool kQuickAsBrief =
     std::is_same_v<F, functor::sqrt> || std::is_same_v<F, functor::sigmoid> ||
     std::is_same_v<F, functor::silu>;
 
-/// The special function unit's, for activation_formula.h.
-struct BriefMath {
-  static constexpr bool kPrecise = false;
-  static __device__ __forceinline__ float exp(float v) { return ptx::exp2_approx(v * 1.44269504f); }
-  static __device__ __forceinline__ float reciprocal(float v) { return ptx::rcp_approx(v); }
-};
-
 /// v times the sigmoid of z.
 __device__ __forceinline__ float times_sigmoid(float v, float z) {
   const float e = ptx::exp2_approx(fmaf(z, -1.44269504f, -32.0f));
   return v * 0x1p-32f * ptx::rcp_approx(e + 0x1p-32f);
 }
 
-constexpr float kTurnsMost = 65536.0f;
-
-/// sin(v), or cos(v), for |v| up to kTurnsMost.
-template <bool kCos>
-__device__ __forceinline__ float turn_of(float v) {
-  // 1.5 * 2^23: bit 0 says which polynomial, bit 1 which sign. A cosine is a sine a quarter on.
-  constexpr float kOnes = kCos ? 12582913.0f : 12582912.0f;
-  const float shifted = fmaf(v, 0.636619747f, kOnes), n = shifted - kOnes;
-  const float r = fmaf(n, -0x1.4442dp-24f, fmaf(n, -0x1.921fb4p+0f, v)), z = r * r;
-  const float s = fmaf(z * r, fmaf(z, 8.16461e-3f, -0.16663459f), r);
-  const float c = fmaf(fmaf(fmaf(z, -1.36525e-3f, 4.166128e-2f), z, -0.5f), z, 1.0f);
-  const std::uint32_t quarter = __float_as_uint(shifted);
-  const float value = quarter & 1u ? c : s;
-  return __uint_as_float(__float_as_uint(value) ^ (quarter & 2u) << 30);
-}
 template <class F>
 struct Brief;
 template <>
@@ -77,7 +56,7 @@ struct Brief<functor::silu> {
 template <>
 struct Brief<functor::gelu> {
   static __device__ __forceinline__ float apply(float v) {
-    return formula::value<ActivationKind::gelu, BriefMath>(v, {});
+    return formula::value<ActivationKind::gelu, tile::FormulaMath<false>>(v, {});
   }
 };
 template <>
@@ -98,8 +77,19 @@ struct Brief<functor::tanh> {
 };
 template <bool kCos>
 struct BriefTurn {
-  static constexpr float kMost = kTurnsMost;
-  static __device__ __forceinline__ float apply(float v) { return turn_of<kCos>(v); }
+  static constexpr float kMost = 65536.0f;
+  static __device__ __forceinline__ float apply(float v) {
+    constexpr float kOnes = 12582912.0f;  // 1.5 * 2^23: bit 0 of a sum is that of a whole number
+    constexpr float kInverse = 0.318309886f;
+    // The half turns to subtract; a cosine is a sine half of one on.
+    const float shifted = kCos ? fmaf(v, kInverse, 0.5f) + kOnes : fmaf(v, kInverse, kOnes);
+    const float n = kCos ? shifted - kOnes - 0.5f : shifted - kOnes;
+    // Both parts are less than pi, and r is a factor: a zero keeps its sign.
+    const float r = fmaf(n, -0x1.4442d2p-23f, fmaf(n, -0x1.921fb4p+1f, v)), z = r * r;
+    const float p = fmaf(fmaf(z, -1.8540999e-4f, 8.3142403e-3f), z, -0.16665851f);
+    const float turned = r * fmaf(z, p, 1.0f);
+    return __uint_as_float(__float_as_uint(turned) ^ __float_as_uint(shifted) << 31);
+  }
   static __device__ __forceinline__ float apply_beyond(float v) { return kCos ? cosf(v) : sinf(v); }
 };
 template <>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast way of a pointwise function: all tensors have one type S (a condition is boolean, as is
-// the result of a comparison) and lie in packs of 16 bytes. What does not goes through
+// the result of a comparison) and lie in packs of 16 bytes; or one of two inputs of basic
+// arithmetic has 16 bits beside f32, and packs of 8 bytes. What does not goes through
 // pointwise_kernel.cuh, with the same formula and the same bits.
 //
 //   work     a thread has kPacks packs, a block's threads apart, so that a warp's lie side by side.
@@ -21,6 +22,7 @@
 //            formulas of their own where those of f32 take more (pointwise_brief.cuh)
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "pointwise_kernel.cuh"
@@ -60,10 +62,15 @@ inline constexpr bool kTruth = [] {
 }();
 template <class F>
 inline constexpr bool kConditional = std::is_same_v<F, functor::where>;
+/// Functions that have kernels for 16 bits beside f32.
+template <class F>
+inline constexpr bool kMixes = std::is_same_v<F, functor::add> || std::is_same_v<F, functor::sub> ||
+                               std::is_same_v<F, functor::mul> || std::is_same_v<F, functor::div>;
 
-template <class F, class S, class O, class T>
+/// B: the type of the second input, where that is another.
+template <class F, class S, class O, class T, class B = S>
 struct Packs {
-  static constexpr int kIn = F::kInputs, V = 16 / sizeof(S);
+  static constexpr int kIn = F::kInputs, V = 16 / std::max(sizeof(S), sizeof(B));
   // A formula that takes long hides behind the accesses of another pack; one that takes longer than
   // those, behind other warps.
   static constexpr bool kTurns = kLong<F> && kHasBrief<F, S>;
@@ -76,7 +83,8 @@ struct Packs {
       : kIn == 1 ? 12
                  : 8;
   template <int kInput>
-  using In = std::conditional_t<kConditional<F> && kInput == 0, Bool, S>;
+  using In = std::conditional_t<kConditional<F> && kInput == 0, Bool,
+                                std::conditional_t<kInput == 1, B, S>>;
 
   std::uint32_t column[kPacks], index[kOuterDims][kPacks];
   bool inside[kPacks];
@@ -94,12 +102,11 @@ struct Packs {
       if (p.outer == 0) continue;
       std::uint32_t rest = divide(group, p.row);
       column[k] = group - rest * p.row.size;
+      // The last dimension is divided by as well: with a branch around that, nvcc had the indices
+      // of some functions in local memory.
 #pragma unroll
       for (int d = 0; d < kOuterDims; ++d) {
-        if (d + 1 >= p.outer) {
-          index[d][k] = rest;
-          break;
-        }
+        if (d >= p.outer) break;
         const std::uint32_t next = divide(rest, p.dims[d]);
         index[d][k] = rest - next * p.dims[d].size;
         rest = next;
@@ -178,6 +185,13 @@ struct Packs {
     }
   }
 
+  template <int kInput>
+  __device__ __forceinline__ void join_shifted(const PackParams<T>& p, int k) {
+    if constexpr (V * sizeof(In<kInput>) == 16) {
+      if (p.in[kInput].shift != 0) join<kInput>(p, k);
+    }
+  }
+
   /// Pack k of an input as T: one pack at a time, so that the others stay as small as they came.
   template <int kInput>
   __device__ __forceinline__ Words<T, V> values(const PackParams<T>& p, int k) const {
@@ -186,7 +200,7 @@ struct Packs {
     Words<T, V> to;
     if (!a.number && a.inner != 0) {
 #pragma unroll
-      for (int n = 0; n < V; ++n) put(to, n, to_compute<T>(element<I>(words[kInput][k], n)));
+      for (int n = 0; n < V; ++n) put(to, n, element_as<T, I>(words[kInput][k], n));
     } else {
       const T v = a.number ? p.numbers[kInput] : to_compute<T>(element<I>(words[kInput][k], 0));
 #pragma unroll
@@ -202,13 +216,9 @@ struct Packs {
     if constexpr (kIn > 2) load<2>(p);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (p.in[0].shift != 0) join<0>(p, k);
-      if constexpr (kIn > 1) {
-        if (p.in[1].shift != 0) join<1>(p, k);
-      }
-      if constexpr (kIn > 2) {
-        if (p.in[2].shift != 0) join<2>(p, k);
-      }
+      join_shifted<0>(p, k);
+      if constexpr (kIn > 1) join_shifted<1>(p, k);
+      if constexpr (kIn > 2) join_shifted<2>(p, k);
       Words<T, V> a = values<0>(p, k), b = a, c = a;
       if constexpr (kIn > 1) b = values<1>(p, k);
       if constexpr (kIn > 2) c = values<2>(p, k);
@@ -253,11 +263,11 @@ struct Packs {
   }
 };
 
-template <class F, class S, class O, class T>
-__global__ void __launch_bounds__(kPackThreads, Packs<F, S, O, T>::kBlocks)
+template <class F, class S, class O, class T, class B>
+__global__ void __launch_bounds__(kPackThreads, Packs<F, S, O, T, B>::kBlocks)
     pointwise_packs_kernel(const __grid_constant__ PackParams<T> p) {
   ptx::grid_wait();
-  Packs<F, S, O, T> packs;
+  Packs<F, S, O, T, B> packs;
   packs.run(p);
   packs.run_edges(p);
 }
@@ -315,11 +325,11 @@ bool in_packs(const PointwisePlan& plan, int vector, PackParams<T>& p) {
   return p.groups > 0;
 }
 
-/// Launches F for operands of type S; whether it has.
-template <class F, class S, class O, class T>
+/// Launches F for operands of type S, the second of type B; whether it has.
+template <class F, class S, class O, class T, class B = S>
 bool launch_packs(const char* op, const PointwisePlan& plan,
                   const std::array<Number, kMaxScalars>& scalars, Stream stream) {
-  using P = Packs<F, S, O, T>;
+  using P = Packs<F, S, O, T, B>;
   PackParams<T> p{};
   if (!in_packs(plan, P::V, p)) return false;
   for (int i = 0; i < plan.inputs; ++i) p.numbers[i] = number_as<T>(plan.in[i].number);
@@ -328,7 +338,7 @@ bool launch_packs(const char* op, const PointwisePlan& plan,
                            .grid = cuda::ceil_div(p.groups, kPackThreads * P::kPacks),
                            .block = kPackThreads,
                            .overlap = true};
-  cuda::launch(pointwise_packs_kernel<F, S, O, T>, shape, stream, p);
+  cuda::launch(pointwise_packs_kernel<F, S, O, T, B>, shape, stream, p);
   return true;
 }
 
@@ -348,6 +358,25 @@ std::optional<DType> common_type(const PointwisePlan& plan) {
     }
   }
   return type;
+}
+
+/// One input of 16 bits, the other and the result of f32, as packs; whether that was possible.
+template <class F>
+bool try_mixed_packs(const char* op, const PointwisePlan& plan,
+                     const std::array<Number, kMaxScalars>& scalars, Stream stream) {
+  if (!plan.in[0].data || !plan.in[1].data || plan.out.dtype != DType::f32) return false;
+  const auto typed = [&]<class S, class B>(S, B) {
+    return launch_packs<F, S, float, float, B>(op, plan, scalars, stream);
+  };
+  const auto beside = [&](DType narrow, const auto& launch) {
+    if (narrow == DType::f16) return launch(__half{});
+    return narrow == DType::bf16 && launch(__nv_bfloat16{});
+  };
+  if (plan.in[1].dtype == DType::f32)
+    return beside(plan.in[0].dtype, [&](auto narrow) { return typed(narrow, float{}); });
+  if (plan.in[0].dtype == DType::f32)
+    return beside(plan.in[1].dtype, [&](auto narrow) { return typed(float{}, narrow); });
+  return false;
 }
 
 /// clamp between two numbers, as a function of one input.
@@ -371,6 +400,9 @@ bool try_packs(const char* op, const PointwisePlan& plan,
     }
   }
   const std::optional<DType> type = common_type<F>(plan);
+  if constexpr (kMixes<F> && std::is_same_v<T, float>) {
+    if (!type) return try_mixed_packs<F>(op, plan, scalars, stream);
+  }
   if (!type) return false;
   if (plan.out.dtype != (kTruth<F> ? DType::boolean : *type)) return false;
   const auto typed = [&]<class S>(S) {

@@ -101,6 +101,18 @@ __device__ __forceinline__ T to_compute(S v) {
   }
 }
 
+/// Element n as T. Of bf16 both halves of a word are one instruction away from f32, which nvcc does
+/// not see where they come as 16 bits.
+template <class T, class S, class W>
+__device__ __forceinline__ T element_as(const W& words, int n) {
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<S, __nv_bfloat16>) {
+    const std::uint32_t word = words.w[n / 2];
+    return __uint_as_float(n % 2 ? word & 0xffff0000u : word << 16);
+  } else {
+    return to_compute<T>(element<S>(words, n));
+  }
+}
+
 template <class S, class T>
 __device__ __forceinline__ S to_stored(T v) {
   if constexpr (std::is_same_v<S, T>) {
@@ -201,7 +213,7 @@ template <class S, class T, int N>
 __device__ __forceinline__ void widen(Words<T, N>& words) {
   T v[N];
 #pragma unroll
-  for (int n = 0; n < N; ++n) v[n] = to_compute<T>(element<S>(words, n));
+  for (int n = 0; n < N; ++n) v[n] = element_as<T, S>(words, n);
 #pragma unroll
   for (int n = 0; n < N; ++n) put(words, n, v[n]);
 }

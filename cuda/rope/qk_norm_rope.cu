@@ -2,16 +2,30 @@
 // An RMS norm of each head of q and k, then rotary embeddings, in one launch.
 //
 //   work     as rope.cu, but for a power of two of threads to a head, up to a warp: those of 16
-//            columns each, and idle ones. A thread has up to four heads of one token (f32: two)
-//   memory   a head waits in registers, as packs, between its sum and its rotation; all loads of a
-//            thread are issued before the first use
-//   sync     shuffles within the threads of a head; overlaps the launch before it
+//            columns each, and idle ones. A thread has up to four heads of one token (f32: two),
+//            and the same heads of further tokens: blocks stay, a whole number of tokens apart, so
+//            that weights and all but the token are found once
+//   memory   a thread copies the heads of its next token into its own part of shared memory while
+//   it
+//            computes: how many bytes are under way does not depend on registers. A head is read
+//            from there twice, for its sum and for its rotation
+//   sync     shuffles within the threads of a head; each thread waits for its own copies; overlaps
+//            the launch before it
 //   cost     as rope.cu: reads and writes q and k once
+#include <algorithm>
+#include <numeric>
+
 #include "rope/qk_norm_rope.cuh"
 
 namespace fastkern::cuda {
 namespace rope_detail {
 namespace {
+
+constexpr int kNormBlock = 64;
+constexpr int kStages = 2;    // tokens of a thread, copied or computed
+constexpr int kResident = 8;  // blocks of a multiprocessor
+template <class T>
+inline constexpr int kPacks = sizeof(T) / 2;  // of eight columns
 
 struct NormParams {
   HeadsView q, k, q_out, k_out;
@@ -19,74 +33,154 @@ struct NormParams {
   Split split;
   Side of_q, of_k;
   int width;
-  std::uint32_t units;
+  std::uint32_t units, tokens_each;  // of a sequence
+  std::uint32_t step, step_batches;  // between tokens of a thread: tokens, and whole sequences
   Divider groups, tokens;
   float eps, weight_offset, count;
 };
 
+/// Which token a thread works on.
+struct Place {
+  std::uint32_t unit, b, s;
+
+  __device__ __forceinline__ void next(const NormParams& p, std::uint32_t units) {
+    unit += units;
+    b += p.step_batches, s += p.step;
+    if (s >= p.tokens_each) s -= p.tokens_each, ++b;
+  }
+};
+
+/// Columns first to first + 7 on their way into shared memory, those before `end`, zeros for
+/// others. `inside`: first < end.
+template <class T, bool kWhole>
+__device__ __forceinline__ void stage(uint4* to, const char* head, int first, int end,
+                                      bool inside) {
+  if constexpr (kWhole) {
+    const T* const from = reinterpret_cast<const T*>(head) + first;
+#pragma unroll
+    for (int i = 0; i < kPacks<T>; ++i)
+      ptx::cp_async_16(to + i * kNormBlock, from + i * tile::kVector<T>, inside ? 16 : 0);
+  } else {
+    const Eight<T> eight = load<T, false>(head, first, inside ? end : 0);
+#pragma unroll
+    for (int i = 0; i < kPacks<T>; ++i) to[i * kNormBlock] = eight.bits[i];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void unpack_staged(const uint4* from, float (&out)[kColumns]) {
+  Eight<T> eight;
+#pragma unroll
+  for (int i = 0; i < kPacks<T>; ++i) eight.bits[i] = ptx::ld_shared(from + i * kNormBlock);
+  unpack(eight, out);
+}
+
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kBlock, kWhole ? 8 : 1) qk_norm_rope_kernel(const NormParams p) {
-  constexpr int kMost = kHeads<T>;
+__global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
+    qk_norm_rope_kernel(const __grid_constant__ NormParams p) {
+  constexpr int kMost = kHeads<T>, kOfHead = 2 * kPacks<T> * kNormBlock, kOfStage = kMost * kOfHead;
+  constexpr int kSecond = kPacks<T> * kNormBlock;
+  extern __shared__ uint4 shared[];
   ptx::grid_wait();
   ptx::grid_launch_next();
   const int width = p.width, lane = threadIdx.x & (width - 1);
-  const std::uint32_t slots = kBlock / width;
-  const std::uint32_t unit = blockIdx.x * slots + threadIdx.x / width;
-  const bool active = unit < p.units;
-  std::uint32_t group, s;
-  const std::uint32_t token = p.groups(active ? unit : 0, group);
-  const std::uint32_t b = p.tokens(token, s);
+  const std::uint32_t slots = kNormBlock / width, stride = gridDim.x * slots;
+  Place now;
+  now.unit = blockIdx.x * slots + threadIdx.x / width;
+  std::uint32_t group;
+  now.b = p.tokens(p.groups(now.unit, group), now.s);
   const bool of_k = group >= static_cast<std::uint32_t>(p.of_q.groups);
   group -= of_k ? p.of_q.groups : 0;
   const int groups = of_k ? p.of_k.groups : p.of_q.groups;
-  const int heads = !active ? 0 : of_k ? p.of_k.heads : p.of_q.heads;
-  const HeadsView in = pick(of_k, p.q, p.k), out = pick(of_k, p.q_out, p.k_out);
+  const int heads = (of_k ? p.of_k.heads : p.of_q.heads) - static_cast<int>(group);
+  HeadsView in = pick(of_k, p.q, p.k), out = pick(of_k, p.q_out, p.k_out);
+  in.data += group * in.head, out.data += group * out.head;
+  in.head *= groups, out.head *= groups;
   const Columns c = Columns::of<kInterleaved>(p.split, lane);
 
-  Eight<T> first[kMost], second[kMost];
-  const char* from = in.data + b * in.batch + s * in.token + group * in.head;
+  uint4* const own = shared + threadIdx.x;
+  int held_a = 0, held_b = 0;  // heads that have the first pack, and the second
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
-    const bool inside = static_cast<int>(group) + i * groups < heads;
-    first[i] = load<T, kWhole>(from, c.a, inside ? c.a_end : 0);
-    second[i] = load<T, kWhole>(from, c.b, inside ? c.b_end : 0);
-    from += groups * in.head;
+    held_a += i * groups < heads && c.a < c.a_end;
+    held_b += i * groups < heads && c.b < c.b_end;
+  }
+  const auto fetch = [&](uint4* to, const Place& at) {
+    const bool active = at.unit < p.units;
+    const int of_a = active ? held_a : 0, of_b = active ? held_b : 0;
+    const char* from = in.data + (at.b * in.batch + at.s * in.token);
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      stage<T, kWhole>(to + i * kOfHead, from, c.a, c.a_end, i < of_a);
+      stage<T, kWhole>(to + i * kOfHead + kSecond, from, c.b, c.b_end, i < of_b);
+      from += in.head;
+    }
+  };
+  Place ahead = now;
+#pragma unroll
+  for (int i = 0; i + 1 < kStages; ++i) {
+    fetch(own + i * kOfStage, ahead);
+    ptx::cp_async_commit();
+    ahead.next(p, stride);
   }
   Weights weight;
   weight.load(of_k ? p.of_k.weight : p.of_q.weight, c, p.weight_offset);
-  Turn<kInterleaved> turn;
-  const std::int64_t row = row_of(p.angles, b, s);
-  turn.load(p.angles, b, row, c, p.split.half);
-  const bool turned = c.turned && row != kNoSequence;
+  int current = 0;
+#pragma unroll 1
+  for (std::uint32_t begin = blockIdx.x * slots; begin < p.units; begin += stride) {
+    fetch(own + (current == 0 ? kStages - 1 : current - 1) * kOfStage, ahead);
+    ptx::cp_async_commit();
+    ahead.next(p, stride);
+    const bool active = now.unit < p.units;
+    const std::uint32_t b = active ? now.b : 0, s = active ? now.s : 0;
+    const int of_a = active ? held_a : 0, of_b = active ? held_b : 0;
+    Turn<kInterleaved> turn;
+    const std::int64_t row = row_of(p.angles, b, s);
+    turn.load(p.angles, b, row, c, p.split.half);
+    const bool turned = c.turned && row != kNoSequence;
+    const uint4* const from = own + current * kOfStage;
+    ptx::cp_async_wait<kStages - 1>();
 
-  float squares[kMost];
+    float squares[kMost];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    float x[kColumns], y[kColumns];
-    unpack(first[i], x);
-    unpack(second[i], y);
-    squares[i] = dot(y, y, dot(x, x, 0.0f));
-    keep_packed(first[i]), keep_packed(second[i]);
-  }
-  sum_lanes(squares, width);
-  char* to = out.data + b * out.batch + s * out.token + group * out.head;
-#pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    const bool inside = static_cast<int>(group) + i * groups < heads;
-    const float rstd = rsqrtf(__fmaf_rn(squares[i], p.count, p.eps));
-    float x[kColumns], y[kColumns];
-    unpack(first[i], x);
-    unpack(second[i], y);
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      x[j] = __fmul_rn(__fmul_rn(x[j], rstd), weight.a[j]);
-      y[j] = __fmul_rn(__fmul_rn(y[j], rstd), weight.b[j]);
+    for (int i = 0; i < kMost; ++i) {
+      float x[kColumns], y[kColumns];
+      unpack_staged<T>(from + i * kOfHead, x);
+      unpack_staged<T>(from + i * kOfHead + kSecond, y);
+      squares[i] = dot(y, y, dot(x, x, 0.0f));
     }
-    if (turned) turn.apply(x, y);
-    store<T, kWhole>(to, c.a, inside ? c.a_end : 0, pack<T>(x));
-    store<T, kWhole>(to, c.b, inside ? c.b_end : 0, pack<T>(y));
-    to += groups * out.head;
+    sum_lanes(squares, width);
+    __syncwarp();  // heads are read again: ptxas would keep all of them in registers
+    char* to = out.data + b * out.batch + s * out.token;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const float rstd = rsqrtf(__fmaf_rn(squares[i], p.count, p.eps));
+      float x[kColumns], y[kColumns];
+      unpack_staged<T>(from + i * kOfHead, x);
+      unpack_staged<T>(from + i * kOfHead + kSecond, y);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        x[j] = __fmul_rn(__fmul_rn(x[j], rstd), weight.a[j]);
+        y[j] = __fmul_rn(__fmul_rn(y[j], rstd), weight.b[j]);
+      }
+      if (turned) turn.apply(x, y);
+      store<T, kWhole>(to, c.a, i < of_a ? c.a_end : 0, pack<T>(x));
+      store<T, kWhole>(to, c.b, i < of_b ? c.b_end : 0, pack<T>(y));
+      to += out.head;
+    }
+    now.next(p, stride);
+    current = current + 1 == kStages ? 0 : current + 1;
   }
+}
+
+/// Blocks that stay, so many that they have whole tokens together; or one for each `slots` units.
+std::int64_t blocks_of(const NormParams& p, std::int64_t groups, std::int64_t slots, int device,
+                       const char* op) {
+  const std::int64_t most =
+      std::int64_t{kResident} * device_attribute(cudaDevAttrMultiProcessorCount, device, op);
+  const std::int64_t of_tokens = groups / std::gcd(groups, slots);
+  return std::min(ceil_div(p.units, slots),
+                  std::max<std::int64_t>(most / of_tokens, 1) * of_tokens);
 }
 
 }  // namespace
@@ -102,7 +196,7 @@ void qk_norm_rope(const QkNormRopeFwd& args, Stream stream) {
   p.split = split_of(n, args.angles, true);
   p.angles = angles_view(args.angles, tokens, op);
   p.width = width_of(p.split, op);
-  p.tokens = divider(tokens);
+  p.tokens = divider(tokens), p.tokens_each = static_cast<std::uint32_t>(tokens);
   p.eps = static_cast<float>(args.eps), p.weight_offset = static_cast<float>(args.weight_offset);
   p.count = 1.0f / static_cast<float>(n);
   const bool packs =
@@ -113,10 +207,17 @@ void qk_norm_rope(const QkNormRopeFwd& args, Stream stream) {
                    p.of_k = side_of(args.k, args.k_weight, p.split, kHeads<T>);
                    const std::int64_t groups = p.of_q.groups + p.of_k.groups;
                    p.units = counted(args.q.sizes[0] * tokens * groups, op);
+                   if (p.units == 0) return;
                    p.groups = divider(groups);
+                   const std::int64_t slots = kNormBlock / p.width;
+                   const std::int64_t blocks = blocks_of(p, groups, slots, stream.device, op);
+                   const std::int64_t step = blocks * slots / groups;
+                   p.step = static_cast<std::uint32_t>(step % tokens);
+                   p.step_batches = static_cast<std::uint32_t>(step / tokens);
                    const Launch shape{.op = op,
-                                      .grid = ceil_div(p.units, kBlock / p.width),
-                                      .block = kBlock,
+                                      .grid = blocks,
+                                      .block = kNormBlock,
+                                      .shared = sizeof(uint4) * 8 * kStages * kNormBlock,
                                       .overlap = true};
                    launch(qk_norm_rope_kernel<T, kInterleaved, kWhole>, shape, stream, p);
                  });
