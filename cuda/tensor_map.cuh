@@ -44,11 +44,10 @@ inline EncodeTensorMap tensor_map_encoder(const char* op) {
 /// With the swizzle of 128 bytes, zeros outside the tensor. Pure host work, about a microsecond:
 /// may be captured.
 inline CUtensorMap tensor_map(const MapShape& shape, const char* op) {
-  const CUtensorMapDataType type = shape.dtype == DType::f16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                   : shape.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                   : shape.dtype == DType::f8e4m3
-                                       ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const CUtensorMapDataType type = shape.dtype == DType::f16      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                   : shape.dtype == DType::bf16   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : shape.dtype == DType::f8e4m3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   cuuint64_t sizes[4], strides[3];
   cuuint32_t box[4];
   const cuuint32_t steps[4] = {1, 1, 1, 1};

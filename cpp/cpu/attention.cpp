@@ -140,7 +140,8 @@ void all_blocks(const AttentionFwd& args, const Scales& scales) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const auto [entry, i0] = blocks[unit % count];
       const Sequence at = p.sequence(entry);
-      query_block(p, scales, at, p.sight(at), unit / count, i0, std::min(at.queries, i0 + kBlock), work);
+      query_block(p, scales, at, p.sight(at), unit / count, i0, std::min(at.queries, i0 + kBlock),
+                  work);
     }
   });
 }

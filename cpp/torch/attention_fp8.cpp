@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of 8-bit operands for torch: schema, checks of the scales, allocation, launch; the other
-// checks: attention_call.cpp. Fake: python/fastkern/ops/attention_fp8.py.
+// Attention of 8-bit operands for torch: schema, checks of the scales, allocation, launch; the
+// other checks: attention_call.cpp. Fake: python/fastkern/ops/attention_fp8.py.
 #include "fastkern/attention_fp8.h"
 
 #include <cstdint>
@@ -65,9 +65,11 @@ Tensor copied(const Tensor& t, TensorRef& ref, Device device) {
   return copy;
 }
 
-std::tuple<Tensor, Tensor> flash_attn_fp8(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_scale,
-    const OptionalTensor& k_scale, const OptionalTensor& v_scale, const Fp8Options& options) {
+std::tuple<Tensor, Tensor> flash_attn_fp8(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const OptionalTensor& q_scale,
+                                          const OptionalTensor& k_scale,
+                                          const OptionalTensor& v_scale,
+                                          const Fp8Options& options) {
   const auto& [said, starts_q, starts_k] = options;
   FK_CHECK(static_cast<bool>(starts_q) == static_cast<bool>(starts_k), kOp,
            ": cu_seqlens_k must be given if and only if cu_seqlens_q is, got ",
@@ -84,7 +86,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8(
   fwd = call.readable();
   std::vector<Tensor> copies;
   if (device.is_cuda) {
-    for (const auto& [t, ref] : {std::pair{&q, &fwd.q}, std::pair{&k, &fwd.k}, std::pair{&v, &fwd.v}}) {
+    for (const auto& [t, ref] :
+         {std::pair{&q, &fwd.q}, std::pair{&k, &fwd.k}, std::pair{&v, &fwd.v}}) {
       if (!in_boxes(*ref)) copies.push_back(copied(*t, *ref, device));
     }
   }

@@ -3,11 +3,12 @@
 //
 //   to[d, P(j)] = v[j, d]   for each entry and key head, in blocks of 128 keys
 //
-// P puts the keys of 32 in the order in which a thread of a warpgroup has their scores: of chunks of
-// eight, two keys of each of two chunks beside each other.
+// P puts the keys of 32 in the order in which a thread of a warpgroup has their scores: of chunks
+// of eight, two keys of each of two chunks beside each other.
 //
 //   work     a block of 256 threads transposes 128 keys, 128 columns at a time
-//   memory   rows of v in shared memory, whose words of four keys and four columns are transposed in
+//   memory   rows of v in shared memory, whose words of four keys and four columns are transposed
+//   in
 //            registers; rows of 128 bytes are stored
 //   cost     reads and writes v once
 #include <algorithm>
@@ -148,8 +149,7 @@ void attention_fp8(const AttentionFp8Fwd& args, Stream stream) {
             .grid = std::int64_t{call.width / kFp8Keys} * kv_heads * (packed ? 1 : f.batch),
             .block = 256,
             .overlap = true},
-           stream,
-           Fp8Values{f.v, values, f.lengths, f.batch, kv_heads, f.keys, f.dv, call.width});
+           stream, Fp8Values{f.v, values, f.lengths, f.batch, kv_heads, f.keys, f.dv, call.width});
   }
 #if FASTKERN_HAS_SM90
   if (f.batch > 0) launch_hopper_fp8_any(call, stream, a.op);

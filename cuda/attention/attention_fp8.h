@@ -19,8 +19,8 @@ struct Fp8Scale {
   }
 };
 
-/// Where the transposed values of a sequence of packed tensors begin; whatever lengths are, those of
-/// the next begin behind.
+/// Where the transposed values of a sequence of packed tensors begin; whatever lengths are, those
+/// of the next begin behind.
 __device__ __forceinline__ int fp8_first_key(int first_k, int b) {
   return (first_k / kFp8Keys + b) * kFp8Keys;
 }

@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(128) attention_rest_kernel(const Forward p) {
 
 void launch_rest(const Forward& p, DType dtype, Stream stream, const char* op) {
   dispatch(dtype, [&]<class T>() {
-    launch(attention_rest_kernel<T>,
-           {.op = op, .grid = p.batch + 1, .block = 128, .overlap = true}, stream, p);
+    launch(attention_rest_kernel<T>, {.op = op, .grid = p.batch + 1, .block = 128, .overlap = true},
+           stream, p);
   });
 }
 

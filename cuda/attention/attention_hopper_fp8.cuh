@@ -14,7 +14,8 @@
 //   overlap  kOverlap: scores of a block are issued before results of the one before, as of 16
 //            bits; else one after the other, and `part` takes the registers of scores
 //   sync     as of 16 bits; results have shared memory of their own
-//   cost     4 * S * T * D flops where all is seen, at twice the rate of 16 bits; v read and written
+//   cost     4 * S * T * D flops where all is seen, at twice the rate of 16 bits; v read and
+//   written
 //            once more
 #pragma once
 
@@ -84,8 +85,7 @@ struct HopperFp8Stage {
   std::uint32_t parity;
 
   explicit __device__ __forceinline__ HopperFp8Stage(int turn)
-      : index(turn % Tile::kStages),
-        parity(static_cast<std::uint32_t>(turn / Tile::kStages & 1)) {
+      : index(turn % Tile::kStages), parity(static_cast<std::uint32_t>(turn / Tile::kStages & 1)) {
     static_assert((Tile::kStages & (Tile::kStages - 1)) == 0);
   }
 };
@@ -104,9 +104,9 @@ struct HopperFp8Producer {
     ptx::mbarrier_wait(&shared.keys_free[stage.index], stage.parity ^ 1);
     ptx::mbarrier_expect(&shared.keys_there[stage.index], Shared::kKeys);
     for (int panel = 0; panel < fp8_panels(Tile::kD); ++panel) {
-      ptx::tma_load(
-          ptx::shared_address(shared.keys[stage.index]) + panel * (Tile::kN * kPanelRow), &p.k,
-          panel * 128, row, head, entry, &shared.keys_there[stage.index], ptx::Keep::long_);
+      ptx::tma_load(ptx::shared_address(shared.keys[stage.index]) + panel * (Tile::kN * kPanelRow),
+                    &p.k, panel * 128, row, head, entry, &shared.keys_there[stage.index],
+                    ptx::Keep::long_);
     }
   }
   __device__ __forceinline__ void values(int of_turn, int key, int head, int entry) {
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using Stage = HopperFp8Stage<Tile>;
   using T = __nv_bfloat16;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
-  constexpr int kScores = kN / 2, kResults = kDv / 2;      // of a thread
-  constexpr int kPart = kResults / Tile::kParts;           // of them at a time
+  constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
+  constexpr int kPart = kResults / Tile::kParts;       // of them at a time
   constexpr int kPartBytes = kDv / Tile::kParts * kPanelRow;
   constexpr float kShift = 8.0f;  // powers of two that the largest probability has
   extern __shared__ __align__(1024) char hopper_memory[];
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_commit();
     };
     // Results of a block, the first part of which was issued: added, and the others after it.
-    const auto add_parts = [&](int stage, const float(&alpha)[2]) {
+    const auto add_parts = [&](int stage, const float (&alpha)[2]) {
 #pragma unroll
       for (int part = 0; part < Tile::kParts; ++part) {
         ptx::wgmma_wait<0>();

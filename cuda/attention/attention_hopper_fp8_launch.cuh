@@ -35,12 +35,13 @@ void launch_hopper_fp8(Fp8Call& call, Stream stream, const char* op) {
                        {128, box, 1, 1}},
                       op);
   };
+  const CUtensorMap queries = map(f.q, f.d, f.queries, f.heads, kM);
   // Without keys nothing of them is fetched; a map must be of something.
-  const View keys = f.keys > 0 ? f.k : f.q;
+  const bool any = f.keys > 0;
   const HopperFp8Forward p{
-      .q = map(f.q, f.d, f.queries, f.heads, kM),
-      .k = map(keys, f.d, std::max(f.keys, 1), kv_heads, Tile::kN),
-      .v = map(call.values, std::max(call.width, kFp8Keys), f.dv, kv_heads, Tile::kDv),
+      .q = queries,
+      .k = any ? map(f.k, f.d, f.keys, kv_heads, Tile::kN) : queries,
+      .v = any ? map(call.values, call.width, f.dv, kv_heads, Tile::kDv) : queries,
       .out = tensor_map({f.out.data,
                          DType::bf16,
                          {f.dv, f.queries, f.heads, entries},
@@ -51,7 +52,8 @@ void launch_hopper_fp8(Fp8Call& call, Stream stream, const char* op) {
       .schedule = {.tiles = f.blocks * units,
                    .units = units,
                    // Four blocks of queries of a head at a time share its keys in L2.
-                   .section = units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
+                   .section =
+                       units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
                    .longest_first = f.mask.right >= 0 && f.mask.left < 0},
       .q_scale = call.q_scale,
       .k_scale = call.k_scale,

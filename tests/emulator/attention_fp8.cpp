@@ -41,9 +41,16 @@ Tensor dense_tensor(DType dtype, const Sizes& sizes) {
 struct Fp8Call {
   explicit Fp8Call(const Fp8Case& c);
   NamedTensors tensors() {
-    return {{"q", &q},     {"k", &k},     {"v", &v},         {"sinks", &sinks},
-            {"out", &out}, {"lse", &lse}, {"q_scale", &q_scale}, {"k_scale", &k_scale},
-            {"v_scale", &v_scale}, {"workspace", &workspace}};
+    return {{"q", &q},
+            {"k", &k},
+            {"v", &v},
+            {"sinks", &sinks},
+            {"out", &out},
+            {"lse", &lse},
+            {"q_scale", &q_scale},
+            {"k_scale", &k_scale},
+            {"v_scale", &v_scale},
+            {"workspace", &workspace}};
   }
   /// NaN wherever no query of a sequence may look.
   void poison(const Fp8Case& c);
@@ -61,8 +68,8 @@ Fp8Call::Fp8Call(const Fp8Case& c) {
     return t;
   };
   const auto operand = [&](DType dtype, std::int64_t rows, std::int64_t heads, std::int64_t width) {
-    return tensor(dtype, c.packed ? Sizes{c.batch * rows, heads, width}
-                                  : Sizes{c.batch, rows, heads, width});
+    return tensor(
+        dtype, c.packed ? Sizes{c.batch * rows, heads, width} : Sizes{c.batch, rows, heads, width});
   };
   q = operand(DType::f8e4m3, c.queries, c.heads, c.d);
   k = operand(DType::f8e4m3, c.keys, c.kv_heads, c.d);

@@ -51,10 +51,10 @@ std::int64_t number(const std::string& word) {
   return value;
 }
 
-const std::set<std::string> kNames = {"fwd",   "bwd",       "attention",  "fp8",     "softmax", "loss",
-                                      "rope",  "pointwise", "activation", "optim",   "quant",
-                                      "group", "rms",       "layer",      "f32",     "bf16",
-                                      "mixed", "mixed2",    "mixed3",     "f16"};
+const std::set<std::string> kNames = {"fwd",   "bwd",   "attention", "fp8",        "softmax",
+                                      "loss",  "rope",  "pointwise", "activation", "optim",
+                                      "quant", "group", "rms",       "layer",      "f32",
+                                      "bf16",  "mixed", "mixed2",    "mixed3",     "f16"};
 
 const std::map<std::string, Order> kOrders = {{"forward", Order::forward},
                                               {"backward", Order::backward},

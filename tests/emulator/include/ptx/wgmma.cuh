@@ -134,16 +134,14 @@ inline void wgmma(float (&d)[kR], MatrixDescriptor a, MatrixDescriptor b, bool a
     const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     wgmma_detail::Rows8 rows;
     for (int half = 0; half < 2; ++half) {
-      for (int k = 0; k < 32; ++k)
-        rows[half][k] = wgmma_detail::element_8(a, row + half * 8, k);
+      for (int k = 0; k < 32; ++k) rows[half][k] = wgmma_detail::element_8(a, row + half * 8, k);
     }
     wgmma_detail::multiply_8<kR>(sums, rows, b, add);
   });
 }
 
 template <int kR>
-inline void wgmma(float (&d)[kR], const std::uint32_t (&a)[4], MatrixDescriptor b, bool add,
-                  E4m3) {
+inline void wgmma(float (&d)[kR], const std::uint32_t (&a)[4], MatrixDescriptor b, bool add, E4m3) {
   const void* const* const lanes = mma_detail::show(a);
   wgmma_detail::Rows8 rows;
   for (int half = 0; half < 2; ++half) {
