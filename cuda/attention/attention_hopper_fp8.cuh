@@ -348,19 +348,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
         int n = end - 1;
         if constexpr (Tile::kOverlap) {
+          const auto wait_for_keys = [&](const Stage& stage) {
+            ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          };
           {
             const Stage stage(turn);
-            ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+            wait_for_keys(stage);
             issue_scores(stage.index);
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
             softmax(n, n >= whole_end || n < whole_begin);
             pack_probabilities();
+            if (n > begin) wait_for_keys(Stage(turn + 1));
           }
           for (--n; n >= begin; --n) {
             const Stage before(turn++), stage(turn);
-            ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
             if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
             issue_scores(stage.index);
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
@@ -371,6 +374,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             arrive(&shared.keys_free[stage.index]);
             const float of_before[2] = {alpha[0], alpha[1]};
             softmax(n, n >= whole_end || n < whole_begin);
+            // Without a branch here ptxas puts the exponentials behind the wait for results, where
+            // nothing hides them.
+            ptx::registers_arrived(rS);
+            if (n > begin) wait_for_keys(Stage(turn + 1));
             add_parts(before.index, of_before);
             arrive(&shared.values_free[before.index]);
             pack_probabilities();

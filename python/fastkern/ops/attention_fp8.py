@@ -65,11 +65,12 @@ def flash_attn_fp8(
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`flash_attn` and :func:`flash_attn_varlen` of ``q * q_scale``, ``k * k_scale`` and ``v * v_scale`` in 8 bits.
+    """Attention of operands in 8 bits, which stand for ``q * q_scale``, ``k * k_scale``, ``v * v_scale``; forward only.
 
-    As FlashAttention-3 has it: Shah, Bikshandi, Zhang, Thakkar, Ramani and Dao, "FlashAttention-3: Fast and Accurate
-    Attention with Asynchrony and Low-precision", 2024. Sums over keys are float32 after every 128 of them, as the
-    tensor cores' own are not. On CUDA it needs compute capability 9.0.
+    Else :func:`flash_attn` or, with ``cu_seqlens_q``, :func:`flash_attn_varlen`. As FlashAttention-3 has it: Shah,
+    Bikshandi, Zhang, Thakkar, Ramani and Dao, "FlashAttention-3: Fast and Accurate Attention with Asynchrony and
+    Low-precision", 2024. Sums over keys are float32 after every 128 of them, as the tensor cores' own are not. On CUDA
+    it needs compute capability 9.0.
 
     Args:
         q: (B, S, H, D) or, with ``cu_seqlens_q``, (total, H, D); float8_e4m3fn, on the CPU or a CUDA device. Any
