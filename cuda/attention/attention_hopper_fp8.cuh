@@ -34,12 +34,14 @@ constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 
 /// kColumns columns of q, k and v. kStagesOf keys and of values each. kPolynomial of eight
 /// exponentials are computed without the special function units, which are slower than the tensor
-/// cores here.
-template <int kColumns, int kPartsOf, int kStagesOf, bool kOverlapped, bool kInTurn, int kOfEight>
+/// cores here. kLate: results are added after the next scores were issued, in the time of which.
+template <int kColumns, int kPartsOf, int kStagesOf, bool kOverlapped, bool kInTurn, int kOfEight,
+          bool kAddedLate>
 struct HopperFp8Tile {
   static constexpr int kD = kColumns, kDv = kColumns, kGroups = 2, kN = kFp8Keys;
   static constexpr int kParts = kPartsOf, kStages = kStagesOf, kPolynomial = kOfEight;
   static constexpr bool kOverlap = kOverlapped, kTurns = kInTurn && kOverlapped;
+  static constexpr bool kLate = kAddedLate && kOverlapped && kPartsOf == 1;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kRegisters = 240, kOtherRegisters = 24;
 };
@@ -68,14 +70,17 @@ struct HopperFp8Forward {
   Fp8Scale q_scale, k_scale, v_scale;
 };
 
-/// 2^x within 2^-9 of it, without special function units; x below -125 is as -125, and x is below
+/// 2^x within 2^-13 of it, without special function units; x below -125 is as -125, and x is below
 /// 127.
 __device__ __forceinline__ float exp2_polynomial(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
   x = fmaxf(x, -125.0f);
   const float whole = x + kRound;
   const float rest = x - (whole - kRound);  // -1/2 to 1/2
-  const float power = fmaf(fmaf(0.23842676f, rest, 0.70344489f), rest, 1.00044305f);
+  float power = 0.05517144f;
+  power = fmaf(power, rest, 0.24261081f);
+  power = fmaf(power, rest, 0.69326099f);
+  power = fmaf(power, rest, 0.99992809f);
   return __int_as_float(__float_as_int(power) + (__float_as_int(whole) << 23));
 }
 
@@ -243,17 +248,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
+    const auto add_part = [&](int part, const float (&alpha)[2]) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        float& o = rO[part * kPart + i];
+        o = fmaf(o, alpha[i / 2 % 2], rT[i]);
+      }
+    };
     // Results of a block, the first part of which was issued: added, and the others after it.
     const auto add_parts = [&](int stage, const float (&alpha)[2]) {
 #pragma unroll
       for (int part = 0; part < Tile::kParts; ++part) {
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rT);
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-          float& o = rO[part * kPart + i];
-          o = fmaf(o, alpha[i / 2 % 2], rT[i]);
-        }
+        add_part(part, alpha);
         if (part + 1 < Tile::kParts) issue_part(stage, part + 1);
       }
     };
@@ -362,10 +370,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             pack_probabilities();
             if (n > begin) wait_for_keys(Stage(turn + 1));
           }
+          float of_added[2] = {1.0f, 1.0f};  // alpha of what rT has, where it is added late
+          if constexpr (Tile::kLate) {
+#pragma unroll
+            for (int i = 0; i < kPart; ++i) rT[i] = 0.0f;
+          }
           for (--n; n >= begin; --n) {
             const Stage before(turn++), stage(turn);
             if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
             issue_scores(stage.index);
+            if constexpr (Tile::kLate) add_part(0, of_added);
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
             issue_part(before.index, 0);
             if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
@@ -378,10 +392,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             // nothing hides them.
             ptx::registers_arrived(rS);
             if (n > begin) wait_for_keys(Stage(turn + 1));
-            add_parts(before.index, of_before);
+            if constexpr (Tile::kLate) {
+              ptx::wgmma_wait<0>();
+              ptx::registers_arrived(rT);
+              of_added[0] = of_before[0], of_added[1] = of_before[1];
+            } else {
+              add_parts(before.index, of_before);
+            }
             arrive(&shared.values_free[before.index]);
             pack_probabilities();
           }
+          if constexpr (Tile::kLate) add_part(0, of_added);
           const Stage stage(turn++);
           ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
           issue_part(stage.index, 0);
