@@ -320,13 +320,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
+        float most[2][2];  // four chains of comparisons
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          float& m = most[i / 2 % 2][i % 2];
+          m = i < 4 ? rS[i] : fmaxf(m, rS[i]);
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float m = fmaxf(rS[half * 2], rS[half * 2 + 1]);
-#pragma unroll
-          for (int c = 1; c < kN / 8; ++c) {
-            m = fmaxf(m, fmaxf(rS[c * 4 + half * 2], rS[c * 4 + half * 2 + 1]));
-          }
+          float m = fmaxf(most[half][0], most[half][1]);
           m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
           m = fmaxf(top[half], fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
           const float base = m == -INFINITY ? 0.0f : m * unit;
