@@ -334,17 +334,9 @@ void print_variants() {
   print_variant<HopperFp8Tile<128, 1, 4, true, true, 0, false>>(bench, "128, added at once");
   print_variant<HopperFp8Tile<128, 1, 4, true, false, 0, true>>(bench, "128, no turns");
   print_variant<HopperFp8Tile<128, 1, 4, true, true, 1, true>>(bench, "128, 1 of 8 polynomials");
-  print_variant<HopperFp8Tile<128, 1, 4, true, true, 2, true>>(bench, "128, 2 of 8 polynomials");
-  print_variant<HopperFp8Tile<128, 2, 4, true, true, 0, false>>(bench, "128, two parts");
-  print_variant<HopperFp8Tile<128, 1, 4, false, false, 0, false>>(bench, "128, no overlap");
   print_variant<HopperFp8Of64>(bench, "64");
-  print_variant<HopperFp8Tile<64, 1, 4, true, true, 0, false>>(bench, "64, added at once");
-  print_variant<HopperFp8Tile<64, 1, 4, true, false, 0, true>>(bench, "64, no turns");
-  print_variant<HopperFp8Tile<64, 1, 4, true, true, 1, true>>(bench, "64, 1 of 8 polynomials");
   print_variant<HopperFp8Tile<64, 1, 4, true, true, 2, true>>(bench, "64, 2 of 8 polynomials");
   print_variant<HopperFp8Of256>(bench, "256");
-  print_variant<HopperFp8Tile<256, 4, 2, false, false, 0, false>>(bench, "256, four parts");
-  print_variant<HopperFp8Tile<256, 2, 2, false, false, 2, false>>(bench, "256, 2 of 8 polynomials");
 }
 
 void print_rates() {
