@@ -48,11 +48,13 @@ TensorRef scale_of(const OptionalTensor& t, std::int64_t batch, std::int64_t hea
   return ref;
 }
 
-/// Whether the copy engine can read it: in 16 bytes, and not expanded.
-bool in_boxes(const TensorRef& t) {
+/// Whether the copy engine can read it: in 16 bytes, and not expanded. Strides that nobody takes a
+/// step along become 0.
+bool in_boxes(TensorRef& t) {
   bool fits = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0;
   for (int d = 0; d + 1 < t.ndim; ++d) {
-    if (t.sizes[d] > 1) fits = fits && t.strides[d] > 0 && t.strides[d] % 16 == 0;
+    if (t.sizes[d] <= 1) t.strides[d] = 0;
+    fits = fits && t.strides[d] % 16 == 0 && (t.strides[d] > 0 || t.sizes[d] <= 1);
   }
   return fits;
 }

@@ -138,6 +138,11 @@ void attention_fp8(const AttentionFp8Fwd& args, Stream stream) {
                in_boxes(f.k, f.keys > 1, kv_heads > 1, entries) &&
                in_boxes(f.v, f.keys > 1, kv_heads > 1, entries),
            a.op, ": q, k and v must lie in 16 bytes and not be expanded");
+  const std::int64_t units = std::int64_t{f.heads} * (packed ? 1 : f.batch);
+  FK_CHECK((f.queries / 128 + 1 + (packed ? f.batch : 0)) * units < std::int64_t{1} << 30 &&
+               width_of(a) < std::int64_t{1} << 31,
+           a.op, ": ", f.queries, " queries and ", f.keys, " keys of ", units,
+           " heads do not fit a launch; split the call");
   FK_CHECK(args.workspace_size >= attention_fp8_workspace(args), a.op, ": workspace must have ",
            attention_fp8_workspace(args), " bytes, got ", args.workspace_size);
   char* const values = static_cast<char*>(args.workspace);
