@@ -19,7 +19,7 @@ struct MapShape {
   void* data;
   DType dtype;
   std::int64_t sizes[4], strides[3];  // strides[i]: of sizes[i + 1]
-  int box[4];                         // of 16-bit elements 64 at most, else 256
+  int box[4];                         // innermost 128 bytes at most, else 256 elements
 };
 
 /// The driver makes the maps; it is asked for by name, so that nothing links to it.
@@ -44,9 +44,10 @@ inline EncodeTensorMap tensor_map_encoder(const char* op) {
 /// With the swizzle of 128 bytes, zeros outside the tensor. Pure host work, about a microsecond:
 /// may be captured.
 inline CUtensorMap tensor_map(const MapShape& shape, const char* op) {
-  const CUtensorMapDataType type = shape.dtype == DType::f16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                   : shape.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const CUtensorMapDataType type = shape.dtype == DType::f16      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                   : shape.dtype == DType::bf16   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : shape.dtype == DType::f8e4m3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   cuuint64_t sizes[4], strides[3];
   cuuint32_t box[4];
   const cuuint32_t steps[4] = {1, 1, 1, 1};

@@ -22,8 +22,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from fastkern import specs
+from fastkern.bench import attention_fp8, markdown, optimizers, tables
 from fastkern.bench import html as report_page
-from fastkern.bench import markdown, optimizers, tables
 from fastkern.bench.accuracy import check
 from fastkern.bench.cases import Case
 from fastkern.bench.cli import app, select
@@ -55,6 +55,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     def run(*arguments: object, table: tuple[specs.OpSpec, ...] = (SMALL,)) -> Result:
         monkeypatch.setattr(specs, "SPECS", table)
         monkeypatch.setattr(optimizers, "SPECS", ())
+        monkeypatch.setattr(attention_fp8, "SPECS", ())
         return CliRunner().invoke(app, [*map(str, arguments), "--quick", "--device", "cpu"])
 
     return run
@@ -186,6 +187,7 @@ def test_an_operators_name_wins_over_its_familys(monkeypatch: pytest.MonkeyPatch
     table = (row(SMALL, name="softmax", family="softmax"), row(SMALL, name="logsumexp", family="softmax"), SMALL)
     monkeypatch.setattr(specs, "SPECS", table)
     monkeypatch.setattr(optimizers, "SPECS", ())
+    monkeypatch.setattr(attention_fp8, "SPECS", ())
     assert [s.name for s in select("softmax")[0]] == ["softmax"]
     assert [s.name for s in select("family:softmax")[0]] == ["softmax", "logsumexp"]
     assert [s.name for s in select("", "softmax")[0]] == ["softmax", "logsumexp"]

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastkern import specs
-from fastkern.bench import optimizers
+from fastkern.bench import attention_fp8, optimizers
 from fastkern.bench.accuracy import check
 from fastkern.bench.cases import Case
 
 CPU = torch.device("cpu")
-ROWS = [*specs.SPECS, *optimizers.SPECS]
+ROWS = [*specs.SPECS, *attention_fp8.SPECS, *optimizers.SPECS]
 
 
 @pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in ROWS if s.name != "linear_cross_entropy"])

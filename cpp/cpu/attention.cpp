@@ -6,6 +6,7 @@
 #include "fastkern/attention.h"
 
 #include "attention_blocks.h"
+#include "fastkern/attention_fp8.h"
 
 namespace fastkern::cpu {
 namespace {
@@ -77,21 +78,33 @@ void multiply_rows(std::int64_t rows, std::int64_t width, const float* by, float
   });
 }
 
+/// What operands of 8 bits are multiplied with.
+struct Scales {
+  static float at(const TensorRef& t, std::int64_t b, std::int64_t g) {
+    return t.given() ? static_cast<const float*>(t.data)[b * t.strides[0] + g * t.strides[1]]
+                     : 1.0f;
+  }
+  float of_scores(std::int64_t b, std::int64_t g) const { return at(q, b, g) * at(k, b, g); }
+  float of_values(std::int64_t b, std::int64_t g) const { return at(v, b, g); }
+
+  TensorRef q, k, v;
+};
+
 /// out and lse of queries i0 to i1 of one head.
-void query_block(const Problem& p, const Sequence& at, const Sight& sight, std::int64_t h,
-                 std::int64_t i0, std::int64_t i1, Workspace& work) {
+void query_block(const Problem& p, const Scales& scales, const Sequence& at, const Sight& sight,
+                 std::int64_t h, std::int64_t i0, std::int64_t i1, Workspace& work) {
   const std::int64_t rows = i1 - i0, columns = padded(rows), dv = padded(p.dv);
   float *const qt = work.qt.data(), *const s = work.s.data(), *const o = work.o.data();
   float* const max = work.of_query.data();
   float *const sum = max + kBlock, *const alpha = sum + kBlock;
+  const std::int64_t g = p.kv_head(h);
   load_rows(p.q, at.batch, at.first_q + i0, rows, h, work.rows.data());
-  transpose(rows, p.d, work.rows.data(), padded(p.d), p.scale, qt);
+  transpose(rows, p.d, work.rows.data(), padded(p.d), p.scale * scales.of_scores(at.entry, g), qt);
   const float sink = p.sink(h);
   std::fill_n(max, columns, sink);
   std::fill_n(sum, columns, sink == -kInfinity ? 0.0f : 1.0f);
   std::fill_n(o, rows * dv, 0.0f);
 
-  const std::int64_t g = p.kv_head(h);
   each_key_block(p, sight, h, i0, i1, [&](std::int64_t j0, std::int64_t j1) {
     load_rows(p.k, at.batch, at.first_k + j0, j1 - j0, g, work.rows.data());
     block_scores(p, at, sight, h, i0, i1, j0, j1, qt, work.rows.data(), s, nullptr);
@@ -105,16 +118,15 @@ void query_block(const Problem& p, const Sequence& at, const Sight& sight, std::
   });
 
   float* const lse = static_cast<float*>(p.args.lse.data);
+  const float value = scales.of_values(at.entry, g);
   for (std::int64_t i = 0; i < rows; ++i) {
-    alpha[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+    alpha[i] = sum[i] == 0.0f ? 0.0f : value / sum[i];
     lse[p.lse_at(at, h, i0 + i)] = sum[i] == 0.0f ? -kInfinity : max[i] + std::log(sum[i]);
   }
   store_rows(p.out, at.batch, at.first_q + i0, rows, h, o, dv, alpha);
 }
 
-}  // namespace
-
-void attention(const AttentionFwd& args) {
+void all_blocks(const AttentionFwd& args, const Scales& scales) {
   const Problem p(args);
   if (p.heads == 0 || p.total_q == 0) return;
   if (p.ragged()) {
@@ -128,9 +140,21 @@ void attention(const AttentionFwd& args) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const auto [entry, i0] = blocks[unit % count];
       const Sequence at = p.sequence(entry);
-      query_block(p, at, p.sight(at), unit / count, i0, std::min(at.queries, i0 + kBlock), work);
+      query_block(p, scales, at, p.sight(at), unit / count, i0, std::min(at.queries, i0 + kBlock),
+                  work);
     }
   });
+}
+
+}  // namespace
+
+void attention(const AttentionFwd& args) { all_blocks(args, {}); }
+
+void attention_fp8(const AttentionFp8Fwd& args) {
+  const AttentionFwd& a = args.fwd;
+  FK_CHECK(a.q.dtype == DType::f8e4m3 && a.k.dtype == DType::f8e4m3 && a.v.dtype == DType::f8e4m3,
+           a.op, ": q, k and v must be f8e4m3");
+  all_blocks(a, {args.q_scale, args.k_scale, args.v_scale});
 }
 
 void attention_dropout_mask(const TensorRef& mask, const AttentionDropout& dropout,

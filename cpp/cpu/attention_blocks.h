@@ -63,7 +63,7 @@ struct Operand {
 inline void load_rows(const Operand& t, std::int64_t b, std::int64_t first, std::int64_t count,
                       std::int64_t head, float* out) {
   const std::int64_t width = t.width, stride = padded(width);
-  dispatch(t.dtype, [&]<class T>() {
+  dispatch_stored(t.dtype, [&]<class T>() {
     const T* const from = t.at<const T>(b, first, head);
     const std::int64_t row = t.row, column = t.column;
     if (column != 1) {  // a gradient of a transposition, or of a sum: one number for all

@@ -127,7 +127,7 @@ AttentionDropout checked_dropout(const char* op, double p, MaybeTensor seed, May
 
 AttentionCall::AttentionCall(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                              MaybeTensor start_q, MaybeTensor start_k,
-                             const AttentionOptions& options)
+                             const AttentionOptions& options, bool fp8)
     : op_(op),
       q_(q),
       k_(k),
@@ -135,7 +135,8 @@ AttentionCall::AttentionCall(const char* op, const Tensor& q, const Tensor& k, c
       start_q_(start_q),
       start_k_(start_k),
       options_(options),
-      packed_(static_cast<bool>(start_q)) {
+      packed_(static_cast<bool>(start_q)),
+      fp8_(fp8) {
   args_.op = op;
   check_operands(k, v);
   check_numbers();
@@ -144,9 +145,18 @@ AttentionCall::AttentionCall(const char* op, const Tensor& q, const Tensor& k, c
 
 // ---- checks -------------------------------------------------------------------------------------
 
+TensorRef AttentionCall::operand(const Tensor& t, const char* argument) const {
+  if (!fp8_) return ref_of(t, op_, argument);
+  TensorRef ref = view_of(t, op_, argument);
+  FK_CHECK(has_type(t, ScalarType::Float8_e4m3fn), op_, ": ", argument,
+           " must be torch.float8_e4m3fn, got ", type_text(type_of(t)));
+  ref.dtype = DType::f8e4m3;
+  return ref;
+}
+
 void AttentionCall::check_operands(const Tensor& k, const Tensor& v) {
   TensorRef &rq = args_.q, &rk = args_.k, &rv = args_.v;
-  rq = ref_of(q_, op_, "q");
+  rq = operand(q_, "q");
   device_ = device_of(q_);
   FK_CHECK(rq.ndim == (packed_ ? 3 : 4), op_, ": q must have ",
            packed_ ? "three dimensions (total, H, D)" : "four dimensions (B, S, H, D)",
@@ -160,7 +170,7 @@ void AttentionCall::check_operands(const Tensor& k, const Tensor& v) {
   };
   const std::string batch = packed_ ? "" : std::to_string(rq.sizes[0]) + ", ";
 
-  rk = ref_of(k, op_, "k");
+  rk = operand(k, "k");
   check_type(rk, "k");
   FK_CHECK(rk.ndim == rq.ndim && (packed_ || rk.sizes[0] == rq.sizes[0]) &&
                rk.sizes[dim] == rq.sizes[dim],
@@ -173,7 +183,7 @@ void AttentionCall::check_operands(const Tensor& k, const Tensor& v) {
            groups);
   check_device(k, device_, op_, "k", "q");
 
-  rv = ref_of(v, op_, "v");
+  rv = operand(v, "v");
   check_type(rv, "v");
   FK_CHECK(rv.ndim == rq.ndim && std::equal(&rk.sizes[0], &rk.sizes[dim], &rv.sizes[0]), op_,
            ": v must have shape (", batch, rk.sizes[head - 1], ", ", groups, ", Dv), got ",
@@ -184,6 +194,7 @@ void AttentionCall::check_operands(const Tensor& k, const Tensor& v) {
 
   out_ = rq;
   out_.sizes[dim] = rv.sizes[dim];
+  if (fp8_) out_.dtype = DType::bf16;
   batch_ = rq.sizes[0];
   if (!packed_) {
     lse_ = shape_of(DType::f32, {batch_, heads_, rq.sizes[1]});

@@ -56,14 +56,18 @@ OptionalTensor make_dense_last(const Tensor& t, TensorRef& ref);
 /// A call that is being put together: q sets the device and the dtype of everything else.
 class AttentionCall {
  public:
-  /// Checks everything. With `start_q` and `start_k` the tensors are packed.
+  /// Checks everything. With `start_q` and `start_k` the tensors are packed. With `fp8` they are of
+  /// f8e4m3, and what is made of them is bf16.
   AttentionCall(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                MaybeTensor start_q, MaybeTensor start_k, const AttentionOptions& options);
+                MaybeTensor start_q, MaybeTensor start_k, const AttentionOptions& options,
+                bool fp8 = false);
 
   Device device() const { return device_; }
   /// Sizes and dtype of these; no data.
   const TensorRef& out_shape() const { return out_; }
   const TensorRef& lse_shape() const { return lse_; }
+  /// Entries of the batch; of packed tensors, sequences.
+  std::int64_t batch() const { return batch_; }
 
   /// A checked view of what has the shape and dtype of `like`.
   TensorRef same(const Tensor& t, const TensorRef& like, const char* argument) const;
@@ -80,6 +84,7 @@ class AttentionCall {
 
  private:
   void check_operands(const Tensor& k, const Tensor& v);
+  TensorRef operand(const Tensor& t, const char* argument) const;
   void check_numbers() const;
   void check_options();
   void check_ints(MaybeTensor t, std::int64_t count, const char* argument) const;
@@ -92,7 +97,7 @@ class AttentionCall {
   const Tensor &q_, &k_, &v_;
   MaybeTensor start_q_, start_k_;
   const AttentionOptions& options_;
-  bool packed_;
+  bool packed_, fp8_;
   Device device_;
   AttentionFwd args_;
   TensorRef out_, lse_;

@@ -172,6 +172,14 @@ __global__ void __launch_bounds__(128) attention_rest_kernel(const Forward p) {
 }
 
 }  // namespace
+
+void launch_rest(const Forward& p, DType dtype, Stream stream, const char* op) {
+  dispatch(dtype, [&]<class T>() {
+    launch(attention_rest_kernel<T>, {.op = op, .grid = p.batch + 1, .block = 128, .overlap = true},
+           stream, p);
+  });
+}
+
 }  // namespace attention_detail
 
 const char* attention_portable_because(const AttentionFwd& args, Stream stream) {
@@ -194,12 +202,7 @@ void attention(const AttentionFwd& args, Stream stream) {
       launch_fwd_as<__nv_bfloat16, kExtras>(p, stream, args.op);
     });
   }
-  if (p.lengths.start_q) {
-    dispatch(args.q.dtype, [&]<class T>() {
-      launch(attention_rest_kernel<T>,
-             {.op = args.op, .grid = p.batch + 1, .block = 128, .overlap = true}, stream, p);
-    });
-  }
+  if (p.lengths.start_q) launch_rest(p, args.q.dtype, stream, args.op);
 }
 
 }  // namespace fastkern::cuda

@@ -25,6 +25,8 @@ bool in_boxes(const View& v, bool many_rows, bool many_heads, bool many_entries)
 const char* hopper_refuses(const Forward& p);
 /// Why a call takes the portable kernel; nullptr: it does not.
 const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream);
+/// Of packed tensors: out = 0 and lse = -inf for queries that are in no sequence.
+void launch_rest(const Forward& p, DType dtype, Stream stream, const char* op);
 /// Where FASTKERN_HAS_SM90 and the device has capability 9.0.
 template <class T>
 void launch_hopper_fwd_as(Forward& p, Stream stream, const char* op);

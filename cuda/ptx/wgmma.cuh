@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "ptx/fp8.cuh"
 #include "ptx/shared.cuh"
 
 namespace fastkern::ptx {
@@ -39,6 +40,8 @@ enum class Major { k, mn };
 /// Major::mn: a row of the panel is one k, 64 columns of b; the next 64 columns are in the panel
 /// `panel` bytes on.
 /// Steps of 16 k: 32 bytes on, or 16 rows.
+/// Of 8 bits a row of a panel has 128 elements, steps of 32 k are 32 bytes on, and there is no
+/// Major::mn.
 using MatrixDescriptor = std::uint64_t;
 __device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress at, int panel = 16) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
@@ -154,6 +157,37 @@ FASTKERN_WGMMAS(176, 88, 88, 89, 90, 91, 92, 93, 94)
 FASTKERN_WGMMAS(192, 96, 96, 97, 98, 99, 100, 101, 102)
 FASTKERN_WGMMAS(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
+/// The same of 8 bits: a 64 x 32, b 32 x kN, both Major::k. `a` in registers: thread t has of row
+/// 16 (t / 32) + t % 32 / 4 columns 4 (t % 4) to 4 (t % 4) + 3 in a[0] and 16 on in a[2], of the
+/// row eight below in a[1] and a[3]. Sums have some 14 bits on the way.
+#define FASTKERN_WGMMA_E4M3(kN, kR, P0, P1, P2, P3, P4, P5)                                       \
+  __device__ __forceinline__ void wgmma(float (&d)[kR], MatrixDescriptor a, MatrixDescriptor b,   \
+                                        bool add, E4m3) {                                         \
+    if constexpr (kHasWgmma) {                                                                    \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P2                                   \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN                                  \
+                   "k32.f32.e4m3.e4m3 {" FASTKERN_NAMES_##kR "}, %" #P0 ", %" #P1                 \
+                                                             ", add, 1, 1;\n}"                    \
+                   : FASTKERN_ALL_##kR(d)                                                         \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                 \
+    }                                                                                             \
+  }                                                                                               \
+  __device__ __forceinline__ void wgmma(float (&d)[kR], const std::uint32_t (&a)[4],              \
+                                        MatrixDescriptor b, bool add, E4m3) {                     \
+    if constexpr (kHasWgmma) {                                                                    \
+      asm volatile(                                                                               \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %" #P5                                            \
+          ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN "k32.f32.e4m3.e4m3 {" FASTKERN_NAMES_##kR \
+          "}, {%" #P0 ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", add, 1, 1;\n}"                  \
+          : FASTKERN_ALL_##kR(d)                                                                  \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));      \
+    }                                                                                             \
+  }
+FASTKERN_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
+FASTKERN_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
+FASTKERN_WGMMA_E4M3(256, 128, 128, 129, 130, 131, 132, 133)
+
+#undef FASTKERN_WGMMA_E4M3
 #undef FASTKERN_WGMMAS
 #undef FASTKERN_WGMMA
 #undef FASTKERN_FLOATS_8

@@ -52,6 +52,7 @@ try:
         flash_attn_varlen,
         merge_attention,
     )
+    from fastkern.ops.attention_fp8 import flash_attn_fp8
     from fastkern.ops.dropout import bias_dropout_add, dropout
     from fastkern.ops.elementwise import *  # noqa: F403
     from fastkern.ops.elementwise import abs as abs  # noqa: A004
@@ -124,6 +125,7 @@ __all__ = [
     "dropout",
     "enable_sdpa",
     "flash_attn",
+    "flash_attn_fp8",
     "flash_attn_varlen",
     "geglu",
     "geglu_static_quant",

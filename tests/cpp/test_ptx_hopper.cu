@@ -311,6 +311,130 @@ TEST_F(Hopper, Products176) { expect_products<176>(); }
 TEST_F(Hopper, Products192) { expect_products<192>(); }
 TEST_F(Hopper, Products256) { expect_products<256>(); }
 
+// ---- the same of 8 bits
+// -----------------------------------------------------------------------------------------------
+
+/// d (64 x kN) = 2 a b of e4m3: `a` (64 x kDepth), `b` (kN x kDepth), bytes.
+template <int kN, bool kInRegisters>
+__global__ void __launch_bounds__(128)
+    product_8_kernel(const std::uint8_t* a, const std::uint8_t* b, float* d) {
+  constexpr int kBytes = 2 * kDepth;  // two panels
+  extern __shared__ __align__(1024) char tiles[];
+  char *const sA = tiles, *const sB = tiles + 64 * kBytes;
+  const auto place = [](char* to, const std::uint8_t* from, int rows) {
+    for (int e = threadIdx.x; e < rows * kBytes / 16; e += 128) {
+      const int row = e / (kBytes / 16), chunk = e % (kBytes / 16);
+      *reinterpret_cast<uint4*>(to + chunk / 8 * (rows * 128) + swizzled(row, chunk % 8)) =
+          *reinterpret_cast<const uint4*>(from + row * kBytes + chunk * 16);
+    }
+  };
+  place(sA, a, 64);
+  place(sB, b, kN);
+  ptx::fence_async();
+  __syncthreads();
+  const int warp = threadIdx.x / 32, quad = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+  std::uint32_t rA[kBytes / 32][4];
+  for (int kk = 0; kk < kBytes / 32; ++kk) {
+    for (int e = 0; e < 4; ++e) {
+      const int row = warp * 16 + quad + e % 2 * 8, column = kk * 32 + e / 2 * 16 + pair * 4;
+      rA[kk][e] = *reinterpret_cast<const std::uint32_t*>(a + row * kBytes + column);
+    }
+  }
+  const ptx::MatrixDescriptor dA = ptx::matrix_descriptor(ptx::shared_address(sA));
+  const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(ptx::shared_address(sB));
+  float sums[kN / 2];
+  for (int twice = 0; twice < 2; ++twice) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < kBytes / 32; ++kk) {
+      const ptx::MatrixDescriptor at = ptx::matrix_right(dB, kk / 4 * (kN * 128) + kk % 4 * 32);
+      const bool add = twice > 0 || kk > 0;
+      if constexpr (kInRegisters) {
+        ptx::wgmma(sums, rA[kk], at, add, ptx::E4m3{});
+      } else {
+        ptx::wgmma(sums, ptx::matrix_right(dA, kk / 4 * (64 * 128) + kk % 4 * 32), at, add,
+                   ptx::E4m3{});
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::registers_arrived(sums);
+  }
+  for (int i = 0; i < kN / 2; ++i) {
+    d[(warp * 16 + quad + i / 2 % 2 * 8) * kN + i / 4 * 8 + pair * 2 + i % 2] = sums[i];
+  }
+}
+
+template <int kN, bool kInRegisters>
+void expect_product_8() {
+  constexpr int kBytes = 2 * kDepth;
+  std::mt19937 random(kN);
+  const auto small = [&](int count) {
+    std::vector<std::uint8_t> bytes(count);
+    for (std::uint8_t& byte : bytes) {
+      byte = from_float<f8e4m3>(static_cast<float>(static_cast<int>(random() % 5) - 2)).bits;
+    }
+    return bytes;
+  };
+  const std::vector<std::uint8_t> a = small(64 * kBytes), b = small(kN * kBytes);
+  const DeviceArray<std::uint8_t> on_a(a), on_b(b);
+  const DeviceArray<float> d(64 * kN, -1.0f);
+  const auto kernel = product_8_kernel<kN, kInRegisters>;
+  const int bytes = (64 + kN) * kBytes;
+  cuda_ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<1, 128, bytes>>>(on_a.data(), on_b.data(), d.data());
+  cuda_ok(cudaDeviceSynchronize());
+  const std::vector<float> found = d.download();
+  int wrong = 0;
+  for (int i = 0; i < 64; ++i) {
+    for (int n = 0; n < kN; ++n) {
+      float sum = 0.0f;
+      for (int k = 0; k < kBytes; ++k) {
+        sum += to_float(f8e4m3{a[i * kBytes + k]}) * to_float(f8e4m3{b[n * kBytes + k]});
+      }
+      if (found[i * kN + n] != 2.0f * sum && wrong++ < 4) {
+        ADD_FAILURE() << "N " << kN << (kInRegisters ? " registers" : " shared") << ": row " << i
+                      << " column " << n << " is " << found[i * kN + n] << ", expected "
+                      << 2.0f * sum;
+      }
+    }
+  }
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST_F(Hopper, ProductsOf8Bits) {
+  expect_product_8<64, false>();
+  expect_product_8<64, true>();
+  expect_product_8<128, false>();
+  expect_product_8<128, true>();
+  expect_product_8<256, false>();
+  expect_product_8<256, true>();
+}
+
+__global__ void pack_8_kernel(const float* in, std::uint32_t* out) {
+  const float* const four = in + threadIdx.x * 4;
+  out[threadIdx.x] = ptx::pack_4(four[0], four[1], four[2], four[3], ptx::E4m3{});
+}
+
+TEST_F(Hopper, NumbersOf8Bits) {
+  std::vector<float> values = {0.0f,   -0.0f, 1.0f,    -1.0625f, 1.1875f,    448.0f,
+                               449.0f, -1e9f, 0x1p-9f, 0x1p-10f, 0x1.8p-10f, 463.0f,
+                               256.0f, 17.0f, -19.0f,  0x1p-7f};
+  std::mt19937 random(3);
+  while (values.size() < 512) {
+    values.push_back(
+        std::ldexp(static_cast<float>(random() >> 8), static_cast<int>(random() % 24) - 36));
+  }
+  const DeviceArray<float> in(values);
+  const DeviceArray<std::uint32_t> out(128);
+  pack_8_kernel<<<1, 128>>>(in.data(), out.data());
+  cuda_ok(cudaDeviceSynchronize());
+  const std::vector<std::uint32_t> found = out.download();
+  for (int i = 0; i < 512; ++i) {
+    EXPECT_EQ(found[i / 4] >> 8 * (i % 4) & 255, from_float<f8e4m3>(values[i]).bits) << values[i];
+  }
+}
+
 // ---- warpgroups
 // ----------------------------------------------------------------------------------------------------
 

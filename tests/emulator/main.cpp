@@ -84,7 +84,7 @@ int main(int argc, char** argv) {
 
   const auto alone = [&](const char* family) {
     for (const char* other :
-         {"attention", "softmax", "loss", "rope", "pointwise", "activation", "optim"}) {
+         {"attention", "fp8", "softmax", "loss", "rope", "pointwise", "activation", "optim"}) {
       if (family != std::string(other) && options.names.count(other) > 0) return false;
     }
     return true;
@@ -97,6 +97,7 @@ int main(int argc, char** argv) {
   add("norm", norm_cases);
   add("norm", group_norm_cases);
   add("attention", attention_cases);
+  add("fp8", attention_fp8_cases);
   add("softmax", softmax_cases);
   add("loss", loss_cases);
   add("rope", rope_cases);

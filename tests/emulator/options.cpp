@@ -11,7 +11,7 @@ namespace {
 
 constexpr char kUsage[] = R"(usage: tools/run_emulator.sh [names, sizes and options]
 
-  names        fwd bwd quant group attention softmax loss rope pointwise activation optim
+  names        fwd bwd quant group attention fp8 softmax loss rope pointwise activation optim
                | rms layer | f32 bf16 mixed mixed2 mixed3 f16
                cases of these; of each of the three lists all, if none of it is named
   sizes        N, any number of them, for the row norms
@@ -51,10 +51,10 @@ std::int64_t number(const std::string& word) {
   return value;
 }
 
-const std::set<std::string> kNames = {"fwd",   "bwd",       "attention",  "softmax", "loss",
-                                      "rope",  "pointwise", "activation", "optim",   "quant",
-                                      "group", "rms",       "layer",      "f32",     "bf16",
-                                      "mixed", "mixed2",    "mixed3",     "f16"};
+const std::set<std::string> kNames = {"fwd",   "bwd",   "attention", "fp8",        "softmax",
+                                      "loss",  "rope",  "pointwise", "activation", "optim",
+                                      "quant", "group", "rms",       "layer",      "f32",
+                                      "bf16",  "mixed", "mixed2",    "mixed3",     "f16"};
 
 const std::map<std::string, Order> kOrders = {{"forward", Order::forward},
                                               {"backward", Order::backward},

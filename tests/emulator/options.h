@@ -38,6 +38,7 @@ Options parse_options(int argc, char** argv);
 std::vector<Case> norm_cases(const Options& options);
 std::vector<Case> group_norm_cases(const Options& options);
 std::vector<Case> attention_cases(const Options& options);
+std::vector<Case> attention_fp8_cases(const Options& options);
 std::vector<Case> softmax_cases(const Options& options);
 std::vector<Case> loss_cases(const Options& options);
 std::vector<Case> activation_cases(const Options& options);

@@ -96,6 +96,7 @@ void Tensor::set(std::int64_t element, float value) {
   if (ref_.dtype == DType::f32) put(value);
   if (ref_.dtype == DType::bf16) put(from_float<bf16>(value));
   if (ref_.dtype == DType::f16) put(from_float<f16>(value));
+  if (ref_.dtype == DType::f8e4m3) put(from_float<f8e4m3>(value));
 }
 
 std::vector<double> Tensor::values() const {

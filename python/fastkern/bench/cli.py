@@ -12,9 +12,9 @@ import torch
 import typer
 
 from fastkern import _core, specs
+from fastkern.bench import attention_fp8, markdown, optimizers, report, runner
 from fastkern.bench import compare as comparing
 from fastkern.bench import html as page
-from fastkern.bench import markdown, optimizers, report, runner
 from fastkern.bench.cases import label, provider_names
 from fastkern.bench.scope import Options, device_name, name_of
 from fastkern.specs import OpSpec
@@ -35,8 +35,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def table() -> list[OpSpec]:
-    """All rows: the operators of ``fastkern.specs``, and the optimizers."""
-    return [*specs.SPECS, *optimizers.SPECS]
+    """All rows: the operators of ``fastkern.specs``, attention in 8 bits and the optimizers."""
+    return [*specs.SPECS, *attention_fp8.SPECS, *optimizers.SPECS]
 
 
 def select(only_run: str, family: str = "") -> tuple[list[OpSpec], dict[str, str]]:

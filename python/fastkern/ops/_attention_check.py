@@ -49,8 +49,18 @@ def _fail(op: str, name: str, must: str, got: object) -> RuntimeError:
     return RuntimeError(f"fastkern::{op}: {name} must {must}, got {got}")
 
 
-def _like_q(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    _check.float_tensor(op, name, t)
+def _operand(op: str, name: str, t: Tensor, dtype: torch.dtype | None) -> None:
+    """Of this dtype or, without one, of those that are computed with."""
+    if dtype is None:
+        _check.float_tensor(op, name, t)
+        return
+    _check.defined(op, name, t)
+    if t.dtype != dtype:
+        raise _fail(op, name, f"be {dtype}", t.dtype)
+
+
+def _like_q(op: str, name: str, t: Tensor, q: Tensor, dtype: torch.dtype | None) -> None:
+    _operand(op, name, t, dtype)
     if t.dtype != q.dtype:
         raise _fail(op, name, f"be {q.dtype} like q", t.dtype)
 
@@ -78,9 +88,11 @@ def _ints(op: str, name: str, t: Tensor | None, count: Any, q: Tensor) -> None:
         _check.device(op, name, t, q, "q")
 
 
-def _operands(op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts) -> tuple[Shapes, Any]:
+def _operands(
+    op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts, dtype: torch.dtype | None
+) -> tuple[Shapes, Any]:
     """Shapes of the results and how many entries the batch has."""
-    _check.float_tensor(op, "q", q)
+    _operand(op, "q", q, dtype)
     if q.dim() != (3 if starts else 4):
         wanted = "three dimensions (total, H, D)" if starts else "four dimensions (B, S, H, D)"
         raise _fail(op, "q", f"have {wanted}", f"shape {tuple(q.shape)}")
@@ -88,7 +100,7 @@ def _operands(op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts) -> tuple
     batch = "" if starts else f"{q.shape[0]}, "
     heads = q.shape[-2]
 
-    _like_q(op, "k", k, q)
+    _like_q(op, "k", k, q, dtype)
     if k.dim() != q.dim() or (not starts and k.shape[0] != q.shape[0]) or k.shape[-1] != q.shape[-1]:
         rows = "total" if starts else "T"
         raise _fail(op, "k", f"have shape ({batch}{rows}, G, {q.shape[-1]})", tuple(k.shape))
@@ -97,7 +109,7 @@ def _operands(op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts) -> tuple
         raise _fail(op, "k", f"have a number of heads that divides the {heads} heads of q", groups)
     _check.device(op, "k", k, q, "q")
 
-    _like_q(op, "v", v, q)
+    _like_q(op, "v", v, q, dtype)
     if v.dim() != q.dim() or any(got != want for got, want in zip(v.shape[:-1], k.shape[:-1], strict=True)):
         raise _fail(op, "v", f"have shape ({batch}{k.shape[-3]}, {groups}, Dv)", tuple(v.shape))
     _positive(op, "v", v)
@@ -173,9 +185,11 @@ def _options(op: str, q: Tensor, k: Tensor, starts: Starts, batch: Any, o: Optio
     _ints(op, "seqused_k", o.seqused_k, batch, q)
 
 
-def call(op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts, options: Options) -> Shapes:
-    """Everything that forward and backward are both called with."""
-    shapes, batch = _operands(op, q, k, v, starts)
+def call(
+    op: str, q: Tensor, k: Tensor, v: Tensor, starts: Starts, options: Options, dtype: torch.dtype | None = None
+) -> Shapes:
+    """Everything that forward and backward are both called with. ``dtype``: which one q, k and v must have."""
+    shapes, batch = _operands(op, q, k, v, starts, dtype)
     _numbers(op, options)
     _options(op, q, k, starts, batch, options)
     return shapes

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for cuda/ptx/tma.cuh: boxes of rows of 64 elements of 16 bits.
+// Stands in for cuda/ptx/tma.cuh: boxes of rows of 128 bytes.
 #pragma once
 
 #include <array>
@@ -19,15 +19,16 @@ namespace tma_detail {
 template <class Visit>
 void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddress box,
           const Visit& visit) {
+  const int bytes = static_cast<int>(size_of(map.dtype));
   for (int row = 0; row < map.box[1]; ++row) {
     for (int column = 0; column < map.box[0]; ++column) {
       const long at[] = {first[0] + column, first[1] + row, first[2], first[3]};
-      char* element = static_cast<char*>(map.data) + at[0] * 2;
+      char* element = static_cast<char*>(map.data) + at[0] * bytes;
       for (int i = 0; i < 4; ++i) {
         if (at[i] < 0 || at[i] >= map.sizes[i]) element = nullptr;
         if (i > 0 && element) element += map.sizes[i] == 1 ? 0 : at[i] * map.strides[i - 1];
       }
-      visit(element, swizzled_address(box + row * 128 + column * 2));
+      visit(element, swizzled_address(box + row * 128 + column * bytes));
     }
   }
 }
@@ -35,7 +36,7 @@ void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddr
 inline cuda::MapShape shape_of(const CUtensorMap* map, SharedAddress box) {
   cuda::MapShape shape;
   std::memcpy(&shape, map, sizeof shape);
-  if (shape.box[0] != 64 || shape.box[2] * shape.box[3] != 1)
+  if (shape.box[0] * size_of(shape.dtype) != 128 || shape.box[2] * shape.box[3] != 1)
     emulator::fault("boxes of %d columns are not emulated", shape.box[0]);
   emulator::check_aligned(reinterpret_cast<const void*>(box), 128);
   return shape;
@@ -50,9 +51,10 @@ inline void tma_load(SharedAddress to, const CUtensorMap* map, int c0, int c1, i
   emulator::box_arrives(
       reinterpret_cast<void*>(to), shape.box[1] * 128l,
       [=] {
-        tma_detail::each(shape, {c0, c1, c2, c3}, to, [](const char* from, char* at) {
-          const char zeros[2] = {};
-          std::memcpy(at, from ? from : zeros, 2);
+        const auto bytes = static_cast<std::size_t>(size_of(shape.dtype));
+        tma_detail::each(shape, {c0, c1, c2, c3}, to, [=](const char* from, char* at) {
+          const char zeros[8] = {};
+          std::memcpy(at, from ? from : zeros, bytes);
         });
       },
       barrier);
@@ -62,8 +64,9 @@ inline void tma_store(const CUtensorMap* map, int c0, int c1, int c2, int c3, Sh
   const cuda::MapShape shape = tma_detail::shape_of(map, from);
   if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
   emulator::later(emulator::Later::bulk, [=] {
-    tma_detail::each(shape, {c0, c1, c2, c3}, from, [](char* to, const char* at) {
-      if (to) std::memcpy(to, at, 2);
+    const auto bytes = static_cast<std::size_t>(size_of(shape.dtype));
+    tma_detail::each(shape, {c0, c1, c2, c3}, from, [=](char* to, const char* at) {
+      if (to) std::memcpy(to, at, bytes);
     });
   });
 }

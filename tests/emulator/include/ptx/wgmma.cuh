@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "ptx/fp8.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 
@@ -98,6 +99,62 @@ inline void wgmma(float (&d)[kR], const std::uint32_t (&a)[4], MatrixDescriptor 
   emulator::later(emulator::Later::products, [=] {
     wgmma_detail::multiply<kB>(*reinterpret_cast<float (*)[kR]>(sums), rows, b, add, type);
   });
+}
+
+// ---- of 8 bits
+
+namespace wgmma_detail {
+
+inline float element_8(const MatrixDescriptor& m, int row, int k) {
+  std::uint8_t bits;
+  std::memcpy(&bits, swizzled_address(m.at + row * 128 + k), 1);
+  return to_float(f8e4m3{bits});
+}
+
+using Rows8 = std::array<std::array<float, 32>, 2>;
+
+template <int kR>
+void multiply_8(float* d, const Rows8& a, const MatrixDescriptor& b, bool add) {
+  const int pair = static_cast<int>(threadIdx.x) % 4;
+  for (int i = 0; i < kR; ++i) {
+    float sum = add ? d[i] : 0.0f;
+    for (int k = 0; k < 32; ++k) {
+      sum += a[i / 2 % 2][k] * element_8(b, i / 4 * 8 + pair * 2 + i % 2, k);
+    }
+    d[i] = sum;
+  }
+}
+
+}  // namespace wgmma_detail
+
+template <int kR>
+inline void wgmma(float (&d)[kR], MatrixDescriptor a, MatrixDescriptor b, bool add, E4m3) {
+  float* const sums = d;
+  emulator::later(emulator::Later::products, [=] {
+    const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    wgmma_detail::Rows8 rows;
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 32; ++k) rows[half][k] = wgmma_detail::element_8(a, row + half * 8, k);
+    }
+    wgmma_detail::multiply_8<kR>(sums, rows, b, add);
+  });
+}
+
+template <int kR>
+inline void wgmma(float (&d)[kR], const std::uint32_t (&a)[4], MatrixDescriptor b, bool add, E4m3) {
+  const void* const* const lanes = mma_detail::show(a);
+  wgmma_detail::Rows8 rows;
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 32; ++k) {
+      const void* const of = lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4];
+      const int byte = 4 * (half + k / 16 * 2) + k % 4;
+      rows[half][k] = to_float(f8e4m3{static_cast<const std::uint8_t*>(of)[byte]});
+    }
+  }
+  mma_detail::leave();
+  float* const sums = d;
+  emulator::later(emulator::Later::products,
+                  [=] { wgmma_detail::multiply_8<kR>(sums, rows, b, add); });
 }
 
 }  // namespace fastkern::ptx

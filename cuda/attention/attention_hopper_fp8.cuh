@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of 8-bit operands, forward, on Hopper (sm_90a): fastkern/attention_fp8.h.
+//
+//   work     as of 16 bits (attention_hopper_fwd.cuh): a block of threads per multiprocessor goes
+//            from tile to tile, 64 queries a warpgroup, 128 keys at a time, last ones first
+//   values   tensor cores take operands of 8 bits only with the summed dimension side by side: v is
+//            transposed before (attention_fp8.cu), keys in the order in which a thread has their
+//            scores, so that probabilities become an operand without leaving their thread. Rows
+//            beyond a sequence are zeros there
+//   sums     the tensor cores' own have some 14 bits: results of each 128 keys are a sum of their
+//            own, in rT, and added to those so far in f32, which is the multiplication with
+//            alpha as well. Results have kParts parts of columns, one at a time
+//   range    probabilities have 2^8 where they are largest
+//   overlap  kOverlap: scores of a block are issued before results of the one before, as of 16
+//            bits; else one after the other, and rT takes the registers of scores
+//   sync     as of 16 bits; results have shared memory of their own
+//   cost     4 * S * T * D flops where all is seen, at twice the rate of 16 bits; v is read and
+//            written once more
+#pragma once
+
+#include "attention/attention_hopper_fp8_fetch.cuh"
+#include "launch.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+/// 2^x within 2^-13 of it, without special function units; x below -125 is as -125, and x is below
+/// 127.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
+  x = fmaxf(x, -125.0f);
+  const float whole = x + kRound;
+  const float rest = x - (whole - kRound);  // -1/2 to 1/2
+  float power = 0.05517144f;
+  power = fmaf(power, rest, 0.24261081f);
+  power = fmaf(power, rest, 0.69326099f);
+  power = fmaf(power, rest, 0.99992809f);
+  return __int_as_float(__float_as_int(power) + (__float_as_int(whole) << 23));
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    attention_hopper_fp8_kernel(const __grid_constant__ HopperFp8Forward p) {
+  using Shared = HopperFp8Shared<Tile>;
+  using Stage = HopperFp8Stage<Tile>;
+  using T = __nv_bfloat16;
+  constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
+  constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
+  constexpr int kPart = kResults / Tile::kParts;       // of them at a time
+  constexpr int kPartBytes = kDv / Tile::kParts * kPanelRow;
+  constexpr float kShift = 8.0f;  // powers of two that the largest probability has
+  extern __shared__ __align__(1024) char hopper_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
+
+  // The number of the warpgroup, for the compiler to see that all of a warp agree.
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&p.q);
+    ptx::prefetch_map(&p.k);
+    ptx::prefetch_map(&p.v);
+    ptx::prefetch_map(&p.out);
+    constexpr int kWarps = 4 * kGroups;
+    ptx::mbarrier_init(&shared.query_there, 1);
+    ptx::mbarrier_init(&shared.query_free, kWarps);
+    for (int s = 0; s < Tile::kStages; ++s) {
+      ptx::mbarrier_init(&shared.keys_there[s], 1);
+      ptx::mbarrier_init(&shared.keys_free[s], kWarps);
+      ptx::mbarrier_init(&shared.values_there[s], 1);
+      ptx::mbarrier_init(&shared.values_free[s], kWarps);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  ptx::grid_wait();
+  ptx::grid_launch_next();
+
+  if (warpgroup == 0) {
+    ptx::registers_give_back<Tile::kOtherRegisters>();
+    if (threadIdx.x < 32) {
+      HopperFp8Producer<Tile> producer{p, shared};
+      int t = 0;
+      for (int round = 0;; ++round) {
+        const int id = hopper_tile(round);
+        if (round * static_cast<int>(gridDim.x) >= p.schedule.tiles) break;
+        if (id >= p.schedule.tiles) continue;
+        const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);
+        if (job.b < 0) continue;
+        if (threadIdx.x == 0) producer.run(job, t);
+        __syncwarp();
+        ++t;
+      }
+      if (threadIdx.x == 0) producer.finish(t);
+    }
+  } else {
+    ptx::registers_take<Tile::kRegisters>();
+    const int group = warpgroup - 1;
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+    const int quad = lane / 4, pair = lane % 4;
+    const auto arrive = [&](std::uint64_t* barrier) {
+      if (lane == 0) ptx::mbarrier_arrive(barrier);
+    };
+    const ptx::SharedAddress aQ = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
+    const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
+    const ptx::SharedAddress aV = ptx::shared_address(shared.values);
+
+    float rS[kScores], rT[kPart], rO[kResults];
+    std::uint32_t rP[kN / 32][4];
+    const auto issue_scores = [&](int stage) {
+      const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
+      const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < Tile::kD / 32; ++kk) {
+        ptx::wgmma(rS, ptx::matrix_right(dQ, kk / 4 * (kM * kPanelRow) + kk % 4 * 32),
+                   ptx::matrix_right(dK, kk / 4 * (kN * kPanelRow) + kk % 4 * 32), kk > 0,
+                   ptx::E4m3{});
+      }
+      ptx::wgmma_commit();
+    };
+    const auto issue_part = [&](int stage, int part) {
+      const ptx::MatrixDescriptor dV =
+          ptx::matrix_descriptor(aV + stage * Shared::kValues + part * kPartBytes);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kN / 32; ++kk) {
+        ptx::wgmma(rT, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0, ptx::E4m3{});
+      }
+      ptx::wgmma_commit();
+    };
+    const auto add_part = [&](int part, const float (&alpha)[2]) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        float& o = rO[part * kPart + i];
+        o = fmaf(o, alpha[i / 2 % 2], rT[i]);
+      }
+    };
+    // Results of a block, the first part of which was issued: added, and the others after it.
+    const auto add_parts = [&](int stage, const float (&alpha)[2]) {
+#pragma unroll
+      for (int part = 0; part < Tile::kParts; ++part) {
+        ptx::wgmma_wait<0>();
+        ptx::registers_arrived(rT);
+        add_part(part, alpha);
+        if (part + 1 < Tile::kParts) issue_part(stage, part + 1);
+      }
+    };
+    // Columns 8 c + 2 pair and the next of four c: four bytes of k and the four that are 16 on.
+    const auto pack_probabilities = [&] {
+#pragma unroll
+      for (int kk = 0; kk < kN / 32; ++kk) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* const s = rS + kk * 16 + e / 2 * 8 + e % 2 * 2;
+          rP[kk][e] = ptx::pack_4(s[0], s[1], s[4], s[5], ptx::E4m3{});
+        }
+      }
+    };
+
+    if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
+    int turn = 0;  // blocks of keys seen
+    for (int t = 0;; ++t) {
+      ptx::mbarrier_wait(&shared.query_there, t & 1);
+      const HopperJob& job = shared.jobs[t & 1];
+      if (job.b < 0) break;
+      const int row = group * 64 + warp * 16 + quad;  // and eight below
+      const int kv_head = job.h / p.f.group;
+      // From products to powers of two. Of a scale that is 0 all scores are 0, those that are not
+      // seen -inf.
+      const float signed_unit =
+          p.f.scale_log2 * (p.q_scale.at(job.b, kv_head) * p.k_scale.at(job.b, kv_head));
+      const bool negative = signed_unit < 0.0f;
+      const float unit = fabsf(signed_unit) < 1e-30f ? 1e-30f : fabsf(signed_unit);
+      const float sink = p.f.sinks.at(job.h, -INFINITY);
+      // In units of what the products are; a sink is a key of its own, counted by one thread.
+      float top[2], sum[2], alpha[2] = {1.0f, 1.0f};
+      top[0] = top[1] = sink == -INFINITY ? sink : sink * kLog2e / unit;
+      sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : ptx::exp2_approx(kShift);
+#pragma unroll
+      for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
+
+      // Scores of block n become probabilities; alpha: what results so far are multiplied with.
+      const auto softmax = [&](int n, bool masked) {
+        if (negative) {
+#pragma unroll
+          for (int i = 0; i < kScores; ++i) rS[i] = -rS[i];
+        }
+        const int j0 = n * kN + pair * 2;
+        if (masked) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = job.i0 + row + half * 8;
+            const int from = job.sight.low(i) - j0, to = job.sight.high(i) - j0;
+#pragma unroll
+            for (int c = 0; c < kN / 8; ++c) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              }
+            }
+          }
+        }
+        float most[2][2];  // four chains of comparisons
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          float& m = most[i / 2 % 2][i % 2];
+          m = i < 4 ? rS[i] : fmaxf(m, rS[i]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float m = fmaxf(most[half][0], most[half][1]);
+          m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+          m = fmaxf(top[half], fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
+          const float base = m == -INFINITY ? 0.0f : m * unit;
+          alpha[half] = ptx::exp2_approx(fmaf(top[half], unit, -base));
+          top[half] = m;
+          const float shift = kShift - base;
+          float more[2] = {};
+#pragma unroll
+          for (int c = 0; c < kN / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& s = rS[c * 4 + half * 2 + e];
+              const float x = fmaf(s, unit, shift);
+              s = (c * 2 + e) % 8 < Tile::kPolynomial ? exp2_polynomial(x) : ptx::exp2_approx(x);
+              more[e] += s;
+            }
+          }
+          sum[half] = fmaf(sum[half], alpha[half], more[0] + more[1]);
+        }
+      };
+
+      const int begin = job.begin, end = job.end;
+      if (begin < end) {
+        // Blocks that all queries of the warpgroup see whole: whole_begin to whole_end.
+        const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
+        const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
+        const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
+        int n = end - 1;
+        if constexpr (Tile::kOverlap) {
+          const auto wait_for_keys = [&](const Stage& stage) {
+            ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          };
+          {
+            const Stage stage(turn);
+            wait_for_keys(stage);
+            issue_scores(stage.index);
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rS);
+            arrive(&shared.keys_free[stage.index]);
+            softmax(n, n >= whole_end || n < whole_begin);
+            pack_probabilities();
+            if (n > begin) wait_for_keys(Stage(turn + 1));
+          }
+          float of_added[2] = {1.0f, 1.0f};  // alpha of what rT has, where it is added late
+          if constexpr (Tile::kLate) {
+#pragma unroll
+            for (int i = 0; i < kPart; ++i) rT[i] = 0.0f;
+          }
+          for (--n; n >= begin; --n) {
+            const Stage before(turn++), stage(turn);
+            if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
+            issue_scores(stage.index);
+            if constexpr (Tile::kLate) add_part(0, of_added);
+            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
+            issue_part(before.index, 0);
+            if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+            ptx::wgmma_wait<1>();
+            ptx::registers_arrived(rS);
+            arrive(&shared.keys_free[stage.index]);
+            const float of_before[2] = {alpha[0], alpha[1]};
+            softmax(n, n >= whole_end || n < whole_begin);
+            // Without a branch here ptxas puts the exponentials behind the wait for results, where
+            // nothing hides them.
+            ptx::registers_arrived(rS);
+            if (n > begin) wait_for_keys(Stage(turn + 1));
+            if constexpr (Tile::kLate) {
+              ptx::wgmma_wait<0>();
+              ptx::registers_arrived(rT);
+              of_added[0] = of_before[0], of_added[1] = of_before[1];
+            } else {
+              add_parts(before.index, of_before);
+            }
+            arrive(&shared.values_free[before.index]);
+            pack_probabilities();
+          }
+          if constexpr (Tile::kLate) add_part(0, of_added);
+          const Stage stage(turn++);
+          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          issue_part(stage.index, 0);
+          arrive(&shared.query_free);
+          add_parts(stage.index, alpha);
+          arrive(&shared.values_free[stage.index]);
+        } else {
+          for (; n >= begin; --n) {
+            const Stage stage(turn++);
+            ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+            issue_scores(stage.index);
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rS);
+            arrive(&shared.keys_free[stage.index]);
+            if (n == begin) arrive(&shared.query_free);
+            softmax(n, n >= whole_end || n < whole_begin);
+            pack_probabilities();
+            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+            issue_part(stage.index, 0);
+            add_parts(stage.index, alpha);
+            arrive(&shared.values_free[stage.index]);
+          }
+        }
+      } else {
+        __syncwarp();  // all of its lanes have seen that the job is there
+        arrive(&shared.query_free);
+      }
+
+      // Results leave through shared memory, once the copy engine has read those before.
+      const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+      if (thread == 0) ptx::bulk_wait_read<0>();
+      ptx::bar_sync(kGroup + group, 128);
+      const float value = p.v_scale.at(job.b, kv_head);
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float total = sum[half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        const int at = row + half * 8;
+        // Seen, or to be computed. Where anything is seen the largest probability is 2^kShift.
+        const bool nothing = total < 1.0f || job.i0 + at >= job.i1;
+        factor[half] = nothing ? 0.0f : value / total;
+        if (nothing) {
+#pragma unroll
+          for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
+        }
+        if (pair == 0 && at < job.stored) {
+          p.f.lse[job.lse_at + at] =
+              nothing ? -INFINITY : fmaf(top[half] * unit - kShift, kLn2, logf(total));
+        }
+      }
+      const int rows = min(job.stored - group * 64, 64);
+      const bool packed = p.f.lengths.start_q;
+      const int first = job.first_q + job.i0 + group * 64;
+      if (rows > 0) {
+        const int to_row = warp * 16 + lane % 16;
+#pragma unroll
+        for (int c = 0; c < kDv / 8; c += 2) {
+          std::uint32_t words[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float* const o = rO + c * 4 + e * 2;
+            words[e] = ptx::pack_2(o[0] * factor[e % 2], o[1] * factor[e % 2], T{});
+          }
+          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+        }
+        if (packed && rows < 64) {
+          // The rows after these are another sequence's. A warp stores what it has computed.
+          __syncwarp();
+          const char* const from = shared.out + group * (64 * kPanelRow);
+          for (int e = lane; e < 16 * (kDv / 8); e += 32) {
+            const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+            if (r >= rows || chunk * 8 >= p.f.dv) continue;
+            const char* const at =
+                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+            *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
+                *reinterpret_cast<const uint4*>(at);
+          }
+        } else {
+          ptx::fence_async();
+          ptx::bar_sync(kGroup + group, 128);
+          if (thread == 0) {
+            for (int panel = 0; panel < panels_of(kDv); ++panel) {
+              ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
+                             aO + panel * (kM * kPanelRow));
+            }
+            ptx::bulk_commit();
+          }
+        }
+      }
+    }
+    if (thread == 0) ptx::bulk_wait<0>();
+  }
+}
+
+}  // namespace fastkern::cuda::attention_detail
