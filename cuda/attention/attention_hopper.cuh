@@ -15,15 +15,17 @@ namespace fastkern::cuda::attention_detail {
 constexpr int panels_of(int columns) { return (columns + 63) / 64; }
 inline constexpr int kPanelRow = 128;
 
-/// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time.
-/// kApart: results have shared memory of their own, else they lie where queries were. kTurns: the
-/// warpgroups issue their products in turn. (nvcc 13.0 takes no values of classes as template
-/// arguments of kernels.)
-template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, bool kOwnResults,
-          bool kInTurn>
+/// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
+/// for queries of kQueries tiles (1 or 2). kShared: results leave through shared memory, else from
+/// registers. kTurns: the warpgroups issue their products in turn. (nvcc 13.0 takes no values of
+/// classes as template arguments of kernels.)
+template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kQueryStages,
+          bool kThroughShared, bool kInTurn>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
-  static constexpr bool kApart = kOwnResults, kTurns = kInTurn;
+  static constexpr int kQueries = kQueryStages;
+  static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
+  static_assert(kQueries == 1 || kQueries == 2);
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
@@ -49,18 +51,17 @@ struct HopperShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
   static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
-  static_assert(Tile::kApart || kOut <= kQuery);
+  // A job is written when all have begun the one so many tiles before, and is looked at to its end.
+  static constexpr int kJobs = 2 * Tile::kQueries;
 
-  alignas(1024) char query[kQuery];
+  alignas(1024) char query[Tile::kQueries][kQuery];
   alignas(1024) char keys[kHopperStages][kKeys];
   alignas(1024) char values[kHopperStages][kValues];
-  alignas(1024) char out[Tile::kApart ? kOut : 16];
-  std::uint64_t query_there, query_free;
+  alignas(1024) char out[Tile::kShared ? kOut : 16];
+  std::uint64_t query_there[Tile::kQueries], query_free[Tile::kQueries];
   std::uint64_t keys_there[kHopperStages], keys_free[kHopperStages];
   std::uint64_t values_there[kHopperStages], values_free[kHopperStages];
-  HopperJob jobs[2];
-
-  __device__ __forceinline__ char* results() { return Tile::kApart ? out : query; }
+  HopperJob jobs[kJobs];
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a
@@ -87,20 +88,21 @@ __device__ __forceinline__ int hopper_tile(int turn) {
   return turn * grid + (turn & 1 ? grid - 1 - block : block);
 }
 
+/// Tile `id` of tensors that are not packed.
+template <class Tile>
+__device__ __forceinline__ Place hopper_place(const Forward& p, const HopperSchedule& s, int id) {
+  const int section = id / (s.section * p.blocks), first = section * s.section;
+  const int rest = id - first * p.blocks, width = min(s.section, s.units - first);
+  const int index = s.longest_first ? p.blocks - 1 - rest / width : rest % p.blocks;
+  const int unit = first + (s.longest_first ? rest % width : rest / p.blocks);
+  return {unit / p.heads, unit % p.heads, index * Tile::kM};
+}
+
 /// For a whole warp.
 template <class Tile>
 __device__ __forceinline__ HopperJob hopper_job(const Forward& p, const HopperSchedule& s, int id) {
   constexpr int kM = Tile::kM, kN = Tile::kN;
-  Place place;
-  if (p.lengths.start_q) {
-    place = place_of<kM>(p, id);
-  } else {
-    const int section = id / (s.section * p.blocks), first = section * s.section;
-    const int rest = id - first * p.blocks, width = min(s.section, s.units - first);
-    const int index = s.longest_first ? p.blocks - 1 - rest / width : rest % p.blocks;
-    const int unit = first + (s.longest_first ? rest % width : rest / p.blocks);
-    place = {unit / p.heads, unit % p.heads, index * kM};
-  }
+  const Place place = p.lengths.start_q ? place_of<kM>(p, id) : hopper_place<Tile>(p, s, id);
   HopperJob job{};
   job.b = place.b, job.h = place.h, job.i0 = job.i1 = place.i0;
   if (place.b < 0) return job;

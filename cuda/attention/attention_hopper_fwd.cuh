@@ -7,14 +7,15 @@
 //            one head, against the keys they see, last ones first, Tile::kN at a time
 //   memory   one thread of the first warpgroup has the copy engine fetch queries, keys and values,
 //            two stages of the last two; scores, probabilities and results are registers of the
-//            others, results leave through shared memory
+//            others, results leave through shared memory or straight from there
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
-//            the other. Fetching goes on into the next tile
+//            the other. Fetching goes on into the next tile, whose queries come to L2 at least while
+//            this one is computed. A warpgroup leaves out blocks that its queries do not see
 //   sync     barrier         who arrives              who waits
 //            query_there     copy engine, producer    all that compute: queries and the job
-//            query_free      they, after the last     producer
-//                            look at the queries
+//            query_free      they, a warp each, after producer
+//                            the last product q k
 //            keys_there      copy engine, producer    they
 //            keys_free       they, a warp each        producer
 //            values_*        the same                 the same
@@ -31,14 +32,15 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Where a ring of stages stands after `turn` uses.
+/// Where a ring of one or two stages stands after `turn` uses.
 struct Stage {
   int index;
   std::uint32_t parity;
 };
+template <int kStages = kHopperStages>
 __device__ __forceinline__ Stage stage_of(int turn) {
-  static_assert(kHopperStages == 2);
-  return {turn & 1, static_cast<std::uint32_t>(turn >> 1 & 1)};
+  static_assert(kStages == 1 || kStages == 2);
+  return {turn & (kStages - 1), static_cast<std::uint32_t>(turn >> (kStages - 1) & 1)};
 }
 
 /// One thread that fetches.
@@ -72,21 +74,41 @@ struct HopperProducer {
           &shared.values_there[stage.index], ptx::Keep::long_);
   }
 
-  /// Everything of the job with number t.
-  __device__ __forceinline__ void run(const HopperJob& job, int t) {
+  /// Queries of the job with number t, and the job.
+  __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t) {
+    const Stage stage = stage_of<Tile::kQueries>(t);
+    ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
+    shared.jobs[t % Shared::kJobs] = job;
+    if (job.begin == job.end) {
+      ptx::mbarrier_arrive(&shared.query_there[stage.index]);
+      return;
+    }
+    ptx::mbarrier_expect(&shared.query_there[stage.index], Shared::kQuery);
+    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, job.first_q + job.i0,
+          job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
+  }
+  /// Those of tile `id` come to L2.
+  __device__ __forceinline__ void ask_for_queries(int id) {
+    if (id >= p.schedule.tiles || p.f.lengths.start_q) return;
+    const Place next = hopper_place<Tile>(p.f, p.schedule, id);
+    for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+      ptx::tma_prefetch(&p.q, panel * 64, next.i0, next.h, next.b);
+    }
+  }
+
+  /// Everything of the job with number t; `next`: the tile after it.
+  __device__ __forceinline__ void run(const HopperJob& job, int t, int next) {
     const int entry = p.f.lengths.start_q ? 0 : job.b, head = job.h / p.f.group;
     int row = job.first_k + (job.end - 1) * Tile::kN;
     const bool any = job.begin < job.end;
+    // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
+    if (Tile::kQueries > 1) queries(job, entry, t);
     if (any) keys(row, head, entry);
-    ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
-    shared.jobs[t & 1] = job;
-    if (!any) {
-      ptx::mbarrier_arrive(&shared.query_there);
-      return;
+    if (Tile::kQueries == 1) {
+      queries(job, entry, t);
+      ask_for_queries(next);
     }
-    ptx::mbarrier_expect(&shared.query_there, Shared::kQuery);
-    fetch(shared.query, panels_of(Tile::kD), Tile::kM, &p.q, job.first_q + job.i0, job.h, entry,
-          &shared.query_there, ptx::Keep::shortly);
+    if (!any) return;
     for (int n = job.end - 1; n > job.begin; --n) {
       const int before = turn++;
       keys(row - Tile::kN, head, entry);
@@ -96,11 +118,28 @@ struct HopperProducer {
     values(turn++, row, head, entry);
   }
   __device__ __forceinline__ void finish(int t) {
-    ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
-    shared.jobs[t & 1].b = -1;
-    ptx::mbarrier_arrive(&shared.query_there);
+    const Stage stage = stage_of<Tile::kQueries>(t);
+    ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
+    shared.jobs[t % Shared::kJobs].b = -1;
+    ptx::mbarrier_arrive(&shared.query_there[stage.index]);
   }
 };
+
+/// Of four numbers of each of the four threads with the same lane / 4, thread i gets the i-th of
+/// each, in their order.
+__device__ __forceinline__ uint4 transposed_4(const std::uint32_t (&words)[4], int lane) {
+  const bool upper = lane & 2, odd = lane & 1;
+  std::uint32_t low[2], high[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + 2], 2);
+    low[i] = upper ? other : words[i];
+    high[i] = upper ? words[i + 2] : other;
+  }
+  const std::uint32_t l = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 1);
+  const std::uint32_t h = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 1);
+  return odd ? uint4{l, low[1], h, high[1]} : uint4{low[0], l, high[0], h};
+}
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -119,8 +158,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::prefetch_map(&p.v);
     ptx::prefetch_map(&p.out);
     constexpr int kWarps = 4 * kGroups;
-    ptx::mbarrier_init(&shared.query_there, 1);
-    ptx::mbarrier_init(&shared.query_free, Tile::kApart ? kWarps : kGroups);
+    for (int s = 0; s < Tile::kQueries; ++s) {
+      ptx::mbarrier_init(&shared.query_there[s], 1);
+      ptx::mbarrier_init(&shared.query_free[s], kWarps);
+    }
     for (int s = 0; s < kHopperStages; ++s) {
       ptx::mbarrier_init(&shared.keys_there[s], 1);
       ptx::mbarrier_init(&shared.keys_free[s], kWarps);
@@ -144,7 +185,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (id >= p.schedule.tiles) continue;
         const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);
         if (job.b < 0) continue;
-        if (threadIdx.x == 0) producer.run(job, t);
+        if (threadIdx.x == 0) producer.run(job, t, hopper_tile(round + 1));
         __syncwarp();
         ++t;
       }
@@ -158,14 +199,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
-    const ptx::SharedAddress aQ = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
+    const ptx::SharedAddress aQuery = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
     const float unit = p.f.scale_log2;  // from products to powers of two
 
     float rS[kScores], rO[kResults];
     std::uint32_t rP[kN / 16][4];
-    const auto issue_scores = [&](int stage) {
+    const auto issue_scores = [&](ptx::SharedAddress aQ, int stage) {
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
       const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
       ptx::wgmma_fence();
@@ -202,9 +243,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
-      ptx::mbarrier_wait(&shared.query_there, t & 1);
-      const HopperJob& job = shared.jobs[t & 1];
+      const Stage tile = stage_of<Tile::kQueries>(t);
+      ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
+      const HopperJob& job = shared.jobs[t % Shared::kJobs];
       if (job.b < 0) break;
+      const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
       const int row = group * 64 + warp * 16 + quad;  // and eight below
       const float sink = p.f.sinks.at(job.h, -INFINITY);
       // In units of what the products are; a sink is a key of its own, counted by one thread.
@@ -215,20 +258,44 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
+      const int begin = job.begin, end = job.end;
+      // Blocks that any of the warpgroup's queries sees, and those that all of them see whole.
+      const int first = job.i0 + group * 64, last = min(first + 64, job.i1) - 1;
+      int seen_begin = begin, seen_end = begin, whole_begin = 0, whole_end = 0;
+      if (first <= last) {
+        const AttentionSight<int> sight = job.sight;
+        seen_end = max(min((sight.high(last) + kN - 1) / kN, end), begin);
+        seen_begin = min(max(sight.low(first) / kN, begin), seen_end);
+        whole_end = sight.high(first) / kN;
+        whole_begin = (sight.low(last) + kN - 1) / kN;
+      }
+
       // Scores of block n become probabilities; alpha: what results so far are multiplied with, if
       // any of the warp's queries has `grown`.
-      const auto softmax = [&](int n, bool masked) {
+      const auto softmax = [&](int n) {
         const int j0 = n * kN + pair * 2;
-        if (masked) {
+        if (n >= whole_end) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int i = job.i0 + row + half * 8;
-            const int from = job.sight.low(i) - j0, to = job.sight.high(i) - j0;
+            const int to = job.sight.high(job.i0 + row + half * 8) - j0;
 #pragma unroll
             for (int c = 0; c < kN / 8; ++c) {
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+                if (c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              }
+            }
+          }
+        }
+        if (n < whole_begin) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int from = job.sight.low(job.i0 + row + half * 8) - j0;
+#pragma unroll
+            for (int c = 0; c < kN / 8; ++c) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                if (c * 8 + e < from) rS[c * 4 + half * 2 + e] = -INFINITY;
               }
             }
           }
@@ -281,48 +348,71 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       };
 
-      const int begin = job.begin, end = job.end;
-      if (begin < end) {
-        // Blocks that all queries of the warpgroup see whole: whole_begin to whole_end.
-        const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
-        const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
-        const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
-        int n = end - 1;
+      const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
+      // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
+      // the tile's first block.
+      const auto clear_rest = [&](const Stage& stage) {
+        const int rows = end * kN - job.sight.keys;
+        if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        const int all = panels_of(kDv) * rows * 8;
+        char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
+        for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
+          char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
+          *reinterpret_cast<uint4*>(to) = uint4{};
+        }
+        ptx::fence_async();
+        ptx::bar_sync(kComputing, kGroups * 128);
+      };
+      // A block that none of the warpgroup's queries sees. Stages are given back once all lanes
+      // have seen that they were there.
+      const auto leave_out = [&](int n) {
+        const Stage stage = stage_of(turn++);
+        ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+        __syncwarp();
+        arrive(&shared.keys_free[stage.index]);
+        if (n == end - 1) {
+          clear_rest(stage);
+        } else if (Tile::kTurns) {
+          ptx::bar_sync(kTurn + group, 256);
+          ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+        }
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        __syncwarp();
+        arrive(&shared.values_free[stage.index]);
+      };
+
+      int n = end - 1;
+      for (; n >= seen_end; --n) leave_out(n);
+      if (seen_begin < seen_end) {
         {
           const Stage stage = stage_of(turn);
+          const bool in_turn = Tile::kTurns && n < end - 1;
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
-          issue_scores(stage.index);
+          if (in_turn) ptx::bar_sync(kTurn + group, 256);
+          issue_scores(aQ, stage.index);
+          if (in_turn) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          // Rows of values beyond the sequence, which are of others, would make zeros NaN.
-          if (const int rows = end * kN - job.sight.keys;
-              rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
-            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-            const int all = panels_of(kDv) * rows * 8;
-            char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
-            for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
-              char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
-              *reinterpret_cast<uint4*>(to) = uint4{};
-            }
-            ptx::fence_async();
-            ptx::bar_sync(kComputing, kGroups * 128);
-          }
-          softmax(n, n >= whole_end || n < whole_begin);
+          if (n == seen_begin) give_back_queries();
+          if (n == end - 1) clear_rest(stage);
+          softmax(n);
           pack_probabilities();
         }
-        for (--n; n >= begin; --n) {
+        for (--n; n >= seen_begin; --n) {
           const Stage before = stage_of(turn++), stage = stage_of(turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
-          issue_scores(stage.index);
+          issue_scores(aQ, stage.index);
           ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
           issue_results(before.index);
           if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          softmax(n, n >= whole_end || n < whole_begin);
+          if (n == seen_begin) give_back_queries();
+          softmax(n);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
@@ -335,20 +425,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const Stage stage = stage_of(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
-        if (Tile::kApart) arrive(&shared.query_free);
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
-      } else if (Tile::kApart) {
-        __syncwarp();  // all of its lanes have seen that the job is there
-        arrive(&shared.query_free);
+      } else {
+        __syncwarp();
+        give_back_queries();
       }
+      for (; n >= begin; --n) leave_out(n);
 
-      // Results leave through shared memory, once the copy engine has read those before.
-      const ptx::SharedAddress aO =
-          ptx::shared_address(shared.results()) + group * (64 * kPanelRow);
-      if (thread == 0) ptx::bulk_wait_read<0>();
-      ptx::bar_sync(kGroup + group, 128);
       float inverse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -368,51 +453,69 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       const int rows = min(job.stored - group * 64, 64);
       const bool packed = p.f.lengths.start_q;
-      const int first = job.first_q + job.i0 + group * 64;
-      if (rows > 0) {
-        const int to_row = warp * 16 + lane % 16;
+      const int first_row = job.first_q + first;
+      // Of column tile c and the row eight `half`s below, two results.
+      const auto results = [&](int c, int half) {
+        const float* const o = rO + c * 4 + half * 2;
+        return ptx::pack_2(o[0] * inverse[half], o[1] * inverse[half], T{});
+      };
+      if constexpr (!Tile::kShared) {
 #pragma unroll
-        for (int c = 0; c < kDv / 8; c += 2) {
-          std::uint32_t words[4];
+        for (int half = 0; half < 2; ++half) {
+          const int r = warp * 16 + quad + half * 8;
+          char* const to = p.f.out.at(packed ? 0 : job.b, first_row + r, job.h);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float* const o = rO + c * 4 + e * 2;
-            words[e] = ptx::pack_2(o[0] * inverse[e % 2], o[1] * inverse[e % 2], T{});
-          }
-          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
-        }
-        if (packed && rows < 64) {
-          // The rows after these are another sequence's. A warp stores what it has computed.
-          __syncwarp();
-          const char* const from = shared.results() + group * (64 * kPanelRow);
-          for (int e = lane; e < 16 * (kDv / 8); e += 32) {
-            const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
-            if (r >= rows || chunk * 8 >= p.f.dv) continue;
-            const char* const at =
-                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
-            *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
-                *reinterpret_cast<const uint4*>(at);
-          }
-          if (!Tile::kApart) ptx::bar_sync(kGroup + group, 128);
-        } else {
-          ptx::fence_async();
-          ptx::bar_sync(kGroup + group, 128);
-          if (thread == 0) {
-            for (int panel = 0; panel < panels_of(kDv); ++panel) {
-              ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
-                             aO + panel * (kM * kPanelRow));
+          for (int c = 0; c < kDv / 8; c += 4) {
+            const std::uint32_t words[4] = {results(c, half), results(c + 1, half),
+                                            results(c + 2, half), results(c + 3, half)};
+            const uint4 chunk = transposed_4(words, lane);
+            if (r < rows && (c + pair) * 8 < p.f.dv) {
+              *reinterpret_cast<uint4*>(to + (c + pair) * 16) = chunk;
             }
-            ptx::bulk_commit();
           }
         }
-      }
-      if (!Tile::kApart && thread == 0) {
-        ptx::bulk_wait_read<0>();
-        ptx::mbarrier_arrive(&shared.query_free);
+      } else {
+        // Once the copy engine has read those before.
+        const ptx::SharedAddress aO =
+            ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+        if (thread == 0) ptx::bulk_wait_read<0>();
+        ptx::bar_sync(kGroup + group, 128);
+        if (rows > 0) {
+          const int to_row = warp * 16 + lane % 16;
+#pragma unroll
+          for (int c = 0; c < kDv / 8; c += 2) {
+            const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
+                                            results(c + 1, 1)};
+            const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+            ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+          }
+          if (packed && rows < 64) {
+            // The rows after these are another sequence's. A warp stores what it has computed.
+            __syncwarp();
+            const char* const from = shared.out + group * (64 * kPanelRow);
+            for (int e = lane; e < 16 * (kDv / 8); e += 32) {
+              const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+              if (r >= rows || chunk * 8 >= p.f.dv) continue;
+              const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
+                                     ((chunk % 8) ^ (r % 8)) * 16;
+              *reinterpret_cast<uint4*>(p.f.out.at(0, first_row + r, job.h) + chunk * 16) =
+                  *reinterpret_cast<const uint4*>(at);
+            }
+          } else {
+            ptx::fence_async();
+            ptx::bar_sync(kGroup + group, 128);
+            if (thread == 0) {
+              for (int panel = 0; panel < panels_of(kDv); ++panel) {
+                ptx::tma_store(&p.out, panel * 64, first_row, job.h, packed ? 0 : job.b,
+                               aO + panel * (kM * kPanelRow));
+              }
+              ptx::bulk_commit();
+            }
+          }
+        }
       }
     }
-    if (thread == 0) ptx::bulk_wait<0>();
+    if (Tile::kShared && thread == 0) ptx::bulk_wait<0>();
   }
 }
 

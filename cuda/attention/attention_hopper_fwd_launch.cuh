@@ -13,12 +13,12 @@ namespace fastkern::cuda::attention_detail {
 
 /// The first with room for the head dimensions is taken. With 232 registers a thread, 64 queries a
 /// warpgroup leave room for results, scores and probabilities of 128 columns and 128 keys.
-using HopperFwd64 = HopperTile<64, 64, 3, 128, true, true>;
-using HopperFwd96 = HopperTile<96, 96, 2, 128, true, true>;
-using HopperFwd128 = HopperTile<128, 128, 2, 128, true, true>;
-using HopperFwd192x128 = HopperTile<192, 128, 2, 128, false, true>;
-using HopperFwd192 = HopperTile<192, 192, 2, 112, false, false>;
-using HopperFwd256 = HopperTile<256, 256, 2, 80, false, false>;
+using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, true, true>;
+using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, true, true>;
+using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, true, true>;
+using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 1, false, true>;
+using HopperFwd192 = HopperTile<192, 192, 2, 112, 1, false, false>;
+using HopperFwd256 = HopperTile<256, 256, 2, 80, 1, false, false>;
 
 template <class First, class... Rest, class F>
 void dispatch_hopper(int d, int dv, F&& f) {

@@ -58,6 +58,10 @@ inline void tma_load(SharedAddress to, const CUtensorMap* map, int c0, int c1, i
       barrier);
 }
 
+inline void tma_prefetch(const CUtensorMap*, int, int, int, int) {
+  if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
+}
+
 inline void tma_store(const CUtensorMap* map, int c0, int c1, int c2, int c3, SharedAddress from) {
   const cuda::MapShape shape = tma_detail::shape_of(map, from);
   if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
