@@ -6,7 +6,7 @@
 //   of
 //            one head, against the keys they see, last ones first, Tile::kN at a time
 //   memory   one thread of the first warpgroup has the copy engine fetch queries, keys and values,
-//            two stages of the last two; scores, probabilities and results are registers of the
+//            stages of the last two; scores, probabilities and results are registers of the
 //            others, results leave through shared memory or straight from there
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
@@ -32,15 +32,15 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Where a ring of one or two stages stands after `turn` uses.
+/// Where a ring of stages stands after `turn` uses.
 struct Stage {
   int index;
   std::uint32_t parity;
 };
-template <int kStages = kHopperStages>
+template <int kStages>
 __device__ __forceinline__ Stage stage_of(int turn) {
-  static_assert(kStages == 1 || kStages == 2);
-  return {turn & (kStages - 1), static_cast<std::uint32_t>(turn >> (kStages - 1) & 1)};
+  static_assert(kStages == 1 || kStages == 2 || kStages == 4);
+  return {turn & (kStages - 1), static_cast<std::uint32_t>(turn >> kStages / 2 & 1)};
 }
 
 /// One thread that fetches.
@@ -60,14 +60,14 @@ struct HopperProducer {
     }
   }
   __device__ __forceinline__ void keys(int row, int head, int entry) {
-    const Stage stage = stage_of(turn);
+    const Stage stage = stage_of<Tile::kStages>(turn);
     ptx::mbarrier_wait(&shared.keys_free[stage.index], stage.parity ^ 1);
     ptx::mbarrier_expect(&shared.keys_there[stage.index], Shared::kKeys);
     fetch(shared.keys[stage.index], panels_of(Tile::kD), Tile::kN, &p.k, row, head, entry,
           &shared.keys_there[stage.index], ptx::Keep::long_);
   }
   __device__ __forceinline__ void values(int of_turn, int row, int head, int entry) {
-    const Stage stage = stage_of(of_turn);
+    const Stage stage = stage_of<Tile::kStages>(of_turn);
     ptx::mbarrier_wait(&shared.values_free[stage.index], stage.parity ^ 1);
     ptx::mbarrier_expect(&shared.values_there[stage.index], Shared::kValues);
     fetch(shared.values[stage.index], panels_of(Tile::kDv), Tile::kN, &p.v, row, head, entry,
@@ -79,20 +79,38 @@ struct HopperProducer {
     const Stage stage = stage_of<Tile::kQueries>(t);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
     shared.jobs[t % Shared::kJobs] = job;
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      shared.seen[t % Shared::kJobs][group] = hopper_seen<Tile>(job, group, p.schedule.pack);
+    }
     if (job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
     }
     ptx::mbarrier_expect(&shared.query_there[stage.index], Shared::kQuery);
-    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, job.first_q + job.i0,
-          job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
+    const int row = job.first_q + job.i0;
+    const bool pack = p.schedule.pack > 0;
+    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, pack ? job.h : row,
+          pack ? row : job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
   }
-  /// Those of tile `id` come to L2.
-  __device__ __forceinline__ void ask_for_queries(int id) {
+  /// What tile `id` begins with comes to L2, where nobody has to wait for it later.
+  __device__ __forceinline__ void ask_for(int id) {
     if (id >= p.schedule.tiles || p.f.lengths.start_q) return;
-    const Place next = hopper_place<Tile>(p.f, p.schedule, id);
-    for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-      ptx::tma_prefetch(&p.q, panel * 64, next.i0, next.h, next.b);
+    const HopperJob next = hopper_job<Tile>(p.f, p.schedule, id);
+    if (Tile::kQueries == 1) {
+      const bool pack = p.schedule.pack > 0;
+      for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+        ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : next.i0, pack ? next.i0 : next.h,
+                          next.b);
+      }
+    }
+    const int head = next.h / p.f.group;
+    for (int n = next.end - 1; n >= max(next.begin, next.end - p.schedule.ahead); --n) {
+      for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+        ptx::tma_prefetch(&p.k, panel * 64, n * Tile::kN, head, next.b);
+      }
+      for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
+        ptx::tma_prefetch(&p.v, panel * 64, n * Tile::kN, head, next.b);
+      }
     }
   }
 
@@ -104,10 +122,8 @@ struct HopperProducer {
     // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
     if (Tile::kQueries > 1) queries(job, entry, t);
     if (any) keys(row, head, entry);
-    if (Tile::kQueries == 1) {
-      queries(job, entry, t);
-      ask_for_queries(next);
-    }
+    if (Tile::kQueries == 1) queries(job, entry, t);
+    ask_for(next);
     if (!any) return;
     for (int n = job.end - 1; n > job.begin; --n) {
       const int before = turn++;
@@ -122,6 +138,46 @@ struct HopperProducer {
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
     shared.jobs[t % Shared::kJobs].b = -1;
     ptx::mbarrier_arrive(&shared.query_there[stage.index]);
+  }
+};
+
+/// What stands between products and the softmax but masks: soft cap and ALiBi. All in units of what
+/// the products are.
+struct ScoreChange {
+  float cap, from_cap;  // from products to parts of the cap, and back; cap 0: none
+  float slope;
+
+  __device__ __forceinline__ ScoreChange(const Forward& p, int b, int h)
+      : cap(p.softcap > 0.0f ? p.scale / p.softcap : 0.0f),
+        from_cap(p.softcap / p.scale),
+        slope(p.slopes.at(static_cast<std::int64_t>(b) * p.slopes_batch + h, 0.0f) / p.scale) {}
+
+  /// tanh within some 2^-23 of 1, and of itself where it is small.
+  static __device__ __forceinline__ float tanh(float x) {
+    const float square = x * x;
+    const float small = fmaf(square, fmaf(square, fmaf(square, -17.0f / 315, 2.0f / 15), -1.0f / 3),
+                             1.0f);
+    const float large = fmaf(-2.0f, ptx::rcp_approx(1.0f + ptx::exp2_approx(x * (2 * kLog2e))), 1.0f);
+    return fabsf(x) < 0.2f ? x * small : large;
+  }
+  /// Of tiles of 8 keys, of a query `distance` from the first.
+  template <int kScores>
+  __device__ __forceinline__ void apply(float (&s)[kScores], int half, int distance) const {
+    if (cap > 0.0f) {
+#pragma unroll
+      for (int c = 0; c < kScores; c += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s[c + half * 2 + e] = tanh(s[c + half * 2 + e] * cap) * from_cap;
+      }
+    }
+    const float from = static_cast<float>(distance);
+#pragma unroll
+    for (int c = 0; c < kScores; c += 4) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        s[c + half * 2 + e] = fmaf(-slope, fabsf(from - (c * 2 + e)), s[c + half * 2 + e]);
+      }
+    }
   }
 };
 
@@ -141,7 +197,16 @@ __device__ __forceinline__ uint4 transposed_4(const std::uint32_t (&words)[4], i
   return odd ? uint4{l, low[1], h, high[1]} : uint4{low[0], l, high[0], h};
 }
 
-template <class T, class Tile>
+/// The same value, from here on: what follows from it is not computed before. Kept, it takes
+/// registers that the products need.
+template <class Int>
+__device__ __forceinline__ Int anew(Int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+/// kChanges: there is a soft cap or ALiBi.
+template <class T, class Tile, bool kChanges>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
@@ -162,7 +227,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.query_there[s], 1);
       ptx::mbarrier_init(&shared.query_free[s], kWarps);
     }
-    for (int s = 0; s < kHopperStages; ++s) {
+    for (int s = 0; s < Tile::kStages; ++s) {
       ptx::mbarrier_init(&shared.keys_there[s], 1);
       ptx::mbarrier_init(&shared.keys_free[s], kWarps);
       ptx::mbarrier_init(&shared.values_there[s], 1);
@@ -207,6 +272,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float rS[kScores], rO[kResults];
     std::uint32_t rP[kN / 16][4];
     const auto issue_scores = [&](ptx::SharedAddress aQ, int stage) {
+      aQ = anew(aQ);
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
       const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
       ptx::wgmma_fence();
@@ -249,35 +315,38 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (job.b < 0) break;
       const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
       const int row = group * 64 + warp * 16 + quad;  // and eight below
-      const float sink = p.f.sinks.at(job.h, -INFINITY);
+      const int pack = p.schedule.pack;
+      const auto query_of = [&](int half) { return (row + half * 8) >> pack; };  // from job.i0 on
+      const auto head_of = [&](int half) { return (row + half * 8) & ((1 << pack) - 1); };
       // In units of what the products are; a sink is a key of its own, counted by one thread.
       float top[2], sum[2], alpha[2];
-      top[0] = top[1] = sink == -INFINITY ? sink : sink / p.f.scale;
-      sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
+        top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+        sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+      }
       bool grown = false;
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      const int begin = job.begin, end = job.end;
-      // Blocks that any of the warpgroup's queries sees, and those that all of them see whole.
-      const int first = job.i0 + group * 64, last = min(first + 64, job.i1) - 1;
-      int seen_begin = begin, seen_end = begin, whole_begin = 0, whole_end = 0;
-      if (first <= last) {
-        const AttentionSight<int> sight = job.sight;
-        seen_end = max(min((sight.high(last) + kN - 1) / kN, end), begin);
-        seen_begin = min(max(sight.low(first) / kN, begin), seen_end);
-        whole_end = sight.high(first) / kN;
-        whole_begin = (sight.low(last) + kN - 1) / kN;
-      }
+      const HopperSeen& seen = shared.seen[t % Shared::kJobs][group];
 
       // Scores of block n become probabilities; alpha: what results so far are multiplied with, if
       // any of the warp's queries has `grown`.
       const auto softmax = [&](int n) {
         const int j0 = n * kN + pair * 2;
-        if (n >= whole_end) {
+        if constexpr (kChanges) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int to = job.sight.high(job.i0 + row + half * 8) - j0;
+            const ScoreChange change(p.f, job.b, job.h + head_of(half));
+            change.apply(rS, half, job.i0 + query_of(half) + job.sight.shift - j0);
+          }
+        }
+        if (n >= seen.whole_end) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int to = job.sight.high(job.i0 + query_of(half)) - j0;
 #pragma unroll
             for (int c = 0; c < kN / 8; ++c) {
 #pragma unroll
@@ -287,10 +356,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        if (n < whole_begin) {
+        if (n < seen.whole_begin) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int from = job.sight.low(job.i0 + row + half * 8) - j0;
+            const int from = job.sight.low(job.i0 + query_of(half)) - j0;
 #pragma unroll
             for (int c = 0; c < kN / 8; ++c) {
 #pragma unroll
@@ -352,7 +421,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
       // the tile's first block.
       const auto clear_rest = [&](const Stage& stage) {
-        const int rows = end * kN - job.sight.keys;
+        const int rows = job.end * kN - job.sight.keys;
         if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         const int all = panels_of(kDv) * rows * 8;
@@ -367,11 +436,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // A block that none of the warpgroup's queries sees. Stages are given back once all lanes
       // have seen that they were there.
       const auto leave_out = [&](int n) {
-        const Stage stage = stage_of(turn++);
+        const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
         __syncwarp();
         arrive(&shared.keys_free[stage.index]);
-        if (n == end - 1) {
+        if (n == job.end - 1) {
           clear_rest(stage);
         } else if (Tile::kTurns) {
           ptx::bar_sync(kTurn + group, 256);
@@ -382,12 +451,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.values_free[stage.index]);
       };
 
-      int n = end - 1;
-      for (; n >= seen_end; --n) leave_out(n);
-      if (seen_begin < seen_end) {
+      int n = job.end - 1;
+      for (; n >= seen.end; --n) leave_out(n);
+      if (n >= seen.begin) {
         {
-          const Stage stage = stage_of(turn);
-          const bool in_turn = Tile::kTurns && n < end - 1;
+          const Stage stage = stage_of<Tile::kStages>(turn);
+          const bool in_turn = Tile::kTurns && n < job.end - 1;
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (in_turn) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -395,13 +464,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          if (n == seen_begin) give_back_queries();
-          if (n == end - 1) clear_rest(stage);
+          if (n == seen.begin) give_back_queries();
+          if (n == job.end - 1) clear_rest(stage);
           softmax(n);
           pack_probabilities();
         }
-        for (--n; n >= seen_begin; --n) {
-          const Stage before = stage_of(turn++), stage = stage_of(turn);
+        for (--n; n >= seen.begin; --n) {
+          const Stage before = stage_of<Tile::kStages>(turn++), stage = stage_of<Tile::kStages>(turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -411,7 +480,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          if (n == seen_begin) give_back_queries();
+          if (n == seen.begin) give_back_queries();
           softmax(n);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
@@ -422,7 +491,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
           }
         }
-        const Stage stage = stage_of(turn++);
+        const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
         ptx::wgmma_wait<0>();
@@ -432,7 +501,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         __syncwarp();
         give_back_queries();
       }
-      for (; n >= begin; --n) leave_out(n);
+      for (; n >= job.begin; --n) leave_out(n);
 
       float inverse[2];
 #pragma unroll
@@ -440,7 +509,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         float total = sum[half];
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
-        const int at = row + half * 8;
+        const int at = query_of(half);
         const bool nothing = total == 0.0f || job.i0 + at >= job.i1;  // seen, or to be computed
         inverse[half] = nothing ? 0.0f : 1.0f / total;
         if (nothing) {
@@ -448,12 +517,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
         }
         if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
+          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+              nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
         }
       }
-      const int rows = min(job.stored - group * 64, 64);
+      const int rows = min((job.stored << pack) - group * 64, 64);
       const bool packed = p.f.lengths.start_q;
-      const int first_row = job.first_q + first;
+      const auto place = [&](int r) {  // of the r-th row of the warpgroup
+        return p.f.out.at(packed ? 0 : job.b, job.first_q + job.i0 + ((group * 64 + r) >> pack),
+                          job.h + (r & ((1 << pack) - 1)));
+      };
       // Of column tile c and the row eight `half`s below, two results.
       const auto results = [&](int c, int half) {
         const float* const o = rO + c * 4 + half * 2;
@@ -463,7 +536,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = warp * 16 + quad + half * 8;
-          char* const to = p.f.out.at(packed ? 0 : job.b, first_row + r, job.h);
+          char* const to = place(r);
 #pragma unroll
           for (int c = 0; c < kDv / 8; c += 4) {
             const std::uint32_t words[4] = {results(c, half), results(c + 1, half),
@@ -481,7 +554,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (thread == 0) ptx::bulk_wait_read<0>();
         ptx::bar_sync(kGroup + group, 128);
         if (rows > 0) {
-          const int to_row = warp * 16 + lane % 16;
+          const int to_row = anew(warp * 16 + lane % 16);
 #pragma unroll
           for (int c = 0; c < kDv / 8; c += 2) {
             const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
@@ -493,12 +566,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             // The rows after these are another sequence's. A warp stores what it has computed.
             __syncwarp();
             const char* const from = shared.out + group * (64 * kPanelRow);
-            for (int e = lane; e < 16 * (kDv / 8); e += 32) {
-              const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+            for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
+              const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
               if (r >= rows || chunk * 8 >= p.f.dv) continue;
               const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
                                      ((chunk % 8) ^ (r % 8)) * 16;
-              *reinterpret_cast<uint4*>(p.f.out.at(0, first_row + r, job.h) + chunk * 16) =
+              *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
                   *reinterpret_cast<const uint4*>(at);
             }
           } else {
@@ -506,8 +579,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::bar_sync(kGroup + group, 128);
             if (thread == 0) {
               for (int panel = 0; panel < panels_of(kDv); ++panel) {
-                ptx::tma_store(&p.out, panel * 64, first_row, job.h, packed ? 0 : job.b,
-                               aO + panel * (kM * kPanelRow));
+                const int at = job.first_q + job.i0 + (group * 64 >> pack);
+                ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                               packed ? 0 : job.b, aO + panel * (kM * kPanelRow));
               }
               ptx::bulk_commit();
             }

@@ -19,9 +19,10 @@ namespace tma_detail {
 template <class Visit>
 void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddress box,
           const Visit& visit) {
-  for (int row = 0; row < map.box[1]; ++row) {
+  for (int row = 0; row < map.box[1] * map.box[2]; ++row) {
     for (int column = 0; column < map.box[0]; ++column) {
-      const long at[] = {first[0] + column, first[1] + row, first[2], first[3]};
+      const long at[] = {first[0] + column, first[1] + row % map.box[1],
+                         first[2] + row / map.box[1], first[3]};
       char* element = static_cast<char*>(map.data) + at[0] * 2;
       for (int i = 0; i < 4; ++i) {
         if (at[i] < 0 || at[i] >= map.sizes[i]) element = nullptr;
@@ -35,7 +36,7 @@ void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddr
 inline cuda::MapShape shape_of(const CUtensorMap* map, SharedAddress box) {
   cuda::MapShape shape;
   std::memcpy(&shape, map, sizeof shape);
-  if (shape.box[0] != 64 || shape.box[2] * shape.box[3] != 1)
+  if (shape.box[0] != 64 || shape.box[3] != 1)
     emulator::fault("boxes of %d columns are not emulated", shape.box[0]);
   emulator::check_aligned(reinterpret_cast<const void*>(box), 128);
   return shape;
@@ -48,7 +49,7 @@ inline void tma_load(SharedAddress to, const CUtensorMap* map, int c0, int c1, i
   const cuda::MapShape shape = tma_detail::shape_of(map, to);
   if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
   emulator::box_arrives(
-      reinterpret_cast<void*>(to), shape.box[1] * 128l,
+      reinterpret_cast<void*>(to), shape.box[1] * shape.box[2] * 128l,
       [=] {
         tma_detail::each(shape, {c0, c1, c2, c3}, to, [](const char* from, char* at) {
           const char zeros[2] = {};
