@@ -43,18 +43,21 @@ struct HopperJob {
 };
 
 /// Blocks of keys that any of a warpgroup's queries sees, and those that all of them see whole.
+/// `half`: of the last one nobody sees more than its first half.
 struct HopperSeen {
   int begin, end, whole_begin, whole_end;
+  bool half;
 };
 template <class Tile>
 __device__ __forceinline__ HopperSeen hopper_seen(const HopperJob& job, int group, int pack) {
   constexpr int kN = Tile::kN;
   const int first = job.i0 + (group * 64 >> pack);
   const int last = min(job.i0 + ((group * 64 + 63) >> pack), job.i1 - 1);
-  HopperSeen seen{job.begin, job.begin, 0, 0};
+  HopperSeen seen{job.begin, job.begin, 0, 0, false};
   if (first > last) return seen;
   seen.end = max(min((job.sight.high(last) + kN - 1) / kN, job.end), job.begin);
   seen.begin = min(max(job.sight.low(first) / kN, job.begin), seen.end);
+  seen.half = 2 * (seen.end * kN - job.sight.high(last)) >= kN;
   seen.whole_end = job.sight.high(first) / kN;
   seen.whole_begin = (job.sight.low(last) + kN - 1) / kN;
   return seen;

@@ -162,7 +162,7 @@ struct ScoreChange {
   }
   /// Of tiles of 8 keys, of a query `distance` from the first.
   template <int kScores>
-  __device__ __forceinline__ void apply(float (&s)[kScores], int half, int distance) const {
+  __device__ __forceinline__ void apply(float* s, int half, int distance) const {
     if (cap > 0.0f) {
 #pragma unroll
       for (int c = 0; c < kScores; c += 4) {
@@ -195,6 +195,17 @@ __device__ __forceinline__ uint4 transposed_4(const std::uint32_t (&words)[4], i
   const std::uint32_t l = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 1);
   const std::uint32_t h = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 1);
   return odd ? uint4{l, low[1], h, high[1]} : uint4{low[0], l, high[0], h};
+}
+
+/// As a type: that many keys.
+template <int kCount>
+struct Keys {};
+
+/// Of sixteen tiles of 8 keys a thread has two neighbours each; a bit for each of these 32, from the
+/// lowest: whether it comes before key `to` of the thread's first one.
+__device__ __forceinline__ std::uint32_t pairs_below(int to) {
+  const int cut = max(0, min(to, 128)), count = cut / 8 * 2 + min(cut % 8, 2);
+  return count == 32 ? ~0u : (1u << count) - 1;
 }
 
 /// The same value, from here on: what follows from it is not computed before. Kept, it takes
@@ -259,8 +270,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     ptx::registers_take<Tile::kRegisters>();
     const int group = warpgroup - 1;
-    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
-    const int quad = lane / 4, pair = lane % 4;
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, pair = lane % 4;
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
@@ -314,10 +324,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
       if (job.b < 0) break;
       const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
-      const int row = group * 64 + warp * 16 + quad;  // and eight below
       const int pack = p.schedule.pack;
-      const auto query_of = [&](int half) { return (row + half * 8) >> pack; };  // from job.i0 on
-      const auto head_of = [&](int half) { return (row + half * 8) & ((1 << pack) - 1); };
+      // The thread's two rows are eight apart, of queries from job.i0 and heads from job.h on.
+      const auto row_of = [&](int half) {
+        const int at = anew(thread);
+        return group * 64 + at / 32 * 16 + at % 32 / 4 + half * 8;
+      };
+      const auto query_of = [&](int half) { return row_of(half) >> pack; };
+      const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
       // In units of what the products are; a sink is a key of its own, counted by one thread.
       float top[2], sum[2], alpha[2];
 #pragma unroll
@@ -332,39 +346,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       const HopperSeen& seen = shared.seen[t % Shared::kJobs][group];
 
-      // Scores of block n become probabilities; alpha: what results so far are multiplied with, if
+      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far are multiplied with, if
       // any of the warp's queries has `grown`.
-      const auto softmax = [&](int n) {
-        const int j0 = n * kN + pair * 2;
+      const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
+        const int j0 = n * kN + anew(thread) % 4 * 2;
         if constexpr (kChanges) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const ScoreChange change(p.f, job.b, job.h + head_of(half));
-            change.apply(rS, half, job.i0 + query_of(half) + job.sight.shift - j0);
+            change.apply<kCount / 2>(rS, half, job.i0 + query_of(half) + job.sight.shift - j0);
           }
         }
-        if (n >= seen.whole_end) {
+        if (n >= seen.whole_end || n < seen.whole_begin) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int to = job.sight.high(job.i0 + query_of(half)) - j0;
+            const int i = job.i0 + query_of(half);
+            const int from = job.sight.low(i) - j0, to = job.sight.high(i) - j0;
 #pragma unroll
-            for (int c = 0; c < kN / 8; ++c) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                if (c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
-              }
-            }
-          }
-        }
-        if (n < seen.whole_begin) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int from = job.sight.low(job.i0 + query_of(half)) - j0;
-#pragma unroll
-            for (int c = 0; c < kN / 8; ++c) {
+            for (int c = 0; c < kCount / 8; ++c) {
+              const std::uint32_t bits = pairs_below(to - c / 16 * 128) & ~pairs_below(from - c / 16 * 128);
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                if (c * 8 + e < from) rS[c * 4 + half * 2 + e] = -INFINITY;
+                if (!(bits >> (c % 16 * 2 + e) & 1)) rS[c * 4 + half * 2 + e] = -INFINITY;
               }
             }
           }
@@ -376,7 +379,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           float& m = most[half];
           m = fmaxf(rS[half * 2], rS[half * 2 + 1]);
 #pragma unroll
-          for (int c = 1; c < kN / 8; ++c) {
+          for (int c = 1; c < kCount / 8; ++c) {
             m = fmaxf(m, fmaxf(rS[c * 4 + half * 2], rS[c * 4 + half * 2 + 1]));
           }
           m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -405,7 +408,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const float base = top[half] == -INFINITY ? 0.0f : top[half] * unit;
           float more[2] = {};
 #pragma unroll
-          for (int c = 0; c < kN / 8; ++c) {
+          for (int c = 0; c < kCount / 8; ++c) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               float& s = rS[c * 4 + half * 2 + e];
@@ -466,7 +469,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
           if (n == job.end - 1) clear_rest(stage);
-          softmax(n);
+          if (seen.half) {
+            softmax(n, Keys<kN / 2>{});
+#pragma unroll
+            for (int i = kScores / 2; i < kScores; ++i) rS[i] = 0.0f;
+          } else {
+            softmax(n, Keys<kN>{});
+          }
           pack_probabilities();
         }
         for (--n; n >= seen.begin; --n) {
@@ -481,7 +490,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
-          softmax(n);
+          softmax(n, Keys<kN>{});
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
@@ -523,6 +532,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       const int rows = min((job.stored << pack) - group * 64, 64);
       const bool packed = p.f.lengths.start_q;
+      const int warp = thread / 32;
       const auto place = [&](int r) {  // of the r-th row of the warpgroup
         return p.f.out.at(packed ? 0 : job.b, job.first_q + job.i0 + ((group * 64 + r) >> pack),
                           job.h + (r & ((1 << pack) - 1)));
@@ -535,7 +545,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (!Tile::kShared) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int r = warp * 16 + quad + half * 8;
+          const int r = row_of(half) - group * 64;
           char* const to = place(r);
 #pragma unroll
           for (int c = 0; c < kDv / 8; c += 4) {
