@@ -183,8 +183,9 @@ void attention(const AttentionFwd& args, Stream stream) {
   if (p.batch > 0 && !portable_because(args, p, stream)) {
 #if FASTKERN_HAS_SM90
     dispatch_bool(p.softcap > 0.0f || p.slopes.data, [&]<bool kChanges>() {
-      args.q.dtype == DType::f16 ? launch_hopper_fwd_as<__half, kChanges>(p, stream, args.op)
-                                 : launch_hopper_fwd_as<__nv_bfloat16, kChanges>(p, stream, args.op);
+      args.q.dtype == DType::f16
+          ? launch_hopper_fwd_as<__half, kChanges>(p, stream, args.op)
+          : launch_hopper_fwd_as<__nv_bfloat16, kChanges>(p, stream, args.op);
     });
 #endif
   } else if (p.batch > 0) {

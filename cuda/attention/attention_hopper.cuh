@@ -63,7 +63,8 @@ __device__ __forceinline__ HopperSeen hopper_seen(const HopperJob& job, int grou
   return seen;
 }
 
-/// Of queries, keys and values: stages, each with a barrier that it is there and one that it is free.
+/// Of queries, keys and values: stages, each with a barrier that it is there and one that it is
+/// free.
 template <class Tile>
 struct HopperShared {
   static constexpr int kQuery = panels_of(Tile::kD) * Tile::kM * kPanelRow;
@@ -135,8 +136,8 @@ template <class Tile>
 __device__ __forceinline__ HopperJob hopper_job(const Forward& p, const HopperSchedule& s, int id) {
   constexpr int kN = Tile::kN;
   const int queries = Tile::kM >> s.pack;
-  const Place place = p.lengths.start_q ? hopper_packed_place<Tile>(p, s, id)
-                                        : hopper_place<Tile>(p, s, id);
+  const Place place =
+      p.lengths.start_q ? hopper_packed_place<Tile>(p, s, id) : hopper_place<Tile>(p, s, id);
   HopperJob job{};
   job.b = place.b, job.h = place.h, job.i0 = job.i1 = place.i0;
   if (place.b < 0) return job;

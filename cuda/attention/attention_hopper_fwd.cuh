@@ -10,8 +10,8 @@
 //            others, results leave through shared memory or straight from there
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
-//            the other. Fetching goes on into the next tile, whose queries come to L2 at least while
-//            this one is computed. A warpgroup leaves out blocks that its queries do not see
+//            the other. Fetching goes on into the next tile, whose queries come to L2 at least
+//            while this one is computed. A warpgroup leaves out blocks that its queries do not see
 //   sync     barrier         who arrives              who waits
 //            query_there     copy engine, producer    all that compute: queries and the job
 //            query_free      they, a warp each, after producer
@@ -23,7 +23,8 @@
 //   cost     4 * S * T * D flops where all is seen; keys and values read S / queries times, from L2
 #pragma once
 
-#include "attention/attention_hopper.cuh"
+#include "attention/attention_hopper_fwd_fetch.cuh"
+#include "attention/attention_hopper_scores.cuh"
 #include "launch.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/mma.cuh"
@@ -31,190 +32,6 @@
 #include "ptx/wgmma.cuh"
 
 namespace fastkern::cuda::attention_detail {
-
-/// Where a ring of stages stands after `turn` uses.
-struct Stage {
-  int index;
-  std::uint32_t parity;
-};
-template <int kStages>
-__device__ __forceinline__ Stage stage_of(int turn) {
-  static_assert(kStages == 1 || kStages == 2 || kStages == 4);
-  return {turn & (kStages - 1), static_cast<std::uint32_t>(turn >> kStages / 2 & 1)};
-}
-
-/// One thread that fetches.
-template <class Tile>
-struct HopperProducer {
-  using Shared = HopperShared<Tile>;
-  const HopperForward& p;
-  Shared& shared;
-  int turn = 0;  // blocks of keys asked for; values lag behind
-
-  static __device__ __forceinline__ void fetch(char* to, int panels, int rows,
-                                               const CUtensorMap* map, int row, int head, int entry,
-                                               std::uint64_t* barrier, ptx::Keep keep) {
-    for (int panel = 0; panel < panels; ++panel) {
-      ptx::tma_load(ptx::shared_address(to) + panel * rows * kPanelRow, map, panel * 64, row, head,
-                    entry, barrier, keep);
-    }
-  }
-  __device__ __forceinline__ void keys(int row, int head, int entry) {
-    const Stage stage = stage_of<Tile::kStages>(turn);
-    ptx::mbarrier_wait(&shared.keys_free[stage.index], stage.parity ^ 1);
-    ptx::mbarrier_expect(&shared.keys_there[stage.index], Shared::kKeys);
-    fetch(shared.keys[stage.index], panels_of(Tile::kD), Tile::kN, &p.k, row, head, entry,
-          &shared.keys_there[stage.index], ptx::Keep::long_);
-  }
-  __device__ __forceinline__ void values(int of_turn, int row, int head, int entry) {
-    const Stage stage = stage_of<Tile::kStages>(of_turn);
-    ptx::mbarrier_wait(&shared.values_free[stage.index], stage.parity ^ 1);
-    ptx::mbarrier_expect(&shared.values_there[stage.index], Shared::kValues);
-    fetch(shared.values[stage.index], panels_of(Tile::kDv), Tile::kN, &p.v, row, head, entry,
-          &shared.values_there[stage.index], ptx::Keep::long_);
-  }
-
-  /// Queries of the job with number t, and the job.
-  __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t) {
-    const Stage stage = stage_of<Tile::kQueries>(t);
-    ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    shared.jobs[t % Shared::kJobs] = job;
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      shared.seen[t % Shared::kJobs][group] = hopper_seen<Tile>(job, group, p.schedule.pack);
-    }
-    if (job.begin == job.end) {
-      ptx::mbarrier_arrive(&shared.query_there[stage.index]);
-      return;
-    }
-    ptx::mbarrier_expect(&shared.query_there[stage.index], Shared::kQuery);
-    const int row = job.first_q + job.i0;
-    const bool pack = p.schedule.pack > 0;
-    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, pack ? job.h : row,
-          pack ? row : job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
-  }
-  /// What tile `id` begins with comes to L2, where nobody has to wait for it later.
-  __device__ __forceinline__ void ask_for(int id) {
-    if (id >= p.schedule.tiles || p.f.lengths.start_q) return;
-    const HopperJob next = hopper_job<Tile>(p.f, p.schedule, id);
-    if (Tile::kQueries == 1) {
-      const bool pack = p.schedule.pack > 0;
-      for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-        ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : next.i0, pack ? next.i0 : next.h,
-                          next.b);
-      }
-    }
-    const int head = next.h / p.f.group;
-    for (int n = next.end - 1; n >= max(next.begin, next.end - p.schedule.ahead); --n) {
-      for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-        ptx::tma_prefetch(&p.k, panel * 64, n * Tile::kN, head, next.b);
-      }
-      for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
-        ptx::tma_prefetch(&p.v, panel * 64, n * Tile::kN, head, next.b);
-      }
-    }
-  }
-
-  /// Everything of the job with number t; `next`: the tile after it.
-  __device__ __forceinline__ void run(const HopperJob& job, int t, int next) {
-    const int entry = p.f.lengths.start_q ? 0 : job.b, head = job.h / p.f.group;
-    int row = job.first_k + (job.end - 1) * Tile::kN;
-    const bool any = job.begin < job.end;
-    // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
-    if (Tile::kQueries > 1) queries(job, entry, t);
-    if (any) keys(row, head, entry);
-    if (Tile::kQueries == 1) queries(job, entry, t);
-    ask_for(next);
-    if (!any) return;
-    for (int n = job.end - 1; n > job.begin; --n) {
-      const int before = turn++;
-      keys(row - Tile::kN, head, entry);
-      values(before, row, head, entry);
-      row -= Tile::kN;
-    }
-    values(turn++, row, head, entry);
-  }
-  __device__ __forceinline__ void finish(int t) {
-    const Stage stage = stage_of<Tile::kQueries>(t);
-    ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    shared.jobs[t % Shared::kJobs].b = -1;
-    ptx::mbarrier_arrive(&shared.query_there[stage.index]);
-  }
-};
-
-/// What stands between products and the softmax but masks: soft cap and ALiBi. All in units of what
-/// the products are.
-struct ScoreChange {
-  float cap, from_cap;  // from products to parts of the cap, and back; cap 0: none
-  float slope;
-
-  __device__ __forceinline__ ScoreChange(const Forward& p, int b, int h)
-      : cap(p.softcap > 0.0f ? p.scale / p.softcap : 0.0f),
-        from_cap(p.softcap / p.scale),
-        slope(p.slopes.at(static_cast<std::int64_t>(b) * p.slopes_batch + h, 0.0f) / p.scale) {}
-
-  /// tanh within some 2^-23 of 1, and of itself where it is small.
-  static __device__ __forceinline__ float tanh(float x) {
-    const float square = x * x;
-    const float small = fmaf(square, fmaf(square, fmaf(square, -17.0f / 315, 2.0f / 15), -1.0f / 3),
-                             1.0f);
-    const float large = fmaf(-2.0f, ptx::rcp_approx(1.0f + ptx::exp2_approx(x * (2 * kLog2e))), 1.0f);
-    return fabsf(x) < 0.2f ? x * small : large;
-  }
-  /// Of tiles of 8 keys, of a query `distance` from the first.
-  template <int kScores>
-  __device__ __forceinline__ void apply(float* s, int half, int distance) const {
-    if (cap > 0.0f) {
-#pragma unroll
-      for (int c = 0; c < kScores; c += 4) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) s[c + half * 2 + e] = tanh(s[c + half * 2 + e] * cap) * from_cap;
-      }
-    }
-    const float from = static_cast<float>(distance);
-#pragma unroll
-    for (int c = 0; c < kScores; c += 4) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        s[c + half * 2 + e] = fmaf(-slope, fabsf(from - (c * 2 + e)), s[c + half * 2 + e]);
-      }
-    }
-  }
-};
-
-/// Of four numbers of each of the four threads with the same lane / 4, thread i gets the i-th of
-/// each, in their order.
-__device__ __forceinline__ uint4 transposed_4(const std::uint32_t (&words)[4], int lane) {
-  const bool upper = lane & 2, odd = lane & 1;
-  std::uint32_t low[2], high[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const std::uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + 2], 2);
-    low[i] = upper ? other : words[i];
-    high[i] = upper ? words[i + 2] : other;
-  }
-  const std::uint32_t l = __shfl_xor_sync(~0u, odd ? low[0] : low[1], 1);
-  const std::uint32_t h = __shfl_xor_sync(~0u, odd ? high[0] : high[1], 1);
-  return odd ? uint4{l, low[1], h, high[1]} : uint4{low[0], l, high[0], h};
-}
-
-/// As a type: that many keys.
-template <int kCount>
-struct Keys {};
-
-/// Of sixteen tiles of 8 keys a thread has two neighbours each; a bit for each of these 32, from the
-/// lowest: whether it comes before key `to` of the thread's first one.
-__device__ __forceinline__ std::uint32_t pairs_below(int to) {
-  const int cut = max(0, min(to, 128)), count = cut / 8 * 2 + min(cut % 8, 2);
-  return count == 32 ? ~0u : (1u << count) - 1;
-}
-
-/// The same value, from here on: what follows from it is not computed before. Kept, it takes
-/// registers that the products need.
-template <class Int>
-__device__ __forceinline__ Int anew(Int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
 
 /// kChanges: there is a soft cap or ALiBi.
 template <class T, class Tile, bool kChanges>
@@ -346,8 +163,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       const HopperSeen& seen = shared.seen[t % Shared::kJobs][group];
 
-      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far are multiplied with, if
-      // any of the warp's queries has `grown`.
+      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
+      // are multiplied with, if any of the warp's queries has `grown`.
       const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
         const int j0 = n * kN + anew(thread) % 4 * 2;
         if constexpr (kChanges) {
@@ -364,7 +181,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             const int from = job.sight.low(i) - j0, to = job.sight.high(i) - j0;
 #pragma unroll
             for (int c = 0; c < kCount / 8; ++c) {
-              const std::uint32_t bits = pairs_below(to - c / 16 * 128) & ~pairs_below(from - c / 16 * 128);
+              const std::uint32_t bits =
+                  pairs_below(to - c / 16 * 128) & ~pairs_below(from - c / 16 * 128);
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
                 if (!(bits >> (c % 16 * 2 + e) & 1)) rS[c * 4 + half * 2 + e] = -INFINITY;
@@ -479,7 +297,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           pack_probabilities();
         }
         for (--n; n >= seen.begin; --n) {
-          const Stage before = stage_of<Tile::kStages>(turn++), stage = stage_of<Tile::kStages>(turn);
+          const Stage before = stage_of<Tile::kStages>(turn++),
+                      stage = stage_of<Tile::kStages>(turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -559,8 +378,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       } else {
         // Once the copy engine has read those before.
-        const ptx::SharedAddress aO =
-            ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+        const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
         if (thread == 0) ptx::bulk_wait_read<0>();
         ptx::bar_sync(kGroup + group, 128);
         if (rows > 0) {

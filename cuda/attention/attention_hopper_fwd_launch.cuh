@@ -84,12 +84,13 @@ void launch_hopper_tile(const HopperForward& p, int multiprocessors, Stream stre
 template <class T, bool kChanges>
 void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
   using Fwd64 = std::conditional_t<kChanges, HopperFwd64Changed, HopperFwd64>;
-  dispatch_hopper<Fwd64, HopperFwd96, HopperFwd128, HopperFwd192x128, HopperFwd192,
-                  HopperFwd256>(f.d, f.dv, [&]<class Tile>() {
-    const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
-    const HopperForward p = hopper_forward<T, Tile>(f, multiprocessors, op);
-    launch_hopper_tile<T, Tile, kChanges>(p, multiprocessors, stream, op);
-  });
+  dispatch_hopper<Fwd64, HopperFwd96, HopperFwd128, HopperFwd192x128, HopperFwd192, HopperFwd256>(
+      f.d, f.dv, [&]<class Tile>() {
+        const int multiprocessors =
+            device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
+        const HopperForward p = hopper_forward<T, Tile>(f, multiprocessors, op);
+        launch_hopper_tile<T, Tile, kChanges>(p, multiprocessors, stream, op);
+      });
 }
 
 }  // namespace fastkern::cuda::attention_detail

@@ -25,7 +25,8 @@ bool in_boxes(const View& v, bool many_rows, bool many_heads, bool many_entries)
 const char* hopper_refuses(const Forward& p);
 /// Why a call takes the portable kernel; nullptr: it does not.
 const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream);
-/// Where FASTKERN_HAS_SM90 and the device has capability 9.0. kChanges: there is a soft cap or ALiBi.
+/// Where FASTKERN_HAS_SM90 and the device has capability 9.0. kChanges: there is a soft cap or
+/// ALiBi.
 template <class T, bool kChanges>
 void launch_hopper_fwd_as(Forward& p, Stream stream, const char* op);
 template <class T, bool kExtras>

@@ -125,8 +125,8 @@ TEST_P(AttentionHopper, Columns) {
 /// Those of the portable kernel's cases that this one takes, with head dimensions of both kinds.
 TEST_P(AttentionHopper, Options) {
   for (AttentionCase c : attention_cases()) {
-    const bool taken = c.scale >= 0.0 && c.prefix.empty() && !c.bias && c.block_size == 0 &&
-                       c.dropout == 0.0;
+    const bool taken =
+        c.scale >= 0.0 && c.prefix.empty() && !c.bias && c.block_size == 0 && c.dropout == 0.0;
     if (taken) expect_right(c);
   }
 }
