@@ -310,6 +310,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
           softmax(n, Keys<kN>{});
+          if (Tile::kSoftmaxFirst) ptx::computed(fminf(sum[0], sum[1]));
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
