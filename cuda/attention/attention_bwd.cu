@@ -68,6 +68,8 @@ struct BwdRefusal {
 };
 /// What the kernel for Hopper leaves to the others besides what forward does.
 constexpr BwdRefusal kHopperBwdRefusals[] = {
+    {"softcap", [](const Backward& p) { return p.f.softcap > 0.0f; }},
+    {"ALiBi", [](const Backward& p) { return p.f.slopes.data != nullptr; }},
     {"head dimension above 128",
      [](const Backward& p) { return std::max(p.f.d, p.f.dv) > kHopperBwdColumns; }},
     {"not all of dq, dk and dv",

@@ -102,9 +102,7 @@ struct Refusal {
   bool (*of)(const Forward& p);
 };
 constexpr Refusal kHopperRefusals[] = {
-    {"softcap", [](const Forward& p) { return p.softcap > 0.0f; }},
     {"bias", [](const Forward& p) { return p.bias.data != nullptr; }},
-    {"ALiBi", [](const Forward& p) { return p.slopes.data != nullptr; }},
     {"block mask", [](const Forward& p) { return p.block_mask.data != nullptr; }},
     {"dropout", [](const Forward& p) { return p.dropout.threshold > 0; }},
     {"prefix", [](const Forward& p) { return p.mask.prefix != nullptr; }},
@@ -192,8 +190,11 @@ void attention(const AttentionFwd& args, Stream stream) {
   if (p.heads == 0 || p.queries == 0) return;
   if (p.batch > 0 && !portable_because(args, p, stream)) {
 #if FASTKERN_HAS_SM90
-    args.q.dtype == DType::f16 ? launch_hopper_fwd_as<__half>(p, stream, args.op)
-                               : launch_hopper_fwd_as<__nv_bfloat16>(p, stream, args.op);
+    dispatch_bool(p.softcap > 0.0f || p.slopes.data, [&]<bool kChanges>() {
+      args.q.dtype == DType::f16
+          ? launch_hopper_fwd_as<__half, kChanges>(p, stream, args.op)
+          : launch_hopper_fwd_as<__nv_bfloat16, kChanges>(p, stream, args.op);
+    });
 #endif
   } else if (p.batch > 0) {
     dispatch_bool(has_extras(p), [&]<bool kExtras>() {

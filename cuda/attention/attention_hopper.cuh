@@ -15,23 +15,26 @@ namespace fastkern::cuda::attention_detail {
 constexpr int panels_of(int columns) { return (columns + 63) / 64; }
 inline constexpr int kPanelRow = 128;
 
-/// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time.
-/// kApart: results have shared memory of their own, else they lie where queries were. kTurns: the
-/// warpgroups issue their products in turn. (nvcc 13.0 takes no values of classes as template
-/// arguments of kernels.)
-template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, bool kOwnResults,
-          bool kInTurn>
+/// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
+/// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
+/// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
+/// their products in turn. kSoftmaxFirst: exponentials before results are waited for. (nvcc 13.0
+/// takes no values of classes as template arguments of kernels.)
+template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
+          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kExponentialsFirst = false>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
-  static constexpr bool kApart = kOwnResults, kTurns = kInTurn;
+  static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
+  static constexpr bool kShared = kThroughShared, kTurns = kInTurn,
+                        kSoftmaxFirst = kExponentialsFirst;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
                        kOtherRegisters = kGroups == 3 ? 32 : 40;
 };
 
-/// What a block of threads does next: queries i0 to i1 of one head of one entry, and blocks `begin`
-/// to `end` of keys.
+/// What a block of threads does next: queries i0 to i1 of one head of one entry, or of as many as
+/// are packed, and blocks `begin` to `end` of keys.
 struct HopperJob {
   int b, h, i0, i1;  // b < 0: nothing, and nothing after it
   int stored;        // queries of the tensor from i0 on: those beyond the sequence get zeros
@@ -41,37 +44,60 @@ struct HopperJob {
   std::int64_t lse_at;
 };
 
-/// Two stages of keys and of values, each with a barrier that it is there and one that it is free.
-inline constexpr int kHopperStages = 2;
+/// Blocks of keys that any of a warpgroup's queries sees, and those that all of them see whole.
+/// `half`: of the last one nobody sees more than its first half.
+struct HopperSeen {
+  int begin, end, whole_begin, whole_end;
+  bool half;
+};
+template <class Tile>
+__device__ __forceinline__ HopperSeen hopper_seen(const HopperJob& job, int group, int pack) {
+  constexpr int kN = Tile::kN;
+  const int first = job.i0 + (group * 64 >> pack);
+  const int last = min(job.i0 + ((group * 64 + 63) >> pack), job.i1 - 1);
+  HopperSeen seen{job.begin, job.begin, 0, 0, false};
+  if (first > last) return seen;
+  seen.end = max(min((job.sight.high(last) + kN - 1) / kN, job.end), job.begin);
+  seen.begin = min(max(job.sight.low(first) / kN, job.begin), seen.end);
+  seen.half = 2 * (seen.end * kN - job.sight.high(last)) >= kN;
+  seen.whole_end = job.sight.high(first) / kN;
+  seen.whole_begin = (job.sight.low(last) + kN - 1) / kN;
+  return seen;
+}
+
+/// Of queries, keys and values: stages, each with a barrier that it is there and one that it is
+/// free.
 template <class Tile>
 struct HopperShared {
   static constexpr int kQuery = panels_of(Tile::kD) * Tile::kM * kPanelRow;
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
   static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
-  static_assert(Tile::kApart || kOut <= kQuery);
+  // A job is written when all have begun the one so many tiles before, and is looked at to its end.
+  static constexpr int kJobs = 2 * Tile::kQueries;
 
-  alignas(1024) char query[kQuery];
-  alignas(1024) char keys[kHopperStages][kKeys];
-  alignas(1024) char values[kHopperStages][kValues];
-  alignas(1024) char out[Tile::kApart ? kOut : 16];
-  std::uint64_t query_there, query_free;
-  std::uint64_t keys_there[kHopperStages], keys_free[kHopperStages];
-  std::uint64_t values_there[kHopperStages], values_free[kHopperStages];
-  HopperJob jobs[2];
-
-  __device__ __forceinline__ char* results() { return Tile::kApart ? out : query; }
+  alignas(1024) char query[Tile::kQueries][kQuery];
+  alignas(1024) char keys[Tile::kStages][kKeys];
+  alignas(1024) char values[Tile::kStages][kValues];
+  alignas(1024) char out[Tile::kShared ? kOut : 16];
+  std::uint64_t query_there[Tile::kQueries], query_free[Tile::kQueries];
+  std::uint64_t keys_there[Tile::kStages], keys_free[Tile::kStages];
+  std::uint64_t values_there[Tile::kStages], values_free[Tile::kStages];
+  HopperJob jobs[kJobs];
+  HopperSeen seen[kJobs][Tile::kGroups];
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a
 /// warpgroup (one each).
 enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5 };
 
-/// In which order blocks of queries are taken. `units`: heads of entries. Longest first goes
+/// In which order blocks of queries are taken. A tile has the queries of 2^pack heads that share
+/// their keys, which together count as a head here. `units`: heads of entries. Longest first goes
 /// through `section` of them side by side.
 struct HopperSchedule {
-  int tiles, units, section;
+  int tiles, units, section, heads, pack;
   bool longest_first;
+  int ahead;  // blocks of keys and values of the next tile that are brought to L2
 };
 
 struct HopperForward {
@@ -87,27 +113,40 @@ __device__ __forceinline__ int hopper_tile(int turn) {
   return turn * grid + (turn & 1 ? grid - 1 - block : block);
 }
 
+/// Tile `id` of tensors that are not packed.
+template <class Tile>
+__device__ __forceinline__ Place hopper_place(const Forward& p, const HopperSchedule& s, int id) {
+  const int section = id / (s.section * p.blocks), first = section * s.section;
+  const int rest = id - first * p.blocks, width = min(s.section, s.units - first);
+  const int index = s.longest_first ? p.blocks - 1 - rest / width : rest % p.blocks;
+  const int unit = first + (s.longest_first ? rest % width : rest / p.blocks);
+  return {unit / s.heads, unit % s.heads << s.pack, index * (Tile::kM >> s.pack)};
+}
+/// The same of packed ones, for a whole warp. The last queries of a sequence first.
+template <class Tile>
+__device__ __forceinline__ Place hopper_packed_place(const Forward& p, const HopperSchedule& s,
+                                                     int id) {
+  const int queries = Tile::kM >> s.pack;
+  const Unit unit = unit_of(p.lengths, id, p.blocks, s.heads, p.batch, [&](int b) {
+    return (attention_sequence(p.lengths, b, p.queries, p.keys).queries + queries - 1) / queries;
+  });
+  return {unit.b, unit.h << s.pack, (unit.count - 1 - unit.index) * queries};
+}
+
 /// For a whole warp.
 template <class Tile>
 __device__ __forceinline__ HopperJob hopper_job(const Forward& p, const HopperSchedule& s, int id) {
-  constexpr int kM = Tile::kM, kN = Tile::kN;
-  Place place;
-  if (p.lengths.start_q) {
-    place = place_of<kM>(p, id);
-  } else {
-    const int section = id / (s.section * p.blocks), first = section * s.section;
-    const int rest = id - first * p.blocks, width = min(s.section, s.units - first);
-    const int index = s.longest_first ? p.blocks - 1 - rest / width : rest % p.blocks;
-    const int unit = first + (s.longest_first ? rest % width : rest / p.blocks);
-    place = {unit / p.heads, unit % p.heads, index * kM};
-  }
+  constexpr int kN = Tile::kN;
+  const int queries = Tile::kM >> s.pack;
+  const Place place =
+      p.lengths.start_q ? hopper_packed_place<Tile>(p, s, id) : hopper_place<Tile>(p, s, id);
   HopperJob job{};
   job.b = place.b, job.h = place.h, job.i0 = job.i1 = place.i0;
   if (place.b < 0) return job;
   const AttentionSequence<int> at = attention_sequence(p.lengths, place.b, p.queries, p.keys);
   const bool packed = p.lengths.start_q;
-  job.i1 = max(min(job.i0 + kM, at.queries), job.i0);
-  job.stored = packed ? job.i1 - job.i0 : min(kM, p.queries - job.i0);
+  job.i1 = max(min(job.i0 + queries, at.queries), job.i0);
+  job.stored = packed ? job.i1 - job.i0 : min(queries, p.queries - job.i0);
   job.first_q = at.first_q, job.first_k = at.first_k;
   job.sight = attention_sight(p.mask, at, place.b);
   if (job.i1 > job.i0) {

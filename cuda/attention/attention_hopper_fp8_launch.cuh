@@ -54,6 +54,7 @@ void launch_hopper_fp8(Fp8Call& call, Stream stream, const char* op) {
                    // Four blocks of queries of a head at a time share its keys in L2.
                    .section =
                        units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
+                   .heads = f.heads,
                    .longest_first = f.mask.right >= 0 && f.mask.left < 0},
       .q_scale = call.q_scale,
       .k_scale = call.k_scale,

@@ -6,15 +6,16 @@
 //   of
 //            one head, against the keys they see, last ones first, Tile::kN at a time
 //   memory   one thread of the first warpgroup has the copy engine fetch queries, keys and values,
-//            two stages of the last two; scores, probabilities and results are registers of the
-//            others, results leave through shared memory
+//            stages of the last two; scores, probabilities and results are registers of the
+//            others, results leave through shared memory or straight from there
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
-//            the other. Fetching goes on into the next tile
+//            the other. Fetching goes on into the next tile, whose queries come to L2 at least
+//            while this one is computed. A warpgroup leaves out blocks that its queries do not see
 //   sync     barrier         who arrives              who waits
 //            query_there     copy engine, producer    all that compute: queries and the job
-//            query_free      they, after the last     producer
-//                            look at the queries
+//            query_free      they, a warp each, after producer
+//                            the last product q k
 //            keys_there      copy engine, producer    they
 //            keys_free       they, a warp each        producer
 //            values_*        the same                 the same
@@ -22,7 +23,8 @@
 //   cost     4 * S * T * D flops where all is seen; keys and values read S / queries times, from L2
 #pragma once
 
-#include "attention/attention_hopper.cuh"
+#include "attention/attention_hopper_fwd_fetch.cuh"
+#include "attention/attention_hopper_scores.cuh"
 #include "launch.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/mma.cuh"
@@ -31,78 +33,8 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Where a ring of stages stands after `turn` uses.
-struct Stage {
-  int index;
-  std::uint32_t parity;
-};
-__device__ __forceinline__ Stage stage_of(int turn) {
-  static_assert(kHopperStages == 2);
-  return {turn & 1, static_cast<std::uint32_t>(turn >> 1 & 1)};
-}
-
-/// One thread that fetches.
-template <class Tile>
-struct HopperProducer {
-  using Shared = HopperShared<Tile>;
-  const HopperForward& p;
-  Shared& shared;
-  int turn = 0;  // blocks of keys asked for; values lag behind
-
-  static __device__ __forceinline__ void fetch(char* to, int panels, int rows,
-                                               const CUtensorMap* map, int row, int head, int entry,
-                                               std::uint64_t* barrier, ptx::Keep keep) {
-    for (int panel = 0; panel < panels; ++panel) {
-      ptx::tma_load(ptx::shared_address(to) + panel * rows * kPanelRow, map, panel * 64, row, head,
-                    entry, barrier, keep);
-    }
-  }
-  __device__ __forceinline__ void keys(int row, int head, int entry) {
-    const Stage stage = stage_of(turn);
-    ptx::mbarrier_wait(&shared.keys_free[stage.index], stage.parity ^ 1);
-    ptx::mbarrier_expect(&shared.keys_there[stage.index], Shared::kKeys);
-    fetch(shared.keys[stage.index], panels_of(Tile::kD), Tile::kN, &p.k, row, head, entry,
-          &shared.keys_there[stage.index], ptx::Keep::long_);
-  }
-  __device__ __forceinline__ void values(int of_turn, int row, int head, int entry) {
-    const Stage stage = stage_of(of_turn);
-    ptx::mbarrier_wait(&shared.values_free[stage.index], stage.parity ^ 1);
-    ptx::mbarrier_expect(&shared.values_there[stage.index], Shared::kValues);
-    fetch(shared.values[stage.index], panels_of(Tile::kDv), Tile::kN, &p.v, row, head, entry,
-          &shared.values_there[stage.index], ptx::Keep::long_);
-  }
-
-  /// Everything of the job with number t.
-  __device__ __forceinline__ void run(const HopperJob& job, int t) {
-    const int entry = p.f.lengths.start_q ? 0 : job.b, head = job.h / p.f.group;
-    int row = job.first_k + (job.end - 1) * Tile::kN;
-    const bool any = job.begin < job.end;
-    if (any) keys(row, head, entry);
-    ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
-    shared.jobs[t & 1] = job;
-    if (!any) {
-      ptx::mbarrier_arrive(&shared.query_there);
-      return;
-    }
-    ptx::mbarrier_expect(&shared.query_there, Shared::kQuery);
-    fetch(shared.query, panels_of(Tile::kD), Tile::kM, &p.q, job.first_q + job.i0, job.h, entry,
-          &shared.query_there, ptx::Keep::shortly);
-    for (int n = job.end - 1; n > job.begin; --n) {
-      const int before = turn++;
-      keys(row - Tile::kN, head, entry);
-      values(before, row, head, entry);
-      row -= Tile::kN;
-    }
-    values(turn++, row, head, entry);
-  }
-  __device__ __forceinline__ void finish(int t) {
-    ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
-    shared.jobs[t & 1].b = -1;
-    ptx::mbarrier_arrive(&shared.query_there);
-  }
-};
-
-template <class T, class Tile>
+/// kChanges: there is a soft cap or ALiBi.
+template <class T, class Tile, bool kChanges>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
@@ -119,9 +51,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::prefetch_map(&p.v);
     ptx::prefetch_map(&p.out);
     constexpr int kWarps = 4 * kGroups;
-    ptx::mbarrier_init(&shared.query_there, 1);
-    ptx::mbarrier_init(&shared.query_free, Tile::kApart ? kWarps : kGroups);
-    for (int s = 0; s < kHopperStages; ++s) {
+    for (int s = 0; s < Tile::kQueries; ++s) {
+      ptx::mbarrier_init(&shared.query_there[s], 1);
+      ptx::mbarrier_init(&shared.query_free[s], kWarps);
+    }
+    for (int s = 0; s < Tile::kStages; ++s) {
       ptx::mbarrier_init(&shared.keys_there[s], 1);
       ptx::mbarrier_init(&shared.keys_free[s], kWarps);
       ptx::mbarrier_init(&shared.values_there[s], 1);
@@ -144,7 +78,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (id >= p.schedule.tiles) continue;
         const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);
         if (job.b < 0) continue;
-        if (threadIdx.x == 0) producer.run(job, t);
+        if (threadIdx.x == 0) producer.run(job, t, hopper_tile(round + 1));
         __syncwarp();
         ++t;
       }
@@ -153,19 +87,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     ptx::registers_take<Tile::kRegisters>();
     const int group = warpgroup - 1;
-    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
-    const int quad = lane / 4, pair = lane % 4;
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, pair = lane % 4;
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
-    const ptx::SharedAddress aQ = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
+    const ptx::SharedAddress aQuery = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
     const float unit = p.f.scale_log2;  // from products to powers of two
 
     float rS[kScores], rO[kResults];
     std::uint32_t rP[kN / 16][4];
-    const auto issue_scores = [&](int stage) {
+    const auto issue_scores = [&](ptx::SharedAddress aQ, int stage) {
+      aQ = anew(aQ);
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
       const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
       ptx::wgmma_fence();
@@ -202,33 +136,56 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
-      ptx::mbarrier_wait(&shared.query_there, t & 1);
-      const HopperJob& job = shared.jobs[t & 1];
+      const Stage tile = stage_of<Tile::kQueries>(t);
+      ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
+      const HopperJob& job = shared.jobs[t % Shared::kJobs];
       if (job.b < 0) break;
-      const int row = group * 64 + warp * 16 + quad;  // and eight below
-      const float sink = p.f.sinks.at(job.h, -INFINITY);
+      const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
+      const int pack = p.schedule.pack;
+      // The thread's two rows are eight apart, of queries from job.i0 and heads from job.h on.
+      const auto row_of = [&](int half) {
+        const int at = anew(thread);
+        return group * 64 + at / 32 * 16 + at % 32 / 4 + half * 8;
+      };
+      const auto query_of = [&](int half) { return row_of(half) >> pack; };
+      const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
       // In units of what the products are; a sink is a key of its own, counted by one thread.
       float top[2], sum[2], alpha[2];
-      top[0] = top[1] = sink == -INFINITY ? sink : sink / p.f.scale;
-      sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
+        top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+        sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+      }
       bool grown = false;
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      // Scores of block n become probabilities; alpha: what results so far are multiplied with, if
-      // any of the warp's queries has `grown`.
-      const auto softmax = [&](int n, bool masked) {
-        const int j0 = n * kN + pair * 2;
-        if (masked) {
+      const HopperSeen& seen = shared.seen[t % Shared::kJobs][group];
+
+      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
+      // are multiplied with, if any of the warp's queries has `grown`.
+      const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
+        const int j0 = n * kN + anew(thread) % 4 * 2;
+        if constexpr (kChanges) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int i = job.i0 + row + half * 8;
+            const ScoreChange change(p.f, job.b, job.h + head_of(half));
+            change.apply<kCount / 2>(rS, half, job.i0 + query_of(half) + job.sight.shift - j0);
+          }
+        }
+        if (n >= seen.whole_end || n < seen.whole_begin) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = job.i0 + query_of(half);
             const int from = job.sight.low(i) - j0, to = job.sight.high(i) - j0;
 #pragma unroll
-            for (int c = 0; c < kN / 8; ++c) {
+            for (int c = 0; c < kCount / 8; ++c) {
+              const std::uint32_t bits =
+                  pairs_below(to - c / 16 * 128) & ~pairs_below(from - c / 16 * 128);
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+                if (!(bits >> (c % 16 * 2 + e) & 1)) rS[c * 4 + half * 2 + e] = -INFINITY;
               }
             }
           }
@@ -240,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           float& m = most[half];
           m = fmaxf(rS[half * 2], rS[half * 2 + 1]);
 #pragma unroll
-          for (int c = 1; c < kN / 8; ++c) {
+          for (int c = 1; c < kCount / 8; ++c) {
             m = fmaxf(m, fmaxf(rS[c * 4 + half * 2], rS[c * 4 + half * 2 + 1]));
           }
           m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -269,7 +226,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const float base = top[half] == -INFINITY ? 0.0f : top[half] * unit;
           float more[2] = {};
 #pragma unroll
-          for (int c = 0; c < kN / 8; ++c) {
+          for (int c = 0; c < kCount / 8; ++c) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               float& s = rS[c * 4 + half * 2 + e];
@@ -281,48 +238,79 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       };
 
-      const int begin = job.begin, end = job.end;
-      if (begin < end) {
-        // Blocks that all queries of the warpgroup see whole: whole_begin to whole_end.
-        const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
-        const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
-        const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
-        int n = end - 1;
+      const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
+      // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
+      // the tile's first block.
+      const auto clear_rest = [&](const Stage& stage) {
+        const int rows = job.end * kN - job.sight.keys;
+        if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        const int all = panels_of(kDv) * rows * 8;
+        char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
+        for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
+          char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
+          *reinterpret_cast<uint4*>(to) = uint4{};
+        }
+        ptx::fence_async();
+        ptx::bar_sync(kComputing, kGroups * 128);
+      };
+      // A block that none of the warpgroup's queries sees. Stages are given back once all lanes
+      // have seen that they were there.
+      const auto leave_out = [&](int n) {
+        const Stage stage = stage_of<Tile::kStages>(turn++);
+        ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+        __syncwarp();
+        arrive(&shared.keys_free[stage.index]);
+        if (n == job.end - 1) {
+          clear_rest(stage);
+        } else if (Tile::kTurns) {
+          ptx::bar_sync(kTurn + group, 256);
+          ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+        }
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        __syncwarp();
+        arrive(&shared.values_free[stage.index]);
+      };
+
+      int n = job.end - 1;
+      for (; n >= seen.end; --n) leave_out(n);
+      if (n >= seen.begin) {
         {
-          const Stage stage = stage_of(turn);
+          const Stage stage = stage_of<Tile::kStages>(turn);
+          const bool in_turn = Tile::kTurns && n < job.end - 1;
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
-          issue_scores(stage.index);
+          if (in_turn) ptx::bar_sync(kTurn + group, 256);
+          issue_scores(aQ, stage.index);
+          if (in_turn) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          // Rows of values beyond the sequence, which are of others, would make zeros NaN.
-          if (const int rows = end * kN - job.sight.keys;
-              rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
-            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-            const int all = panels_of(kDv) * rows * 8;
-            char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
-            for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
-              char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
-              *reinterpret_cast<uint4*>(to) = uint4{};
-            }
-            ptx::fence_async();
-            ptx::bar_sync(kComputing, kGroups * 128);
+          if (n == seen.begin) give_back_queries();
+          if (n == job.end - 1) clear_rest(stage);
+          if (seen.half) {
+            softmax(n, Keys<kN / 2>{});
+#pragma unroll
+            for (int i = kScores / 2; i < kScores; ++i) rS[i] = 0.0f;
+          } else {
+            softmax(n, Keys<kN>{});
           }
-          softmax(n, n >= whole_end || n < whole_begin);
           pack_probabilities();
         }
-        for (--n; n >= begin; --n) {
-          const Stage before = stage_of(turn++), stage = stage_of(turn);
+        for (--n; n >= seen.begin; --n) {
+          const Stage before = stage_of<Tile::kStages>(turn++),
+                      stage = stage_of<Tile::kStages>(turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
-          issue_scores(stage.index);
+          issue_scores(aQ, stage.index);
           ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
           issue_results(before.index);
           if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          softmax(n, n >= whole_end || n < whole_begin);
+          if (n == seen.begin) give_back_queries();
+          softmax(n, Keys<kN>{});
+          if (Tile::kSoftmaxFirst) ptx::computed(fminf(sum[0], sum[1]));
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
@@ -332,30 +320,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
           }
         }
-        const Stage stage = stage_of(turn++);
+        const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
-        if (Tile::kApart) arrive(&shared.query_free);
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
-      } else if (Tile::kApart) {
-        __syncwarp();  // all of its lanes have seen that the job is there
-        arrive(&shared.query_free);
+      } else {
+        __syncwarp();
+        give_back_queries();
       }
+      for (; n >= job.begin; --n) leave_out(n);
 
-      // Results leave through shared memory, once the copy engine has read those before.
-      const ptx::SharedAddress aO =
-          ptx::shared_address(shared.results()) + group * (64 * kPanelRow);
-      if (thread == 0) ptx::bulk_wait_read<0>();
-      ptx::bar_sync(kGroup + group, 128);
       float inverse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float total = sum[half];
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
-        const int at = row + half * 8;
+        const int at = query_of(half);
         const bool nothing = total == 0.0f || job.i0 + at >= job.i1;  // seen, or to be computed
         inverse[half] = nothing ? 0.0f : 1.0f / total;
         if (nothing) {
@@ -363,56 +346,79 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
         }
         if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
+          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+              nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
         }
       }
-      const int rows = min(job.stored - group * 64, 64);
+      const int rows = min((job.stored << pack) - group * 64, 64);
       const bool packed = p.f.lengths.start_q;
-      const int first = job.first_q + job.i0 + group * 64;
-      if (rows > 0) {
-        const int to_row = warp * 16 + lane % 16;
+      const int warp = thread / 32;
+      const auto place = [&](int r) {  // of the r-th row of the warpgroup
+        return p.f.out.at(packed ? 0 : job.b, job.first_q + job.i0 + ((group * 64 + r) >> pack),
+                          job.h + (r & ((1 << pack) - 1)));
+      };
+      // Of column tile c and the row eight `half`s below, two results.
+      const auto results = [&](int c, int half) {
+        const float* const o = rO + c * 4 + half * 2;
+        return ptx::pack_2(o[0] * inverse[half], o[1] * inverse[half], T{});
+      };
+      if constexpr (!Tile::kShared) {
 #pragma unroll
-        for (int c = 0; c < kDv / 8; c += 2) {
-          std::uint32_t words[4];
+        for (int half = 0; half < 2; ++half) {
+          const int r = row_of(half) - group * 64;
+          char* const to = place(r);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float* const o = rO + c * 4 + e * 2;
-            words[e] = ptx::pack_2(o[0] * inverse[e % 2], o[1] * inverse[e % 2], T{});
-          }
-          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
-        }
-        if (packed && rows < 64) {
-          // The rows after these are another sequence's. A warp stores what it has computed.
-          __syncwarp();
-          const char* const from = shared.results() + group * (64 * kPanelRow);
-          for (int e = lane; e < 16 * (kDv / 8); e += 32) {
-            const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
-            if (r >= rows || chunk * 8 >= p.f.dv) continue;
-            const char* const at =
-                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
-            *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
-                *reinterpret_cast<const uint4*>(at);
-          }
-          if (!Tile::kApart) ptx::bar_sync(kGroup + group, 128);
-        } else {
-          ptx::fence_async();
-          ptx::bar_sync(kGroup + group, 128);
-          if (thread == 0) {
-            for (int panel = 0; panel < panels_of(kDv); ++panel) {
-              ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
-                             aO + panel * (kM * kPanelRow));
+          for (int c = 0; c < kDv / 8; c += 4) {
+            const std::uint32_t words[4] = {results(c, half), results(c + 1, half),
+                                            results(c + 2, half), results(c + 3, half)};
+            const uint4 chunk = transposed_4(words, lane);
+            if (r < rows && (c + pair) * 8 < p.f.dv) {
+              *reinterpret_cast<uint4*>(to + (c + pair) * 16) = chunk;
             }
-            ptx::bulk_commit();
           }
         }
-      }
-      if (!Tile::kApart && thread == 0) {
-        ptx::bulk_wait_read<0>();
-        ptx::mbarrier_arrive(&shared.query_free);
+      } else {
+        // Once the copy engine has read those before.
+        const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+        if (thread == 0) ptx::bulk_wait_read<0>();
+        ptx::bar_sync(kGroup + group, 128);
+        if (rows > 0) {
+          const int to_row = anew(warp * 16 + lane % 16);
+#pragma unroll
+          for (int c = 0; c < kDv / 8; c += 2) {
+            const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
+                                            results(c + 1, 1)};
+            const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+            ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+          }
+          if (packed && rows < 64) {
+            // The rows after these are another sequence's. A warp stores what it has computed.
+            __syncwarp();
+            const char* const from = shared.out + group * (64 * kPanelRow);
+            for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
+              const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+              if (r >= rows || chunk * 8 >= p.f.dv) continue;
+              const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
+                                     ((chunk % 8) ^ (r % 8)) * 16;
+              *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
+                  *reinterpret_cast<const uint4*>(at);
+            }
+          } else {
+            ptx::fence_async();
+            ptx::bar_sync(kGroup + group, 128);
+            if (thread == 0) {
+              for (int panel = 0; panel < panels_of(kDv); ++panel) {
+                const int at = job.first_q + job.i0 + (group * 64 >> pack);
+                ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                               packed ? 0 : job.b, aO + panel * (kM * kPanelRow));
+              }
+              ptx::bulk_commit();
+            }
+          }
+        }
       }
     }
-    if (thread == 0) ptx::bulk_wait<0>();
+    if (Tile::kShared && thread == 0) ptx::bulk_wait<0>();
   }
 }
 

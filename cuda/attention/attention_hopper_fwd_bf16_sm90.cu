@@ -3,6 +3,7 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template void launch_hopper_fwd_as<__nv_bfloat16>(Forward&, Stream, const char*);
+template void launch_hopper_fwd_as<__nv_bfloat16, false>(Forward&, Stream, const char*);
+template void launch_hopper_fwd_as<__nv_bfloat16, true>(Forward&, Stream, const char*);
 
 }  // namespace fastkern::cuda::attention_detail

@@ -3,6 +3,7 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template void launch_hopper_fwd_as<__half>(Forward&, Stream, const char*);
+template void launch_hopper_fwd_as<__half, false>(Forward&, Stream, const char*);
+template void launch_hopper_fwd_as<__half, true>(Forward&, Stream, const char*);
 
 }  // namespace fastkern::cuda::attention_detail

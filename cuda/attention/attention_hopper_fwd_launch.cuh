@@ -13,12 +13,13 @@ namespace fastkern::cuda::attention_detail {
 
 /// The first with room for the head dimensions is taken. With 232 registers a thread, 64 queries a
 /// warpgroup leave room for results, scores and probabilities of 128 columns and 128 keys.
-using HopperFwd64 = HopperTile<64, 64, 3, 128, true, true>;
-using HopperFwd96 = HopperTile<96, 96, 2, 128, true, true>;
-using HopperFwd128 = HopperTile<128, 128, 2, 128, true, true>;
-using HopperFwd192x128 = HopperTile<192, 128, 2, 128, false, true>;
-using HopperFwd192 = HopperTile<192, 192, 2, 112, false, false>;
-using HopperFwd256 = HopperTile<256, 256, 2, 80, false, false>;
+using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, 2, true, true>;
+using HopperFwd64Changed = HopperTile<64, 64, 2, 128, 2, 2, true, true>;
+using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
+using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
+using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
+using HopperFwd192 = HopperTile<192, 192, 2, 112, 2, 1, false, false>;
+using HopperFwd256 = HopperTile<256, 256, 2, 80, 2, 1, false, false>;
 
 template <class First, class... Rest, class F>
 void dispatch_hopper(int d, int dv, F&& f) {
@@ -28,37 +29,68 @@ void dispatch_hopper(int d, int dv, F&& f) {
   f.template operator()<First>();
 }
 
-template <class T>
+/// Of how many heads (a power of two, given by its exponent) tiles of `rows` hold the queries:
+/// where that makes a tenth of the tiles superfluous, else of one.
+inline int hopper_pack(const Forward& f, int rows) {
+  const int sequences = f.lengths.start_q ? f.batch : 0;  // the last tile of each may not be full
+  const auto tiles = [&](int pack) {
+    return (f.heads >> pack) * (ceil_div(std::int64_t{f.queries} << pack, rows) + sequences);
+  };
+  int best = 0;
+  for (int pack = 1; pack <= 6 && f.group % (1 << pack) == 0; ++pack) {
+    if (tiles(pack) < tiles(best)) best = pack;
+  }
+  return 10 * tiles(best) <= 9 * tiles(0) ? best : 0;
+}
+
+/// What the kernel is called with; f.blocks is set here.
+template <class T, class Tile>
+HopperForward hopper_forward(Forward& f, int multiprocessors, const char* op) {
+  constexpr int kM = Tile::kM;
+  const bool packed = f.lengths.start_q;
+  const int pack = hopper_pack(f, kM);
+  const int entries = packed ? 1 : f.batch, heads = f.heads >> pack, units = heads * entries;
+  f.blocks = static_cast<int>(ceil_div(f.queries, kM >> pack)) + (packed ? f.batch : 0);
+  return {.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, kM, op, pack),
+          .k = hopper_map<T>(f.k, f.d, f.keys, f.heads / f.group, entries, Tile::kN, op),
+          .v = hopper_map<T>(f.v, f.dv, f.keys, f.heads / f.group, entries, Tile::kN, op),
+          .out = hopper_map<T>(f.out, f.dv, f.queries, f.heads, entries, 64, op, pack),
+          .f = f,
+          .schedule = {
+              .tiles = f.blocks * units,
+              .units = units,
+              // Four blocks of queries of a head at a time share its keys in L2.
+              .section = units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
+              .heads = heads,
+              .pack = pack,
+              .longest_first = f.mask.right >= 0 && f.mask.left < 0,
+              .ahead = 2}};
+}
+
+template <class T, class Tile, bool kChanges = false>
+void launch_hopper_tile(const HopperForward& p, int multiprocessors, Stream stream,
+                        const char* op) {
+  constexpr int kBytes = sizeof(HopperShared<Tile>);
+  static_assert(kBytes <= 227 * 1024);
+  launch(attention_hopper_fwd_kernel<T, Tile, kChanges>,
+         {.op = op,
+          .grid = std::min(multiprocessors, p.schedule.tiles),
+          .block = Tile::kThreads,
+          .shared = kBytes,
+          .overlap = true},
+         stream, p);
+}
+
+template <class T, bool kChanges>
 void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
-  dispatch_hopper<HopperFwd64, HopperFwd96, HopperFwd128, HopperFwd192x128, HopperFwd192,
-                  HopperFwd256>(f.d, f.dv, [&]<class Tile>() {
-    constexpr int kM = Tile::kM, kBytes = sizeof(HopperShared<Tile>);
-    static_assert(kBytes <= 227 * 1024);
-    const bool packed = f.lengths.start_q;
-    const int entries = packed ? 1 : f.batch;
-    const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
-    f.blocks = static_cast<int>(ceil_div(f.queries, kM)) + (packed ? f.batch : 0);
-    const int units = f.heads * entries;
-    HopperForward p{
-        .q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, kM, op),
-        .k = hopper_map<T>(f.k, f.d, f.keys, f.heads / f.group, entries, Tile::kN, op),
-        .v = hopper_map<T>(f.v, f.dv, f.keys, f.heads / f.group, entries, Tile::kN, op),
-        .out = hopper_map<T>(f.out, f.dv, f.queries, f.heads, entries, 64, op),
-        .f = f,
-        .schedule = {
-            .tiles = f.blocks * units,
-            .units = units,
-            // Four blocks of queries of a head at a time share its keys in L2.
-            .section = units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
-            .longest_first = f.mask.right >= 0 && f.mask.left < 0}};
-    launch(attention_hopper_fwd_kernel<T, Tile>,
-           {.op = op,
-            .grid = std::min(multiprocessors, p.schedule.tiles),
-            .block = Tile::kThreads,
-            .shared = kBytes,
-            .overlap = true},
-           stream, p);
-  });
+  using Fwd64 = std::conditional_t<kChanges, HopperFwd64Changed, HopperFwd64>;
+  dispatch_hopper<Fwd64, HopperFwd96, HopperFwd128, HopperFwd192x128, HopperFwd192, HopperFwd256>(
+      f.d, f.dv, [&]<class Tile>() {
+        const int multiprocessors =
+            device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
+        const HopperForward p = hopper_forward<T, Tile>(f, multiprocessors, op);
+        launch_hopper_tile<T, Tile, kChanges>(p, multiprocessors, stream, op);
+      });
 }
 
 }  // namespace fastkern::cuda::attention_detail

@@ -27,8 +27,9 @@ const char* hopper_refuses(const Forward& p);
 const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream);
 /// Of packed tensors: out = 0 and lse = -inf for queries that are in no sequence.
 void launch_rest(const Forward& p, DType dtype, Stream stream, const char* op);
-/// Where FASTKERN_HAS_SM90 and the device has capability 9.0.
-template <class T>
+/// Where FASTKERN_HAS_SM90 and the device has capability 9.0. kChanges: there is a soft cap or
+/// ALiBi.
+template <class T, bool kChanges>
 void launch_hopper_fwd_as(Forward& p, Stream stream, const char* op);
 template <class T, bool kExtras>
 void launch_bwd_as(Backward& p, Stream stream, const char* op);

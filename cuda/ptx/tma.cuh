@@ -49,6 +49,16 @@ __device__ __forceinline__ void tma_load(SharedAddress to, const CUtensorMap* ma
   }
 }
 
+/// The box into L2 alone.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int c1, int c2,
+                                             int c3) {
+  if constexpr (kHasClusters) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
+                 "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+  }
+}
+
 /// To the tensor; what lies outside is not written.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, int c0, int c1, int c2, int c3,
                                           SharedAddress from) {

@@ -75,6 +75,15 @@ __device__ __forceinline__ void registers_arrived(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+/// Traps below 0: what a number depends on that is never there is computed before the next wait.
+/// ptxas moves exponentials behind it otherwise.
+__device__ __forceinline__ void computed(float x) {
+  if constexpr (kHasWgmma) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}" ::"f"(x)
+                 : "memory");
+  }
+}
+
 // clang-format off
 #define FASTKERN_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTKERN_FLOATS_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])

@@ -20,9 +20,10 @@ template <class Visit>
 void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddress box,
           const Visit& visit) {
   const int bytes = static_cast<int>(size_of(map.dtype));
-  for (int row = 0; row < map.box[1]; ++row) {
+  for (int row = 0; row < map.box[1] * map.box[2]; ++row) {
     for (int column = 0; column < map.box[0]; ++column) {
-      const long at[] = {first[0] + column, first[1] + row, first[2], first[3]};
+      const long at[] = {first[0] + column, first[1] + row % map.box[1],
+                         first[2] + row / map.box[1], first[3]};
       char* element = static_cast<char*>(map.data) + at[0] * bytes;
       for (int i = 0; i < 4; ++i) {
         if (at[i] < 0 || at[i] >= map.sizes[i]) element = nullptr;
@@ -36,7 +37,7 @@ void each(const cuda::MapShape& map, const std::array<int, 4>& first, SharedAddr
 inline cuda::MapShape shape_of(const CUtensorMap* map, SharedAddress box) {
   cuda::MapShape shape;
   std::memcpy(&shape, map, sizeof shape);
-  if (shape.box[0] * size_of(shape.dtype) != 128 || shape.box[2] * shape.box[3] != 1)
+  if (shape.box[0] * size_of(shape.dtype) != 128 || shape.box[3] != 1)
     emulator::fault("boxes of %d columns are not emulated", shape.box[0]);
   emulator::check_aligned(reinterpret_cast<const void*>(box), 128);
   return shape;
@@ -49,7 +50,7 @@ inline void tma_load(SharedAddress to, const CUtensorMap* map, int c0, int c1, i
   const cuda::MapShape shape = tma_detail::shape_of(map, to);
   if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
   emulator::box_arrives(
-      reinterpret_cast<void*>(to), shape.box[1] * 128l,
+      reinterpret_cast<void*>(to), shape.box[1] * shape.box[2] * 128l,
       [=] {
         const auto bytes = static_cast<std::size_t>(size_of(shape.dtype));
         tma_detail::each(shape, {c0, c1, c2, c3}, to, [=](const char* from, char* at) {
@@ -58,6 +59,10 @@ inline void tma_load(SharedAddress to, const CUtensorMap* map, int c0, int c1, i
         });
       },
       barrier);
+}
+
+inline void tma_prefetch(const CUtensorMap*, int, int, int, int) {
+  if (!emulator::running->waited) emulator::fault("a box before grid_wait()");
 }
 
 inline void tma_store(const CUtensorMap* map, int c0, int c1, int c2, int c3, SharedAddress from) {

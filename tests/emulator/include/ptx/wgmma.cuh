@@ -41,6 +41,10 @@ inline void wgmma_wait() {
 template <int kCount>
 inline void registers_arrived(float (&)[kCount]) {}
 
+inline void computed(float x) {
+  if (x < 0.0f) emulator::fault("a trap");
+}
+
 namespace wgmma_detail {
 
 /// Element k of row (or column) `row` of an operand.
