@@ -52,8 +52,13 @@ struct RawPack {
     const int size = kFloats ? 4 : kVec == 8 ? 2 : from.bytes();
     const char* const at = from.at + element * static_cast<std::int64_t>(size);
 #pragma unroll
-    for (int i = 0; i < kParts; ++i)
-      bits[i] = ptx::ld_global_part(at + 16 * i, wanted ? kVec * size / kParts : 0);
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (kVec == 8) {
+        bits[i] = ptx::ld_global_if(at + 16 * i, wanted);
+      } else {
+        bits[i] = ptx::ld_global_part(at + 16 * i, wanted ? kVec * size : 0);
+      }
+    }
   }
   __device__ __forceinline__ void unpack(DType type, float (&out)[kVec]) const {
     const std::uint32_t words[4] = {bits[0].x, bits[0].y, bits[0].z, bits[0].w};
@@ -306,6 +311,17 @@ struct ChunkOperands {
     for (int k = 0; k < kStates; ++k) {
       state[k] = {t.state[k] ? part(t.state[k], types.state) : nullptr, types.state};
     }
+  }
+
+  /// So many elements on; states are the caller's.
+  __device__ __forceinline__ void move(int elements) {
+    const auto on = [&](char*& at, DType type) {
+      at += elements * (type == DType::f32 ? 4ll : 2ll);
+    };
+    on(values.param.at, values.param.type);
+    on(grad.at, grad.type);
+    if (values.has_extra()) on(values.extra, values.extra_type());
+    values.first += elements;
   }
 
   /// Whether packs of kVec elements lie at multiples of their size, up to 16 bytes.
