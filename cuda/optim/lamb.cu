@@ -75,12 +75,10 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
   const int chunk = static_cast<int>(blockIdx.x);
-  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const OptimTensor& t = a.tensor[tensor];
-  const void* const gradient = a.grad_of(tensor);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, gradient, first);
-  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  const ChunkPlace place = place_of(a, chunk);
+  const OptimTensor& t = a.tensor[place.tensor];
+  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, place.grad, place.first);
+  const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
   RawOperands<kVec, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
-  const int count = gradient ? c.count : 0;
+  const int count = place.grad ? c.count : 0;
 #pragma unroll 1
   for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};
@@ -159,21 +157,19 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 3 : 2)
   __shared__ LambStart sStart[1];
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
-  const int chunk = static_cast<int>(blockIdx.x);
-  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const OptimTensor& t = a.tensor[tensor];
-  const void* const gradient = a.grad_of(tensor);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, nullptr, first);
+  const ChunkPlace place = place_of(a, static_cast<int>(blockIdx.x));
+  const OptimTensor& t = a.tensor[place.tensor];
+  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, nullptr, place.first);
   c.grad.at = nullptr;
-  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
   RawOperands<kVec, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
   int turn = 0;
   if (threadIdx.x == 0) {
     const optim::Start start = start_of(a, t);
-    sStart[0] = {Lamb::numbers(start), a.workspace[2 * a.chunks + tensor], start.steps, false};
+    sStart[0] = {Lamb::numbers(start), a.workspace[2 * a.chunks + place.tensor], start.steps,
+                 false};
     turn = draw_turn(a, start);
   }
   __syncthreads();
@@ -199,7 +195,7 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 3 : 2)
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
-  const int count = gradient ? c.count : 0;
+  const int count = place.grad ? c.count : 0;
 #pragma unroll 1
   for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     const float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};

@@ -115,13 +115,10 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
   CodeTables& tables = *reinterpret_cast<CodeTables*>(code_memory);
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
-  const int chunk = static_cast<int>(blockIdx.x);
-  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const OptimTensor& t = a.tensor[tensor];
-  const void* const gradient = a.grad_of(tensor);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<kStates, kKnown> c(a, types_of<kTypes>(a), t, gradient, first);
-  const int count = gradient ? c.count : 0;
+  const ChunkPlace place = place_of(a, static_cast<int>(blockIdx.x));
+  const OptimTensor& t = a.tensor[place.tensor];
+  ChunkOperands<kStates, kKnown> c(a, types_of<kTypes>(a), t, place.grad, place.first);
+  const int count = place.grad ? c.count : 0;
   const int packed = c.template aligned<kVec>() ? count / kCodeBlock * kCodeBlock : 0;
 
   // All operands are moved on from code block to code block, to the lane's first elements.
@@ -135,9 +132,9 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
   c.move(begin);
 #pragma unroll
   for (int k = 0; k < kStates; ++k) {
-    c.state[k].at = static_cast<char*>(t.state[k]) + first + begin;  // codes, of one byte
+    c.state[k].at = static_cast<char*>(t.state[k]) + place.first + begin;  // codes, of one byte
     if (own() * kCodeBlock < count)
-      scales[k] = ptx::ld_global_4(t.scale[k] + first / kCodeBlock + own());
+      scales[k] = ptx::ld_global_4(t.scale[k] + place.first / kCodeBlock + own());
   }
   static_assert(kOptimChunk / kRound <= 32);
   RawBlock<kVec, kStates> raw;
@@ -145,17 +142,13 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
   tables.fill<kStates>();
   int turn = 0;
   if (threadIdx.x == 0) {
-    const optim::Start start = start_of(a, t);
     Start& s = sStart[0];
-    s.numbers = Formula::numbers(start);
-    s.factor = optim::gradient_factor(start.group, a.grad_factor, a.grad_scale);
-    s.step = start.steps, s.last = false;
+    turn = begin_step<Formula>(a, t, s);
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
       s.limit[k] = Ordinary::holds(s.numbers) ? Ordinary::limit(k) : 0u;
-      s.scale[k] = t.scale[k] + first / kCodeBlock;
+      s.scale[k] = t.scale[k] + place.first / kCodeBlock;
     }
-    turn = draw_turn(a, start);
   }
   __syncthreads();
   const typename Formula::Numbers& numbers = sStart[0].numbers;  // registers are short
