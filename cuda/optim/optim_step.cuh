@@ -54,7 +54,7 @@ struct RawPack {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       if constexpr (kVec == 8) {
-        bits[i] = ptx::ld_global_if(at + 16 * i, wanted);
+        if (wanted) bits[i] = ptx::ld_global(at + 16 * i);
       } else {
         bits[i] = ptx::ld_global_part(at + 16 * i, wanted ? kVec * size : 0);
       }

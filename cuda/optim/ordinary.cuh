@@ -6,6 +6,7 @@
 
 #include "fastkern/optim_formula.h"
 #include "ptx/math.cuh"
+#include "ptx/root.cuh"
 
 namespace fastkern::cuda::ordinary {
 

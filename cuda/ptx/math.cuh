@@ -25,11 +25,4 @@ __device__ __forceinline__ float sqrt_approx(float x) {
   return y;
 }
 
-/// 1 / root of x within 2 ulp; of a denormal number infinity.
-__device__ __forceinline__ float rsqrt_approx(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 }  // namespace fastkern::ptx

@@ -52,18 +52,6 @@ __device__ __forceinline__ uint4 ld_global_part(const void* p, int bytes) {
   return v;
 }
 
-/// All 16 or none; what is not read is undefined.
-__device__ __forceinline__ uint4 ld_global_if(const void* p, bool wanted) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %5, 0;\n"
-      "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(p), "r"(static_cast<int>(wanted))
-      : "memory");
-  return v;
-}
-
 /// 16, 8, 4, 2 and 1 bytes that this thread may write afterwards. Volatile: they are asked for in
 /// the order of the source.
 __device__ __forceinline__ uint4 ld_global(const void* p) {

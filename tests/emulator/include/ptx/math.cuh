@@ -9,8 +9,5 @@ namespace fastkern::ptx {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }
 inline float sqrt_approx(float x) { return std::sqrt(x); }
-inline float rsqrt_approx(float x) {
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
-}
 
 }  // namespace fastkern::ptx

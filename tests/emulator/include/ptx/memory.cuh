@@ -37,11 +37,6 @@ inline std::uint32_t ld_global_4(const void* p) { return plain_load<std::uint32_
 inline std::uint32_t ld_global_2(const void* p) { return plain_load<std::uint16_t>(p); }
 inline std::uint32_t ld_global_1(const void* p) { return plain_load<std::uint8_t>(p); }
 
-inline uint4 ld_global_if(const void* p, bool wanted) {
-  uint4 v{0xdeadbeefu, 0xdeadbeefu, 0xdeadbeefu, 0xdeadbeefu};
-  if (wanted) v = ld_global(p);
-  return v;
-}
 inline uint4 ld_global_part(const void* p, int bytes) {
   uint4 v{0xdeadbeefu, 0xdeadbeefu, 0xdeadbeefu, 0xdeadbeefu};
   if (bytes == 0) return v;
