@@ -17,7 +17,7 @@
 //   sync     as in optim_step.cuh; the largest of a warp by one instruction, of magnitudes as
 //            integers: no order of sums, no atomics
 //   cost     AdamW moves 10 bytes a parameter in bf16 and 1/16 byte of scales; f32 states: 22. At
-//            these 10 bytes the instructions count: 53 a parameter (optim.md)
+//            these 10 bytes the instructions count, 57 a parameter
 #pragma once
 
 #include "optim/code_tables.cuh"
