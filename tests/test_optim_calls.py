@@ -12,7 +12,7 @@ import fastkern
 import pytest
 import torch
 from fastkern import optim
-from harness.optim import CASES, assert_same, doubled, model, parameters, set_gradients, train
+from harness.optim import CASES, assert_same, doubled, model, parameters, replayed, set_gradients, train
 from torch import Tensor
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -302,23 +302,12 @@ def test_graph(name: str, cuda: None) -> None:
     options = {"lr": torch.tensor(1e-2, device="cuda"), "rounding": "stochastic", "state_dtype": torch.float32}
     if name == "SGD":
         options["momentum"] = 0.9
-    results = []
-    for captured in (False, True):
+
+    def make() -> tuple[list[Tensor], torch.optim.Optimizer]:
         those = parameters("cuda", torch.bfloat16)
-        optimizer = getattr(optim, name)(those, **options)
-        set_gradients(0, those, skip=False)
-        optimizer.step(max_norm=1.0)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step(max_norm=1.0)
-            for _ in range(100):
-                graph.replay()
-        else:
-            for _ in range(100):
-                optimizer.step(max_norm=1.0)
-        results.append([p.detach().clone() for p in those])
-    assert_same(*results)
+        return those, getattr(optim, name)(those, **options)
+
+    assert_same(*replayed(make, turns=100))
 
 
 @pytest.mark.cuda

@@ -10,16 +10,41 @@
 //            optim_step.cuh does
 //   cost     the first reads four operands and writes two, the second reads three and writes one:
 //   in
-//            float32 40 bytes a parameter, 1.43 of AdamW's
+//            float32 40 bytes a parameter, 1.43 of AdamW's. In bf16 it is instructions that count:
+//            roots and quotients of a pack are taken the short way where all its numbers allow it
 #include "optim/block_sum.cuh"
 #include "optim/optim_launch.h"
 #include "optim/optim_step.cuh"
+#include "optim/ordinary.cuh"
 
 namespace fastkern::cuda {
 namespace {
 
 using optim::Lamb;
 using LambStart = StepStart<Lamb>;
+
+/// Directions of a pack, of its states; `usual`: the step's numbers are ordinary.
+template <int kVec>
+__device__ __forceinline__ void directions_of(const Lamb::Numbers& n, bool usual,
+                                              const float (&p)[kVec], const float (&s)[2][kVec],
+                                              float (&out)[kVec]) {
+  ordinary::Seen seen;
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) seen.add({s[0][j], s[1][j]});
+  if (usual && seen.ordinary()) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const float below = optim::fma(ordinary::root(s[1][j]), n.unbias2, n.eps);
+      out[j] = optim::fma(p[j], n.decay, ordinary::quotient(optim::mul(s[0][j], n.unbias1), below));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) out[j] = Lamb::direction(n, p[j], {s[0][j], s[1][j]});
+  }
+}
+__device__ __forceinline__ bool is_usual(const Lamb::Numbers& n) {
+  return ordinary::numbers(n.eps, n.unbias2, n.unbias1);
+}
 
 /// All threads of a block: the trust ratio of every tensor, from the sums of its chunks.
 __device__ __forceinline__ void make_ratios(const StepParams& a) {
@@ -50,12 +75,10 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
   const int chunk = static_cast<int>(blockIdx.x);
-  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const OptimTensor& t = a.tensor[tensor];
-  const void* const gradient = a.grad_of(tensor);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, gradient, first);
-  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  const ChunkPlace place = place_of(a, chunk);
+  const OptimTensor& t = a.tensor[place.tensor];
+  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, place.grad, place.first);
+  const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
   RawOperands<kVec, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
@@ -68,10 +91,9 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
   __syncthreads();
   const Lamb::Numbers numbers = sStart[0].numbers;
   const float factor = sStart[0].factor;
+  const bool usual = is_usual(numbers);
   float values = 0.0f, directions = 0.0f;
-  const auto one = [&](float p, float g, float (&s)[2]) {
-    Lamb::average(numbers, optim::mul(g, factor), s);
-    const float direction = Lamb::direction(numbers, p, s);
+  const auto add = [&](float p, float direction) {
     values = optim::fma(p, p, values);
     directions = optim::fma(direction, direction, directions);
   };
@@ -88,20 +110,26 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         float states[2] = {s[0][j], s[1][j]};
-        one(p[j], g[j], states);
+        Lamb::average(numbers, optim::mul(g[j], factor), states);
         s[0][j] = states[0], s[1][j] = states[1];
       }
+      float direction[kVec];
+      directions_of(numbers, usual, p, s, direction);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) add(p[j], direction[j]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) RawPack<kVec>::store(c.state[k], at * kVec, s[k]);
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
-  const int count = gradient ? c.count : 0;
+  const int count = place.grad ? c.count : 0;
 #pragma unroll 1
   for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};
-    one(c.values.load_value(e), load_one(c.grad, e), states);
+    const float p = c.values.load_value(e);
+    Lamb::average(numbers, optim::mul(load_one(c.grad, e), factor), states);
+    add(p, Lamb::direction(numbers, p, states));
     store_one(c.state[0], e, states[0]);
     store_one(c.state[1], e, states[1]);
   }
@@ -123,31 +151,30 @@ __global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 2 : 3)
 }
 
 template <OptimTypes kTypes, KnownRounding kKnown>
-__global__ void __launch_bounds__(kOptimThreads, 2)
+__global__ void __launch_bounds__(kOptimThreads, eight(kTypes) ? 3 : 2)
     lamb_apply_kernel(const __grid_constant__ StepParams a) {
   constexpr int kPacks = 2, kVec = eight(kTypes) ? 8 : 4;
   __shared__ LambStart sStart[1];
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
-  const int chunk = static_cast<int>(blockIdx.x);
-  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const OptimTensor& t = a.tensor[tensor];
-  const void* const gradient = a.grad_of(tensor);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, nullptr, first);
+  const ChunkPlace place = place_of(a, static_cast<int>(blockIdx.x));
+  const OptimTensor& t = a.tensor[place.tensor];
+  ChunkOperands<2, kKnown> c(a, types_of<kTypes>(a), t, nullptr, place.first);
   c.grad.at = nullptr;
-  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
   RawOperands<kVec, 2, kPacks> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
   int turn = 0;
   if (threadIdx.x == 0) {
     const optim::Start start = start_of(a, t);
-    sStart[0] = {Lamb::numbers(start), a.workspace[2 * a.chunks + tensor], start.steps, false};
+    sStart[0] = {Lamb::numbers(start), a.workspace[2 * a.chunks + place.tensor], start.steps,
+                 false};
     turn = draw_turn(a, start);
   }
   __syncthreads();
   const Lamb::Numbers numbers = sStart[0].numbers;
+  const bool usual = is_usual(numbers);
   const float step_size = optim::mul(numbers.lr, sStart[0].factor);
   c.values.step = sStart[0].step;
   while (pack < packs) {
@@ -159,17 +186,16 @@ __global__ void __launch_bounds__(kOptimThreads, 2)
       c.values.unpack(raw.param[i], raw.extra[i], p);
 #pragma unroll
       for (int k = 0; k < 2; ++k) raw.state[k][i].unpack(c.state[k].type, s[k]);
+      float direction[kVec];
+      directions_of(numbers, usual, p, s, direction);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const float states[2] = {s[0][j], s[1][j]};
-        p[j] = optim::fma(-step_size, Lamb::direction(numbers, p[j], states), p[j]);
-      }
+      for (int j = 0; j < kVec; ++j) p[j] = optim::fma(-step_size, direction[j], p[j]);
       c.values.store(at * kVec, p);
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
-  const int count = gradient ? c.count : 0;
+  const int count = place.grad ? c.count : 0;
 #pragma unroll 1
   for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     const float states[2] = {load_one(c.state[0], e), load_one(c.state[1], e)};

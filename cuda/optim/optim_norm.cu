@@ -67,12 +67,11 @@ __device__ __forceinline__ void for_elements(const Operand& grad, int count, con
 
 /// The gradient of the block's chunk and how many elements it has there; none without one.
 __device__ __forceinline__ Operand chunk_of(const TableParams& a, DType type, int& count) {
-  const int chunk = static_cast<int>(blockIdx.x),
-            tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const std::int64_t first = (chunk - a.first_chunk[tensor]) * kOptimChunk;
-  char* const grad = static_cast<char*>(const_cast<void*>(a.grad_of(tensor)));
-  count = grad ? static_cast<int>(min(kOptimChunk, a.tensor[tensor].numel - first)) : 0;
-  return {grad + first * (type == DType::f32 ? 4 : 2), type};
+  const ChunkPlace place = place_of(a, static_cast<int>(blockIdx.x));
+  char* const grad = static_cast<char*>(const_cast<void*>(place.grad));
+  const std::int64_t left = a.tensor[place.tensor].numel - place.first;
+  count = grad ? static_cast<int>(min(kOptimChunk, left)) : 0;
+  return {grad + place.first * (type == DType::f32 ? 4 : 2), type};
 }
 
 __global__ void __launch_bounds__(kOptimThreads)

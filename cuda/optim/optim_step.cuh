@@ -52,8 +52,13 @@ struct RawPack {
     const int size = kFloats ? 4 : kVec == 8 ? 2 : from.bytes();
     const char* const at = from.at + element * static_cast<std::int64_t>(size);
 #pragma unroll
-    for (int i = 0; i < kParts; ++i)
-      bits[i] = ptx::ld_global_part(at + 16 * i, wanted ? kVec * size / kParts : 0);
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (kVec == 8) {
+        if (wanted) bits[i] = ptx::ld_global(at + 16 * i);
+      } else {
+        bits[i] = ptx::ld_global_part(at + 16 * i, wanted ? kVec * size : 0);
+      }
+    }
   }
   __device__ __forceinline__ void unpack(DType type, float (&out)[kVec]) const {
     const std::uint32_t words[4] = {bits[0].x, bits[0].y, bits[0].z, bits[0].w};
@@ -308,6 +313,17 @@ struct ChunkOperands {
     }
   }
 
+  /// So many elements on; states are the caller's.
+  __device__ __forceinline__ void move(int elements) {
+    const auto on = [&](char*& at, DType type) {
+      at += elements * (type == DType::f32 ? 4ll : 2ll);
+    };
+    on(values.param.at, values.param.type);
+    on(grad.at, grad.type);
+    if (values.has_extra()) on(values.extra, values.extra_type());
+    values.first += elements;
+  }
+
   /// Whether packs of kVec elements lie at multiples of their size, up to 16 bytes.
   template <int kVec>
   __device__ __forceinline__ bool aligned() const {
@@ -348,7 +364,7 @@ struct RawOperands {
   }
 };
 
-/// Thread 0: what the step of a tensor needs. All threads: the last block counts the step.
+/// What the step of a tensor needs, in shared memory. `last`: end_turn()'s.
 template <class Formula>
 struct StepStart {
   typename Formula::Numbers numbers;
@@ -356,9 +372,18 @@ struct StepStart {
   std::uint64_t step;
   bool last;
 };
+/// Thread 0: makes it, and gives the number that was drawn.
+template <class Formula>
+__device__ __forceinline__ int begin_step(const StepParams& a, const OptimTensor& t,
+                                          StepStart<Formula>& s) {
+  const optim::Start start = start_of(a, t);
+  s = {Formula::numbers(start), optim::gradient_factor(start.group, a.grad_factor, a.grad_scale),
+       start.steps, false};
+  return draw_turn(a, start);
+}
 
-/// Blocks that share a chunk: 32 KB of a parameter, or 16 of its few other types, are right for
-/// one.
+/// Blocks that share a chunk: one where packs have eight elements, else two. A block's part of an
+/// operand is then 32 KB: 16384 elements of 16 bits, or 8192 of float32.
 constexpr int chunk_parts(OptimTypes types) { return eight(types) ? 1 : 2; }
 
 /// Blocks of a multiprocessor: the most that need no spills.
@@ -385,26 +410,18 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
   if (a.found_inf && *a.found_inf != 0.0f) return;
   const int chunk = static_cast<int>(blockIdx.x) / kParts;
   const int part = static_cast<int>(blockIdx.x) % kParts;
-  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-  const OptimTensor& t = a.tensor[tensor];
-  const void* const gradient = a.grad_of(tensor);
+  const ChunkPlace place = place_of(a, chunk);
+  const OptimTensor& t = a.tensor[place.tensor];
   constexpr std::int64_t kCount = kOptimChunk / kParts;
-  ChunkOperands<kStates, kKnown, kCount> c(
-      a, types_of<kTypes>(a), t, gradient,
-      (chunk - a.first_chunk[tensor]) * kOptimChunk + part * kCount);
-  const int packs = gradient && c.template aligned<kVec>() ? c.count / kVec : 0;
+  ChunkOperands<kStates, kKnown, kCount> c(a, types_of<kTypes>(a), t, place.grad,
+                                           place.first + part * kCount);
+  const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
 
   RawOperands<kVec, kStates, kPacks, kFloatStates> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
   int turn = 0;
-  if (threadIdx.x == 0) {
-    const optim::Start start = start_of(a, t);
-    sStart[0] = {Formula::numbers(start),
-                 optim::gradient_factor(start.group, a.grad_factor, a.grad_scale), start.steps,
-                 false};
-    turn = draw_turn(a, start);
-  }
+  if (threadIdx.x == 0) turn = begin_step(a, t, sStart[0]);
   __syncthreads();
   // Of instances that are short of registers, numbers stay where they are.
   constexpr bool kStay = kKnown == KnownRounding::none || kTypes == OptimTypes::bf16;
@@ -440,7 +457,7 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
   }
-  const int count = gradient ? c.count : 0;
+  const int count = place.grad ? c.count : 0;
 #pragma unroll 1
   for (int e = packs * kVec + static_cast<int>(threadIdx.x); e < count; e += kOptimThreads) {
     float states[kStates];

@@ -136,8 +136,8 @@ def check_scale_overflow_and_clipping(
             assert torch.equal(a.state_dict()["state"][i][key], value), key
 
 
-def replayed(make: Callable[[], tuple[list[Tensor], optim.Adafactor | optim.Muon]]) -> list[list[Tensor]]:
-    """Parameters after eleven steps with clipping, without one wait; and after ten replays of a captured one."""
+def replayed(make: Callable[[], tuple[list[Tensor], Any]], turns: int = 10) -> list[list[Tensor]]:
+    """Parameters after `turns` steps with clipping behind a first one, without one wait; and after as many replays."""
     results = []
     for captured in (False, True):
         those, optimizer = make()
@@ -147,12 +147,12 @@ def replayed(make: Callable[[], tuple[list[Tensor], optim.Adafactor | optim.Muon
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 optimizer.step(max_norm=1.0)
-            for _ in range(10):
+            for _ in range(turns):
                 graph.replay()
         else:
             torch.cuda.set_sync_debug_mode("error")
             try:
-                for _ in range(10):
+                for _ in range(turns):
                     optimizer.step(max_norm=1.0)
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -88,17 +88,25 @@ struct Adam {
             narrow(g.eps),
             narrow(1.0 / root(bias2))};
   }
-  static FASTKERN_FORMULA float update(const Numbers& n, float p, float g, float (&s)[kStates]) {
+  /// The parameter after weight decay, and new states; `follow` is the rest of `update`.
+  static FASTKERN_FORMULA float average(const Numbers& n, float p, float g, float (&s)[kStates]) {
     p = mul(p, n.keep);
     g = fma(p, n.decay, g);
     s[0] = fma(n.grow1, add(g, -s[0]), s[0]);
     s[1] = fma(n.grow2, fma(g, g, -s[1]), s[1]);
+    return p;
+  }
+  static FASTKERN_FORMULA float follow(const Numbers& n, float p, float direction) {
+    return fma(-n.step_size, direction, p);
+  }
+  static FASTKERN_FORMULA float update(const Numbers& n, float p, float g, float (&s)[kStates]) {
+    p = average(n, p, g, s);
     float second = s[1];
     if constexpr (kLargest) {
       s[2] = second > s[2] || second != second ? second : s[2];
       second = s[2];
     }
-    return fma(-n.step_size, div(s[0], fma(root(second), n.unbias2, n.eps)), p);
+    return follow(n, p, div(s[0], fma(root(second), n.unbias2, n.eps)));
   }
 };
 
