@@ -93,11 +93,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         HopperBwdJob& next = shared.jobs[ring_stage(n)];
         ptx::mbarrier_wait(&shared.job_free[ring_stage(n)], ring_parity(n) ^ 1);
         __syncwarp();  // all of its lanes have seen that it is free
+        if (threadIdx.x == 0) next.number = n;
         find_hopper_bwd_job<Tile>(p, next);
-        if (threadIdx.x == 0) {
-          next.number = n;
-          ptx::mbarrier_arrive(&shared.job_there[ring_stage(n)]);
-        }
+        if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(next.number)]);
         __syncwarp();
         if (next.job.job.b < 0) break;
         if (threadIdx.x == 0) {
@@ -122,7 +120,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     ptx::registers_take<Tile::kRegisters>();
     const int group = warpgroup - 1;
-    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+    const int thread = static_cast<int>(threadIdx.x % 128u), lane = thread % 32, warp = thread / 32;
     const int quad = lane / 4, pair = lane % 4;
     const auto arrive = [&](std::uint64_t* barrier) {
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
@@ -243,7 +241,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.values_there, tile & 1);
         if (const int rows = job.j0 + kN - job.j1;
             rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
-          for (int e = static_cast<int>(threadIdx.x) - 128; e < panels_of(kD) * rows * 8; e += 256) {
+          for (int e = static_cast<int>(threadIdx.x) - 128; e < panels_of(kD) * rows * 8;
+               e += 256) {
             const int at =
                 e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow + e % (rows * 8) * 16;
             *reinterpret_cast<uint4*>(shared.keys + at) = uint4{};

@@ -148,7 +148,8 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   HopperMeetings<Tile> next(p, found);
   const int count = next.count();
   for (int t = 0; t < count; ++t, ++next) {
-    const int turn = shared.turn + t, stage = ring_stage(turn), row = job.job.first_q + next.m * Tile::kM;
+    const int turn = shared.turn + t, stage = ring_stage(turn),
+              row = job.job.first_q + next.m * Tile::kM;
     ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
