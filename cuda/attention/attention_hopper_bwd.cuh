@@ -88,19 +88,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_give_back<Tile::kOtherRegisters>();
     if (block_warp == 0) {
-      int turn = 0, tile = 0;
+      if (threadIdx.x == 0) shared.turn = shared.tile = 0;
       for (int n = 0;; ++n) {
         HopperBwdJob& next = shared.jobs[ring_stage(n)];
         ptx::mbarrier_wait(&shared.job_free[ring_stage(n)], ring_parity(n) ^ 1);
         __syncwarp();  // all of its lanes have seen that it is free
+        if (threadIdx.x == 0) next.number = n;
         find_hopper_bwd_job<Tile>(p, next);
-        if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(n)]);
+        if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(next.number)]);
         __syncwarp();
         if (next.job.job.b < 0) break;
-        if (threadIdx.x == 0) fetch_hopper_bwd<Tile>(all, shared, next, turn, tile);
+        if (threadIdx.x == 0) {
+          fetch_hopper_bwd<Tile>(all, shared, next);
+          const int count = (next.m_end - next.m_begin) * p.f.group;
+          shared.turn += count, shared.tile += count > 0;
+        }
         __syncwarp();
-        const int count = (next.m_end - next.m_begin) * p.f.group;
-        turn += count, tile += count > 0;
+        n = next.number;
       }
     } else if (block_warp == 3) {
       int turn = 0;
@@ -116,10 +120,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else {
     ptx::registers_take<Tile::kRegisters>();
     const int group = warpgroup - 1;
-    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+    const int thread = static_cast<int>(threadIdx.x % 128u), lane = thread % 32, warp = thread / 32;
     const int quad = lane / 4, pair = lane % 4;
     const auto arrive = [&](std::uint64_t* barrier) {
-      if (lane == 0) ptx::mbarrier_arrive(barrier);
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
     };
     const float scale_log2 = p.f.scale_log2;
 
@@ -193,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const HopperMeeting at = *of;
       const KeyJob& job = of.all.job;
       const int n = job.j0 / kN;
-      float4* const own = reinterpret_cast<float4*>(shared.dq[group]) + thread;
+      float4* const own = reinterpret_cast<float4*>(shared.dq[group]) + threadIdx.x % 128;
       ptx::mbarrier_wait(&shared.dq_theirs[group], t & 1);
       if (n < at.last) {
 #pragma unroll
@@ -237,7 +241,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.values_there, tile & 1);
         if (const int rows = job.j0 + kN - job.j1;
             rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
-          for (int e = group * 128 + thread; e < panels_of(kD) * rows * 8; e += 256) {
+          for (int e = static_cast<int>(threadIdx.x) - 128; e < panels_of(kD) * rows * 8;
+               e += 256) {
             const int at =
                 e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow + e % (rows * 8) * 16;
             *reinterpret_cast<uint4*>(shared.keys + at) = uint4{};
@@ -351,7 +356,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.keys_free);
         give_dq(before, end - 1);
       }
-      const int row = job.first_k + job.j0, first = group * 64 + warp * 16;
+      const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
       store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,
                  reinterpret_cast<const float (&)[kD / 8][4]>(rDv), T{});
       store_rows(p.dk, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.d, p.f.scale,

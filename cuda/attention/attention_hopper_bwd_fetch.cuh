@@ -30,6 +30,7 @@ struct HopperBackward {
 struct HopperBwdJob {
   KeyJob job;
   int m_begin, m_end;
+  int number;  // of the job in this block of threads: here, as registers are few
 };
 
 template <class Tile>
@@ -51,6 +52,7 @@ struct HopperBwdShared {
   std::uint64_t ds_there[2], ds_free[2];
   std::uint64_t dq_theirs[2], dq_ours[2];
   HopperBwdJob jobs[2];
+  int turn, tile;  // of the thread that fetches: blocks of queries before, tiles that met some
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is to issue (one each), of all that
@@ -121,12 +123,11 @@ __device__ __forceinline__ void find_hopper_bwd_job(const Backward& p, HopperBwd
   next.m_begin = begin, next.m_end = max(end, begin);
 }
 
-/// Everything that is fetched by boxes; one thread. Turns: blocks of queries before, and tiles that
-/// met some.
+/// Everything that is fetched by boxes; one thread.
 template <class Tile>
 __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
                                                  HopperBwdShared<Tile>& shared,
-                                                 const HopperBwdJob& found, int turn, int tile) {
+                                                 const HopperBwdJob& found) {
   using Shared = HopperBwdShared<Tile>;
   const Backward& p = all.p;
   const KeyJob& job = found.job;
@@ -140,15 +141,16 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   };
   const auto fetch_keys = [&](char* to, const CUtensorMap* map, std::uint64_t* there,
                               std::uint64_t* free) {
-    ptx::mbarrier_wait(free, (tile & 1) ^ 1);
+    ptx::mbarrier_wait(free, (shared.tile & 1) ^ 1);
     ptx::mbarrier_expect(there, Shared::kKeys);
     fetch(to, map, Tile::kN, job.first_k + job.j0, job.g, there, ptx::Keep::shortly);
   };
   HopperMeetings<Tile> next(p, found);
   const int count = next.count();
   for (int t = 0; t < count; ++t, ++next) {
-    const int stage = ring_stage(turn + t), row = job.job.first_q + next.m * Tile::kM;
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn + t) ^ 1);
+    const int turn = shared.turn + t, stage = ring_stage(turn),
+              row = job.job.first_q + next.m * Tile::kM;
+    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
           ptx::Keep::long_);
@@ -161,8 +163,7 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   }
 }
 
-/// One after the other, all that this block of threads is given: f(job, its number), for a whole
-/// warp.
+/// One after the other, all that this block of threads is given; for a whole warp.
 template <class Tile, class F>
 __device__ __forceinline__ void each_hopper_bwd_job(HopperBwdShared<Tile>& shared, F&& f) {
   for (int n = 0;; ++n) {
@@ -170,6 +171,7 @@ __device__ __forceinline__ void each_hopper_bwd_job(HopperBwdShared<Tile>& share
     const HopperBwdJob& next = shared.jobs[ring_stage(n)];
     if (next.job.job.b < 0) break;
     f(next);
+    n = next.number;
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.job_free[ring_stage(n)]);
   }
