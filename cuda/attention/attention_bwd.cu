@@ -31,8 +31,7 @@ Parts parts_of(const Forward& f, const AttentionBwd& args) {
     // Of packed tensors the last block of each sequence may not be full.
     const std::int64_t more = packed ? f.batch : 0;
     const std::int64_t blocks = ceil_div(f.queries, kLeastQueries) + more;
-    const std::int64_t of_hopper = kHopperBwdParts * (ceil_div(f.queries, 64) + more);
-    parts.turn_count = heads * std::max(blocks, of_hopper) + 1;
+    parts.turn_count = heads * blocks + 1;
     parts.sums = parts.turns + up(static_cast<std::size_t>(parts.turn_count) * 4);
     const std::int64_t rows = heads * (ceil_div(f.queries, kMostQueries) + more) * kMostQueries;
     // A tile for Hopper has 64 or 128 columns.

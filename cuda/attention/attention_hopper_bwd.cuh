@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
       ptx::mbarrier_init(&shared.ds_free[s], kWarps);
       ptx::mbarrier_init(&shared.dq_theirs[s], 1);
-      ptx::mbarrier_init(&shared.dq_ours[s], kWarps / 2);
+      ptx::mbarrier_init(&shared.dq_ours[s], kWarps);
     }
     ptx::mbarrier_init_fence();
   }
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         fetch_hopper_bwd_rows<Tile>(p, shared, found, turn);
       });
     } else {
-      HopperDqAdder<Tile> adder{p, shared, block_warp - 1};
+      int turn = 0;
       each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
-        if (threadIdx.x % 32 == 0) adder.run(found);
+        if (threadIdx.x % 32 == 0) add_hopper_dq<Tile>(p, shared, found, block_warp - 1, turn);
       });
     }
   } else {
@@ -177,28 +177,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_commit();
     };
     const auto my_turn = [&] {
-      if (Tile::kTurns) ptx::bar_sync(kIssues + group, 256);
+      if (Tile::kTurns != HopperTurns::none) ptx::bar_sync(kIssues + group, 256);
     };
     const auto others_turn = [&] {
-      if (Tile::kTurns) ptx::bar_arrive(kIssues + 1 - group, 256);
-    };
-    const auto issue_scores = [&](int t) {
-      const int stage = ring_stage(t);
-      ptx::mbarrier_wait(&shared.rows_there[stage], ring_parity(t));
-      ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(t));
-      my_turn();
-      issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
-      ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(t));
-      issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
-      others_turn();
+      if (Tile::kTurns != HopperTurns::none) ptx::bar_arrive(kIssues + 1 - group, 256);
     };
     // dq of a block, with number t, has arrived in registers.
     const auto give_dq = [&](const HopperMeetings<Tile>& of, int t) {
       const HopperMeeting at = *of;
       const KeyJob& job = of.all.job;
       const int n = job.j0 / kN;
-      float4* const own = reinterpret_cast<float4*>(shared.dq[group]) + threadIdx.x % 128;
-      ptx::mbarrier_wait(&shared.dq_theirs[group], t & 1);
+      const int stage = ring_stage(t);
+      float4* const own = reinterpret_cast<float4*>(shared.dq[stage][group]) + threadIdx.x % 128;
+      ptx::mbarrier_wait(&shared.dq_theirs[stage], ring_parity(t));
       if (n < at.last) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
@@ -206,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         ptx::fence_async();
         __syncwarp();
-        arrive(&shared.dq_ours[group]);
+        arrive(&shared.dq_ours[stage]);
         return;
       }
       if (n > at.first) {
@@ -218,7 +209,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       }
       __syncwarp();
-      arrive(&shared.dq_ours[group]);
+      arrive(&shared.dq_ours[stage]);
       const int i0 = at.m * kM, i1 = min(i0 + kM, job.queries);
       store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
                  warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
@@ -226,13 +217,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                  reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
-    if (Tile::kTurns && group == 0) ptx::bar_arrive(kIssues, 256);
+    if (Tile::kTurns != HopperTurns::none && group == 0) ptx::bar_arrive(kIssues, 256);
     int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
     each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
       const KeyJob& job = found.job;
       const int own_keys = job.j0 + group * 64;
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
+      ptx::registers_arrived(rDk);  // zeros are there before products are issued
+      ptx::registers_arrived(rDv);
       HopperMeetings<Tile> next(p, found), before = next;
       const int begin = turn, end = turn + next.count();
       if (begin < end) {
@@ -256,7 +249,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (; turn < end; ++turn) {
         const int stage = ring_stage(turn), other = stage ^ 1;
         const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-        issue_scores(turn);
+        ptx::mbarrier_wait(&shared.rows_there[stage], ring_parity(turn));
+        ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(turn));
+        if (Tile::kTurns == HopperTurns::products || turn == begin) my_turn();
+        issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
+        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
+        others_turn();
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rS);
         if (const AttentionSight<int> sight = job.job.sight;
@@ -284,6 +283,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
           }
         }
+        // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
+        // branch between.
+        ptx::registers_arrived(rS);
+        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDp);
         if (turn + 1 == end) arrive(&shared.values_free);
@@ -306,7 +309,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
           }
         }
-        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
         const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
@@ -321,7 +323,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
           issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
           ptx::wgmma_commit();
-          others_turn();
+          if (Tile::kTurns == HopperTurns::products) others_turn();
         };
         if (turn > begin) {
           ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
@@ -346,6 +348,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ++next;
       }
       if (begin < end) {
+        if (Tile::kTurns == HopperTurns::blocks) others_turn();
         const int stage = ring_stage(end - 1);
         ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
         ptx::wgmma_fence();
