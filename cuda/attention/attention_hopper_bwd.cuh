@@ -256,10 +256,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
         issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
         others_turn();
+        const AttentionSight<int> sight = job.job.sight;
+        const bool all = sight.all(i0, i1, own_keys, own_keys + 64);
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rS);
-        if (const AttentionSight<int> sight = job.job.sight;
-            !sight.all(i0, i1, own_keys, own_keys + 64)) {
+        if (!all) {
           const int j = own_keys + warp * 16 + quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {

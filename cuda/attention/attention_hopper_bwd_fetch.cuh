@@ -19,7 +19,9 @@ template <int kColumns, int kQueries, HopperTurns kInTurn>
 struct HopperBwdTile {
   static constexpr int kD = kColumns, kM = kQueries, kN = 128, kThreads = 384;
   static constexpr HopperTurns kTurns = kInTurn;
-  static constexpr int kRegisters = 240, kOtherRegisters = 32;
+  // Of the 168 of each that a launch of so many threads gets, and no more: else it waits for ever.
+  static constexpr int kRegisters = 240, kOtherRegisters = 24;
+  static_assert(256 * kRegisters + 128 * kOtherRegisters <= 168 * kThreads);
   // dq: a warpgroup has 64 rows of it, or half of the columns.
   static constexpr int kDqColumns = kM == 64 ? kD / 2 : kD, kDq = 64 * kDqColumns;
   static_assert(kM % 64 == 0 && kD % 64 == 0 && kDqColumns % 64 == 0 && 2 * kDq == kM * kD);
