@@ -79,7 +79,10 @@ constexpr BwdRefusal kHopperBwdRefusals[] = {
 };
 
 const char* bwd_portable_because(const AttentionFwd& args, const Backward& p, Stream stream) {
-  if (const char* const why = portable_because(args, p.f, stream)) return why;
+  // Of a soft cap and of ALiBi backward takes whatever forward does.
+  Forward f = p.f;
+  f.softcap = 0.0f, f.slopes = {};
+  if (const char* const why = portable_because(args, f, stream)) return why;
   for (const BwdRefusal& refusal : kHopperBwdRefusals) {
     if (refusal.of(p)) return refusal.why;
   }

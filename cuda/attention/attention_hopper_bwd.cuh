@@ -44,7 +44,21 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template <class T, class Tile>
+/// The score with soft cap and ALiBi, in units of what the products q k are. What is its gradient is
+/// multiplied with the slope of the cap there.
+__device__ __forceinline__ float hopper_bwd_score(const HopperBackward& all, float slope, float s,
+                                                  int distance, float& gradient) {
+  if (all.to_cap > 0.0f) {
+    const float power = ptx::exp2_approx(s * all.to_cap);
+    const float part = fmaf(-2.0f, ptx::rcp_approx(1.0f + power), 1.0f);  // tanh to some 2^-22
+    gradient *= fmaf(-part, part, 1.0f);
+    s = part * all.from_cap;
+  }
+  return fmaf(-slope, fabsf(static_cast<float>(distance)), s);
+}
+
+/// kChanges: there is a soft cap or ALiBi.
+template <class T, class Tile, bool kChanges>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_bwd_kernel(const __grid_constant__ HopperBackward all) {
   using Shared = HopperBwdShared<Tile>;
@@ -257,10 +271,36 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
         others_turn();
         const AttentionSight<int> sight = job.job.sight;
-        const bool all = sight.all(i0, i1, own_keys, own_keys + 64);
+        const bool whole = sight.all(i0, i1, own_keys, own_keys + 64);
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rS);
-        if (!all) {
+        const auto minus_delta = [&] {
+#pragma unroll
+          for (int c = 0; c < kM / 8; ++c) {
+            const float2 delta =
+                *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) rDp[c * 4 + e] -= e % 2 ? delta.y : delta.x;
+          }
+        };
+        if constexpr (kChanges) {
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDp);
+          minus_delta();
+          const float slope = all.over_scale * p.f.slopes.at(static_cast<std::int64_t>(job.job.b) *
+                                                                     p.f.slopes_batch + next.h,
+                                                                 0.0f);
+          const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
+#pragma unroll
+          for (int c = 0; c < kM / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float& s = rS[c * 4 + e];
+              s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8, rDp[c * 4 + e]);
+            }
+          }
+        }
+        if (!whole) {
           const int j = own_keys + warp * 16 + quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
@@ -291,16 +331,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDp);
         if (turn + 1 == end) arrive(&shared.values_free);
+        if constexpr (!kChanges) minus_delta();
 #pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
-          const float2 delta =
-              *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& dp = rDp[c * 4 + e];
-            dp = rS[c * 4 + e] * (dp - (e % 2 ? delta.y : delta.x));
-          }
-        }
+        for (int i = 0; i < kM / 2; ++i) rDp[i] *= rS[i];
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
 #pragma unroll

@@ -30,6 +30,9 @@ struct HopperBwdTile {
 struct HopperBackward {
   CUtensorMap q, k, v, dout;
   Backward p;
+  // From products to twice what the soft cap takes the tanh of, in powers of two, and from the tanh
+  // to products, to_cap 0: none; and from scores to products.
+  float to_cap, from_cap, over_scale;
 };
 
 /// Blocks m_begin to m_end of queries, of each of the query heads, meet the keys of the job.
