@@ -12,11 +12,10 @@
 //            summed in f32 in global memory, by additions of the copy engine in L2
 //   overlap  dq of a block of queries is computed with dk and dv of the next, when both warpgroups
 //            have long written their ds; scores and dp of a block are issued behind dk and dv of
-//            the one before. The warpgroups issue in turn: p and ds of one are computed during
-//            products of the other
+//            the one before. The warpgroups issue all of that in turn: p and ds of one are computed
+//            during products of the other
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
-//   1 and 2 have dq
-//            of a warpgroup each added, 3 fetches lse and delta
+//            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
 //            wait for their turn, and the last one, whose sums before are fetched to shared
 //            memory, writes dq itself. A block waits for blocks alone that began before it
@@ -32,9 +31,9 @@
 //            free             who computes            warps 0 and 3: queries, dout, lse, delta
 //            ds_there         who computes            who computes, before dq
 //            ds_free          who computes, after dq  who computes, before ds of two blocks on
-//            dq_theirs        warp 1 or 2             a warpgroup: its dq may be written or, for
-//                                                     the last, the sums before are there
-//            dq_ours          a warpgroup             warp 1 or 2: dq was written, or read
+//            dq_theirs        warp 1 or 2             who computes: dq may be written or, for the
+//                                                     last keys, the sums before are there
+//            dq_ours          who computes            warp 1 or 2: dq was written, or read
 //   cost     10 * S * T * D flops where all is seen; 4 bytes of dq added for 1280 flops
 #pragma once
 
@@ -44,8 +43,8 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// The score with soft cap and ALiBi, in units of what the products q k are. What is its gradient is
-/// multiplied with the slope of the cap there.
+/// The score with soft cap and ALiBi, in units of what the products q k are. What is its gradient
+/// is multiplied with the slope of the cap there.
 __device__ __forceinline__ float hopper_bwd_score(const HopperBackward& all, float slope, float s,
                                                   int distance, float& gradient) {
   if (all.to_cap > 0.0f) {
@@ -287,16 +286,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rDp);
           minus_delta();
-          const float slope = all.over_scale * p.f.slopes.at(static_cast<std::int64_t>(job.job.b) *
-                                                                     p.f.slopes_batch + next.h,
-                                                                 0.0f);
+          const float slope =
+              all.over_scale *
+              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
           const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               float& s = rS[c * 4 + e];
-              s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8, rDp[c * 4 + e]);
+              s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
+                                   rDp[c * 4 + e]);
             }
           }
         }

@@ -52,7 +52,7 @@ struct HopperBwdShared {
   alignas(1024) char values[kKeys];
   alignas(1024) char query[2][kQueries];
   alignas(1024) char dout[2][kQueries];
-  alignas(1024) char ds[2][kDs];         // keys x queries
+  alignas(1024) char ds[2][kDs];  // keys x queries
   // Two stages; of each warpgroup, four of each thread at a time.
   alignas(1024) float dq[2][2][Tile::kDq];
   float lse[2][Tile::kM], delta[2][Tile::kM];

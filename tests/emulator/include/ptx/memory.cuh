@@ -96,8 +96,8 @@ inline int draw_number(int* p, int by) {
 }
 inline int draw_number_ordered(int* p) { return (*p)++; }
 
-/// Blocks run one after the other: what a thread waits for has happened, or others of its block will
-/// see to it.
+/// Blocks run one after the other: what a thread waits for has happened, or others of its block
+/// will see to it.
 inline int ld_global_relaxed(const int* p) {
   static const int* last = nullptr;
   static int value = 0;
