@@ -271,6 +271,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         others_turn();
         const AttentionSight<int> sight = job.job.sight;
         const bool whole = sight.all(i0, i1, own_keys, own_keys + 64);
+        float slope = 0.0f;
+        if constexpr (kChanges) {
+          slope =
+              all.over_scale *
+              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
+        }
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rS);
         const auto minus_delta = [&] {
@@ -286,9 +292,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rDp);
           minus_delta();
-          const float slope =
-              all.over_scale *
-              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
           const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
