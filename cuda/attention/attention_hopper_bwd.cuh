@@ -259,11 +259,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         ++tile;
       }
+      const auto await_queries = [&](int t) {
+        ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
+        ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
+      };
       for (; turn < end; ++turn) {
         const int stage = ring_stage(turn), other = stage ^ 1;
         const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-        ptx::mbarrier_wait(&shared.rows_there[stage], ring_parity(turn));
-        ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(turn));
+        if (turn == begin) await_queries(turn);
         if (Tile::kTurns == HopperTurns::products || turn == begin) my_turn();
         issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
         ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
@@ -377,12 +380,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_fence();
           issue_gradients();
         }
+        before.h = next.h, before.m = next.m;
+        ++next;
+        // Those of the next block while products are under way: after these its own are issued at
+        // once.
+        if (turn + 1 < end) await_queries(turn + 1);
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDv);
         ptx::registers_arrived(rDk);
         arrive(&shared.free[stage]);
-        before.h = next.h, before.m = next.m;
-        ++next;
       }
       if (begin < end) {
         if (Tile::kTurns == HopperTurns::blocks) others_turn();
