@@ -307,16 +307,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
         if (!whole) {
-          const int j = own_keys + warp * 16 + quad;
 #pragma unroll
-          for (int c = 0; c < kM / 8; ++c) {
+          for (int half = 0; half < 2; ++half) {
+            // Of the thread's queries, each so far from its first, key j is seen by these.
+            const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
+            const int from = j - sight.window_end + 1 - first;
+            const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int i = i0 + c * 8 + pair * 2 + e;
-              const int from = sight.low(i) - j, to = sight.high(i) - j;
+            for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                if (half * 8 < from || half * 8 >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              for (int e = 0; e < 2; ++e) {
+                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
               }
             }
           }
