@@ -31,8 +31,7 @@ Parts parts_of(const Forward& f, const AttentionBwd& args) {
     // Of packed tensors the last block of each sequence may not be full.
     const std::int64_t more = packed ? f.batch : 0;
     const std::int64_t blocks = ceil_div(f.queries, kLeastQueries) + more;
-    const std::int64_t of_hopper = kHopperBwdParts * (ceil_div(f.queries, 64) + more);
-    parts.turn_count = heads * std::max(blocks, of_hopper) + 1;
+    parts.turn_count = heads * blocks + 1;
     parts.sums = parts.turns + up(static_cast<std::size_t>(parts.turn_count) * 4);
     const std::int64_t rows = heads * (ceil_div(f.queries, kMostQueries) + more) * kMostQueries;
     // A tile for Hopper has 64 or 128 columns.
@@ -68,8 +67,6 @@ struct BwdRefusal {
 };
 /// What the kernel for Hopper leaves to the others besides what forward does.
 constexpr BwdRefusal kHopperBwdRefusals[] = {
-    {"softcap", [](const Backward& p) { return p.f.softcap > 0.0f; }},
-    {"ALiBi", [](const Backward& p) { return p.f.slopes.data != nullptr; }},
     {"head dimension above 128",
      [](const Backward& p) { return std::max(p.f.d, p.f.dv) > kHopperBwdColumns; }},
     {"not all of dq, dk and dv",

@@ -12,11 +12,10 @@
 //            summed in f32 in global memory, by additions of the copy engine in L2
 //   overlap  dq of a block of queries is computed with dk and dv of the next, when both warpgroups
 //            have long written their ds; scores and dp of a block are issued behind dk and dv of
-//            the one before. The warpgroups issue in turn: p and ds of one are computed during
-//            products of the other
+//            the one before. The warpgroups issue all of that in turn: p and ds of one are computed
+//            during products of the other
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
-//   1 and 2 have dq
-//            of a warpgroup each added, 3 fetches lse and delta
+//            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
 //            wait for their turn, and the last one, whose sums before are fetched to shared
 //            memory, writes dq itself. A block waits for blocks alone that began before it
@@ -32,9 +31,9 @@
 //            free             who computes            warps 0 and 3: queries, dout, lse, delta
 //            ds_there         who computes            who computes, before dq
 //            ds_free          who computes, after dq  who computes, before ds of two blocks on
-//            dq_theirs        warp 1 or 2             a warpgroup: its dq may be written or, for
-//                                                     the last, the sums before are there
-//            dq_ours          a warpgroup             warp 1 or 2: dq was written, or read
+//            dq_theirs        warp 1 or 2             who computes: dq may be written or, for the
+//                                                     last keys, the sums before are there
+//            dq_ours          who computes            warp 1 or 2: dq was written, or read
 //   cost     10 * S * T * D flops where all is seen; 4 bytes of dq added for 1280 flops
 #pragma once
 
@@ -44,7 +43,21 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template <class T, class Tile>
+/// The score with soft cap and ALiBi, in units of what the products q k are. What is its gradient
+/// is multiplied with the slope of the cap there.
+__device__ __forceinline__ float hopper_bwd_score(const HopperBackward& all, float slope, float s,
+                                                  int distance, float& gradient) {
+  if (all.to_cap > 0.0f) {
+    const float power = ptx::exp2_approx(s * all.to_cap);
+    const float part = fmaf(-2.0f, ptx::rcp_approx(1.0f + power), 1.0f);  // tanh to some 2^-22
+    gradient *= fmaf(-part, part, 1.0f);
+    s = part * all.from_cap;
+  }
+  return fmaf(-slope, fabsf(static_cast<float>(distance)), s);
+}
+
+/// kChanges: there is a soft cap or ALiBi.
+template <class T, class Tile, bool kChanges>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_bwd_kernel(const __grid_constant__ HopperBackward all) {
   using Shared = HopperBwdShared<Tile>;
@@ -77,7 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
       ptx::mbarrier_init(&shared.ds_free[s], kWarps);
       ptx::mbarrier_init(&shared.dq_theirs[s], 1);
-      ptx::mbarrier_init(&shared.dq_ours[s], kWarps / 2);
+      ptx::mbarrier_init(&shared.dq_ours[s], kWarps);
     }
     ptx::mbarrier_init_fence();
   }
@@ -88,19 +101,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_give_back<Tile::kOtherRegisters>();
     if (block_warp == 0) {
-      int turn = 0, tile = 0;
+      if (threadIdx.x == 0) shared.turn = shared.tile = 0;
       for (int n = 0;; ++n) {
         HopperBwdJob& next = shared.jobs[ring_stage(n)];
         ptx::mbarrier_wait(&shared.job_free[ring_stage(n)], ring_parity(n) ^ 1);
         __syncwarp();  // all of its lanes have seen that it is free
+        if (threadIdx.x == 0) next.number = n;
         find_hopper_bwd_job<Tile>(p, next);
-        if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(n)]);
+        if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(next.number)]);
         __syncwarp();
         if (next.job.job.b < 0) break;
-        if (threadIdx.x == 0) fetch_hopper_bwd<Tile>(all, shared, next, turn, tile);
+        if (threadIdx.x == 0) {
+          fetch_hopper_bwd<Tile>(all, shared, next);
+          const int count = (next.m_end - next.m_begin) * p.f.group;
+          shared.turn += count, shared.tile += count > 0;
+        }
         __syncwarp();
-        const int count = (next.m_end - next.m_begin) * p.f.group;
-        turn += count, tile += count > 0;
+        n = next.number;
       }
     } else if (block_warp == 3) {
       int turn = 0;
@@ -108,18 +125,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         fetch_hopper_bwd_rows<Tile>(p, shared, found, turn);
       });
     } else {
-      HopperDqAdder<Tile> adder{p, shared, block_warp - 1};
+      int turn = 0;
       each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
-        if (threadIdx.x % 32 == 0) adder.run(found);
+        if (threadIdx.x % 32 == 0) add_hopper_dq<Tile>(p, shared, found, block_warp - 1, turn);
       });
     }
   } else {
     ptx::registers_take<Tile::kRegisters>();
     const int group = warpgroup - 1;
-    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+    const int thread = static_cast<int>(threadIdx.x % 128u), lane = thread % 32, warp = thread / 32;
     const int quad = lane / 4, pair = lane % 4;
     const auto arrive = [&](std::uint64_t* barrier) {
-      if (lane == 0) ptx::mbarrier_arrive(barrier);
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
     };
     const float scale_log2 = p.f.scale_log2;
 
@@ -173,28 +190,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_commit();
     };
     const auto my_turn = [&] {
-      if (Tile::kTurns) ptx::bar_sync(kIssues + group, 256);
+      if (Tile::kTurns != HopperTurns::none) ptx::bar_sync(kIssues + group, 256);
     };
     const auto others_turn = [&] {
-      if (Tile::kTurns) ptx::bar_arrive(kIssues + 1 - group, 256);
-    };
-    const auto issue_scores = [&](int t) {
-      const int stage = ring_stage(t);
-      ptx::mbarrier_wait(&shared.rows_there[stage], ring_parity(t));
-      ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(t));
-      my_turn();
-      issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
-      ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(t));
-      issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
-      others_turn();
+      if (Tile::kTurns != HopperTurns::none) ptx::bar_arrive(kIssues + 1 - group, 256);
     };
     // dq of a block, with number t, has arrived in registers.
     const auto give_dq = [&](const HopperMeetings<Tile>& of, int t) {
       const HopperMeeting at = *of;
       const KeyJob& job = of.all.job;
       const int n = job.j0 / kN;
-      float4* const own = reinterpret_cast<float4*>(shared.dq[group]) + thread;
-      ptx::mbarrier_wait(&shared.dq_theirs[group], t & 1);
+      const int stage = ring_stage(t);
+      float4* const own = reinterpret_cast<float4*>(shared.dq[stage][group]) + threadIdx.x % 128;
+      ptx::mbarrier_wait(&shared.dq_theirs[stage], ring_parity(t));
       if (n < at.last) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
@@ -202,7 +210,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         ptx::fence_async();
         __syncwarp();
-        arrive(&shared.dq_ours[group]);
+        arrive(&shared.dq_ours[stage]);
         return;
       }
       if (n > at.first) {
@@ -214,7 +222,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       }
       __syncwarp();
-      arrive(&shared.dq_ours[group]);
+      arrive(&shared.dq_ours[stage]);
       const int i0 = at.m * kM, i1 = min(i0 + kM, job.queries);
       store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
                  warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
@@ -222,13 +230,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                  reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
-    if (Tile::kTurns && group == 0) ptx::bar_arrive(kIssues, 256);
+    if (Tile::kTurns != HopperTurns::none && group == 0) ptx::bar_arrive(kIssues, 256);
     int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
     each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
       const KeyJob& job = found.job;
       const int own_keys = job.j0 + group * 64;
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
+      ptx::registers_arrived(rDk);  // zeros are there before products are issued
+      ptx::registers_arrived(rDv);
       HopperMeetings<Tile> next(p, found), before = next;
       const int begin = turn, end = turn + next.count();
       if (begin < end) {
@@ -237,7 +247,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.values_there, tile & 1);
         if (const int rows = job.j0 + kN - job.j1;
             rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
-          for (int e = group * 128 + thread; e < panels_of(kD) * rows * 8; e += 256) {
+          for (int e = static_cast<int>(threadIdx.x) - 128; e < panels_of(kD) * rows * 8;
+               e += 256) {
             const int at =
                 e / (rows * 8) * (kN * kPanelRow) + (kN - rows) * kPanelRow + e % (rows * 8) * 16;
             *reinterpret_cast<uint4*>(shared.keys + at) = uint4{};
@@ -248,24 +259,65 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         ++tile;
       }
+      const auto await_queries = [&](int t) {
+        ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
+        ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
+      };
       for (; turn < end; ++turn) {
         const int stage = ring_stage(turn), other = stage ^ 1;
         const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-        issue_scores(turn);
+        if (turn == begin) await_queries(turn);
+        if (Tile::kTurns == HopperTurns::products || turn == begin) my_turn();
+        issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
+        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
+        others_turn();
+        const AttentionSight<int> sight = job.job.sight;
+        const bool whole = sight.all(i0, i1, own_keys, own_keys + 64);
+        float slope = 0.0f;
+        if constexpr (kChanges) {
+          slope =
+              all.over_scale *
+              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
+        }
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rS);
-        if (const AttentionSight<int> sight = job.job.sight;
-            !sight.all(i0, i1, own_keys, own_keys + 64)) {
-          const int j = own_keys + warp * 16 + quad;
+        const auto minus_delta = [&] {
+#pragma unroll
+          for (int c = 0; c < kM / 8; ++c) {
+            const float2 delta =
+                *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) rDp[c * 4 + e] -= e % 2 ? delta.y : delta.x;
+          }
+        };
+        if constexpr (kChanges) {
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDp);
+          minus_delta();
+          const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int i = i0 + c * 8 + pair * 2 + e;
-              const int from = sight.low(i) - j, to = sight.high(i) - j;
+            for (int e = 0; e < 4; ++e) {
+              float& s = rS[c * 4 + e];
+              s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
+                                   rDp[c * 4 + e]);
+            }
+          }
+        }
+        if (!whole) {
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                if (half * 8 < from || half * 8 >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+          for (int half = 0; half < 2; ++half) {
+            // Of the thread's queries, each so far from its first, key j is seen by these.
+            const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
+            const int from = j - sight.window_end + 1 - first;
+            const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
+#pragma unroll
+            for (int c = 0; c < kM / 8; ++c) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
               }
             }
           }
@@ -279,19 +331,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
           }
         }
+        // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
+        // branch between.
+        ptx::registers_arrived(rS);
+        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDp);
         if (turn + 1 == end) arrive(&shared.values_free);
+        if constexpr (!kChanges) minus_delta();
 #pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
-          const float2 delta =
-              *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& dp = rDp[c * 4 + e];
-            dp = rS[c * 4 + e] * (dp - (e % 2 ? delta.y : delta.x));
-          }
-        }
+        for (int i = 0; i < kM / 2; ++i) rDp[i] *= rS[i];
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
 #pragma unroll
@@ -301,7 +350,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
           }
         }
-        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
         const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
@@ -316,7 +364,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
           issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
           ptx::wgmma_commit();
-          others_turn();
+          if (Tile::kTurns == HopperTurns::products) others_turn();
         };
         if (turn > begin) {
           ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
@@ -333,14 +381,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_fence();
           issue_gradients();
         }
+        before.h = next.h, before.m = next.m;
+        ++next;
+        // Those of the next block while products are under way: after these its own are issued at
+        // once.
+        if (turn + 1 < end) await_queries(turn + 1);
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDv);
         ptx::registers_arrived(rDk);
         arrive(&shared.free[stage]);
-        before.h = next.h, before.m = next.m;
-        ++next;
       }
       if (begin < end) {
+        if (Tile::kTurns == HopperTurns::blocks) others_turn();
         const int stage = ring_stage(end - 1);
         ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
         ptx::wgmma_fence();
@@ -351,7 +403,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.keys_free);
         give_dq(before, end - 1);
       }
-      const int row = job.first_k + job.j0, first = group * 64 + warp * 16;
+      const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
       store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,
                  reinterpret_cast<const float (&)[kD / 8][4]>(rDv), T{});
       store_rows(p.dk, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.d, p.f.scale,

@@ -10,12 +10,18 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// kD columns, kM queries at a time. kTurns: the warpgroups issue their products in turn.
-template <int kColumns, int kQueries, bool kInTurn>
+/// Whether the warpgroups issue their products in turn: gradients of a block and scores and dp of
+/// the next together, or apart.
+enum class HopperTurns { none, products, blocks };
+
+/// kD columns, kM queries at a time.
+template <int kColumns, int kQueries, HopperTurns kInTurn>
 struct HopperBwdTile {
   static constexpr int kD = kColumns, kM = kQueries, kN = 128, kThreads = 384;
-  static constexpr bool kTurns = kInTurn;
+  static constexpr HopperTurns kTurns = kInTurn;
+  // Of the 168 of each that a launch of so many threads gets, and no more: else it waits for ever.
   static constexpr int kRegisters = 240, kOtherRegisters = 24;
+  static_assert(256 * kRegisters + 128 * kOtherRegisters <= 168 * kThreads);
   // dq: a warpgroup has 64 rows of it, or half of the columns.
   static constexpr int kDqColumns = kM == 64 ? kD / 2 : kD, kDq = 64 * kDqColumns;
   static_assert(kM % 64 == 0 && kD % 64 == 0 && kDqColumns % 64 == 0 && 2 * kDq == kM * kD);
@@ -24,12 +30,16 @@ struct HopperBwdTile {
 struct HopperBackward {
   CUtensorMap q, k, v, dout;
   Backward p;
+  // From products to twice what the soft cap takes the tanh of, in powers of two, and from the tanh
+  // to products, to_cap 0: none; and from scores to products.
+  float to_cap, from_cap, over_scale;
 };
 
 /// Blocks m_begin to m_end of queries, of each of the query heads, meet the keys of the job.
 struct HopperBwdJob {
   KeyJob job;
   int m_begin, m_end;
+  int number;  // of the job in this block of threads: here, as registers are few
 };
 
 template <class Tile>
@@ -42,8 +52,9 @@ struct HopperBwdShared {
   alignas(1024) char values[kKeys];
   alignas(1024) char query[2][kQueries];
   alignas(1024) char dout[2][kQueries];
-  alignas(1024) char ds[2][kDs];         // keys x queries
-  alignas(1024) float dq[2][Tile::kDq];  // of a warpgroup: four of each thread at a time
+  alignas(1024) char ds[2][kDs];  // keys x queries
+  // Two stages; of each warpgroup, four of each thread at a time.
+  alignas(1024) float dq[2][2][Tile::kDq];
   float lse[2][Tile::kM], delta[2][Tile::kM];
   std::uint64_t job_there[2], job_free[2];
   std::uint64_t keys_there, values_there, keys_free, values_free;
@@ -51,6 +62,7 @@ struct HopperBwdShared {
   std::uint64_t ds_there[2], ds_free[2];
   std::uint64_t dq_theirs[2], dq_ours[2];
   HopperBwdJob jobs[2];
+  int turn, tile;  // of the thread that fetches: blocks of queries before, tiles that met some
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is to issue (one each), of all that
@@ -121,12 +133,11 @@ __device__ __forceinline__ void find_hopper_bwd_job(const Backward& p, HopperBwd
   next.m_begin = begin, next.m_end = max(end, begin);
 }
 
-/// Everything that is fetched by boxes; one thread. Turns: blocks of queries before, and tiles that
-/// met some.
+/// Everything that is fetched by boxes; one thread.
 template <class Tile>
 __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
                                                  HopperBwdShared<Tile>& shared,
-                                                 const HopperBwdJob& found, int turn, int tile) {
+                                                 const HopperBwdJob& found) {
   using Shared = HopperBwdShared<Tile>;
   const Backward& p = all.p;
   const KeyJob& job = found.job;
@@ -140,15 +151,16 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   };
   const auto fetch_keys = [&](char* to, const CUtensorMap* map, std::uint64_t* there,
                               std::uint64_t* free) {
-    ptx::mbarrier_wait(free, (tile & 1) ^ 1);
+    ptx::mbarrier_wait(free, (shared.tile & 1) ^ 1);
     ptx::mbarrier_expect(there, Shared::kKeys);
     fetch(to, map, Tile::kN, job.first_k + job.j0, job.g, there, ptx::Keep::shortly);
   };
   HopperMeetings<Tile> next(p, found);
   const int count = next.count();
   for (int t = 0; t < count; ++t, ++next) {
-    const int stage = ring_stage(turn + t), row = job.job.first_q + next.m * Tile::kM;
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn + t) ^ 1);
+    const int turn = shared.turn + t, stage = ring_stage(turn),
+              row = job.job.first_q + next.m * Tile::kM;
+    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
           ptx::Keep::long_);
@@ -161,8 +173,7 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   }
 }
 
-/// One after the other, all that this block of threads is given: f(job, its number), for a whole
-/// warp.
+/// One after the other, all that this block of threads is given; for a whole warp.
 template <class Tile, class F>
 __device__ __forceinline__ void each_hopper_bwd_job(HopperBwdShared<Tile>& shared, F&& f) {
   for (int n = 0;; ++n) {
@@ -170,6 +181,7 @@ __device__ __forceinline__ void each_hopper_bwd_job(HopperBwdShared<Tile>& share
     const HopperBwdJob& next = shared.jobs[ring_stage(n)];
     if (next.job.job.b < 0) break;
     f(next);
+    n = next.number;
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.job_free[ring_stage(n)]);
   }
@@ -190,13 +202,18 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
         p.f.lengths.start_q ? next.h : static_cast<std::int64_t>(job.job.b) * p.f.heads + next.h;
     const float2* const from = p.rows + (head * p.f.queries + job.job.first_q + next.m * kM);
     const int rows = job.queries - next.m * kM;
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
+    float2 row[kM / 32];  // on their way while others still read the ones before
     bool dead = false;
 #pragma unroll
-    for (int i = lane; i < kM; i += 32) {
-      const float2 row = i < rows ? from[i] : make_float2(INFINITY, 0.0f);
-      shared.lse[stage][i] = row.x, shared.delta[stage][i] = row.y;
-      dead |= row.x == INFINITY;
+    for (int k = 0; k < kM / 32; ++k) {
+      const int i = lane + k * 32;
+      row[k] = i < rows ? from[i] : make_float2(INFINITY, 0.0f);
+      dead |= row[k].x == INFINITY;
+    }
+    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
+#pragma unroll
+    for (int k = 0; k < kM / 32; ++k) {
+      shared.lse[stage][lane + k * 32] = row[k].x, shared.delta[stage][lane + k * 32] = row[k].y;
     }
     // Of a query that saw nothing, or is not there, 0 times what there is may be NaN: make it 0.
     if (__any_sync(~0u, dead)) {
@@ -214,58 +231,44 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
   }
 }
 
-/// dq of a warpgroup to where it is summed, in its turn; one thread.
+/// dq to where it is summed, in its turn, of every other block of queries: those of this stage. One
+/// thread, so that while what it added arrives, the next block is the other stage's.
 template <class Tile>
-struct HopperDqAdder {
-  static constexpr int kBytes = Tile::kDq * 4;
-  const Backward& p;
-  HopperBwdShared<Tile>& shared;
-  int group, turn = 0;
-  int* added = nullptr;  // whose turn is to be passed on
-
-  __device__ __forceinline__ void finish() {
-    if (!added) return;
+__device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared<Tile>& shared,
+                                              const HopperBwdJob& found, int stage, int& turn) {
+  constexpr int kBytes = 2 * Tile::kDq * 4;
+  const ptx::SharedAddress own = ptx::shared_address(shared.dq[stage]);
+  const int n = found.job.j0 / Tile::kN;
+  HopperMeetings<Tile> next(p, found);
+  for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
+    if (ring_stage(turn) != stage) continue;
+    const HopperMeeting at = *next;
+    int* const turns = p.turns + at.block;
+    float* const sums = p.dq_sums + at.block * (2 * Tile::kDq);
+    const bool fetches = n == at.last && n > at.first;
+    if (!fetches) ptx::mbarrier_arrive(&shared.dq_theirs[stage]);
+    if (n > at.first) {
+      while (ptx::ld_global_relaxed(turns) < n - at.first) {
+      }
+      ptx::fence_acquire();
+      ptx::fence_async_global();
+    }
+    if (fetches) {
+      ptx::mbarrier_expect(&shared.dq_theirs[stage], kBytes);
+      ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[stage]);
+    }
+    ptx::mbarrier_wait(&shared.dq_ours[stage], ring_parity(turn));
+    if (n == at.last) continue;
+    if (n == at.first) {
+      ptx::bulk_store(sums, own, kBytes);
+    } else {
+      ptx::bulk_add(sums, own, kBytes);
+    }
+    ptx::bulk_commit();
     ptx::bulk_wait<0>();
     ptx::fence_async_global();
-    ptx::pass_on(added);
-    added = nullptr;
+    ptx::pass_on(turns);
   }
-  __device__ __forceinline__ void run(const HopperBwdJob& found) {
-    const ptx::SharedAddress own = ptx::shared_address(shared.dq[group]);
-    const int n = found.job.j0 / Tile::kN;
-    HopperMeetings<Tile> next(p, found);
-    for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
-      const HopperMeeting at = *next;
-      int* const turns = p.turns + (2 * at.block + group);
-      float* const sums = p.dq_sums + (2 * at.block + group) * Tile::kDq;
-      const auto wait = [&] {
-        while (ptx::ld_global_relaxed(turns) < n - at.first) {
-        }
-        ptx::fence_acquire();
-        ptx::fence_async_global();
-      };
-      const bool fetches = n == at.last && n > at.first;
-      if (!fetches) ptx::mbarrier_arrive(&shared.dq_theirs[group]);
-      finish();
-      if (fetches) {
-        wait();
-        ptx::mbarrier_expect(&shared.dq_theirs[group], kBytes);
-        ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[group]);
-      }
-      ptx::mbarrier_wait(&shared.dq_ours[group], turn & 1);
-      if (n == at.last) continue;
-      if (n == at.first) {
-        ptx::bulk_store(sums, own, kBytes);
-      } else {
-        wait();
-        ptx::bulk_add(sums, own, kBytes);
-      }
-      ptx::bulk_commit();
-      added = turns;
-      ptx::bulk_wait_read<0>();
-    }
-    finish();
-  }
-};
+}
 
 }  // namespace fastkern::cuda::attention_detail

@@ -12,13 +12,13 @@
 namespace fastkern::cuda::attention_detail {
 
 /// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
-using HopperBwd64 = HopperBwdTile<64, 128, true>;
-using HopperBwd128 = HopperBwdTile<128, 64, true>;
+using HopperBwd64 = HopperBwdTile<64, 128, HopperTurns::blocks>;
+using HopperBwd128 = HopperBwdTile<128, 64, HopperTurns::blocks>;
 static_assert(HopperBwd128::kD == kHopperBwdColumns);
 
 template <class T>
 void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
-  const auto with = [&]<class Tile>() {
+  const auto with = [&]<class Tile, bool kChanges>() {
     constexpr int kBytes = sizeof(HopperBwdShared<Tile>);
     static_assert(kBytes <= 227 * 1024);
     const Forward& f = p.f;
@@ -32,8 +32,11 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
         .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, Tile::kN, op),
         .v = hopper_map<T>(f.v, f.dv, f.keys, p.kv_heads, entries, Tile::kN, op),
         .dout = hopper_map<T>(p.dout, f.dv, f.queries, f.heads, entries, Tile::kM, op),
-        .p = p};
-    launch(attention_hopper_bwd_kernel<T, Tile>,
+        .p = p,
+        .to_cap = f.softcap > 0.0f ? 2.0f * kLog2e * f.scale / f.softcap : 0.0f,
+        .from_cap = f.softcap / f.scale,
+        .over_scale = 1.0f / f.scale};
+    launch(attention_hopper_bwd_kernel<T, Tile, kChanges>,
            {.op = op,
             .grid = std::min<std::int64_t>(
                 device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op),
@@ -43,8 +46,13 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
             .overlap = true},
            stream, all);
   };
-  if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) return with.template operator()<HopperBwd64>();
-  with.template operator()<HopperBwd128>();
+  dispatch_bool(p.f.softcap > 0.0f || p.f.slopes.data, [&]<bool kChanges>() {
+    if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) {
+      with.template operator()<HopperBwd64, kChanges>();
+    } else {
+      with.template operator()<HopperBwd128, kChanges>();
+    }
+  });
 }
 
 }  // namespace fastkern::cuda::attention_detail

@@ -79,8 +79,8 @@ bool fits(int bytes, Stream stream, const char* op) {
 
 /// Of the tiles of backward: memory between launches does not depend on which is taken.
 inline constexpr int kLeastQueries = 32, kMostQueries = 128;
-/// Of the kernel for Hopper: the most columns, and parts of a block of queries that take turns.
-inline constexpr int kHopperBwdColumns = 128, kHopperBwdParts = 2;
+/// Of the kernel for Hopper: the most columns.
+inline constexpr int kHopperBwdColumns = 128;
 
 /// The gradient of 16-bit attention, for the head dimensions there are kernels for.
 template <class F>

@@ -54,9 +54,21 @@ __device__ __forceinline__ bool mbarrier_try_wait(std::uint64_t* barrier, std::u
   return done;
 }
 
-/// Waits for the phase of this parity, of a barrier of this block.
+/// Waits for the phase of this parity, of a barrier at which threads of this block arrive and the
+/// copy engine. What threads of other blocks of the cluster wrote needs mbarrier_try_wait, each of
+/// which empties the L1 cache.
 __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
-  while (!mbarrier_try_wait(barrier, parity)) {
+  if constexpr (kHasClusters) {
+    std::uint32_t done;
+    do {
+      asm volatile(
+          "{\n.reg .pred done;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n}"
+          : "=r"(done)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
+    } while (!done);
   }
 }
 

@@ -132,8 +132,8 @@ TEST_P(AttentionHopperBwd, Columns) {
 /// Those of the portable kernel's cases that this one takes.
 TEST_P(AttentionHopperBwd, Options) {
   for (AttentionCase c : attention_cases()) {
-    const bool taken = c.scale >= 0.0 && c.softcap == 0.0 && c.prefix.empty() && !c.bias &&
-                       c.slope_dims == 0 && c.block_size == 0 && c.dropout == 0.0;
+    const bool taken =
+        c.scale >= 0.0 && c.prefix.empty() && !c.bias && c.block_size == 0 && c.dropout == 0.0;
     if (!taken) continue;
     expect_right(c);
     c.d = 72, c.dv = 104;
@@ -162,8 +162,8 @@ TEST_P(AttentionHopperBwd, Sizes) {
 /// More blocks than multiprocessors, which wait for each other's turns.
 TEST_P(AttentionHopperBwd, ManyBlocks) {
   for (const std::int64_t d : {128, 64}) {
-    AttentionCase c = sized(1000, 1111, d);
-    c.batch = 3, c.heads = 24, c.kv_heads = 8;
+    AttentionCase c = sized(500, 900, d);
+    c.batch = 2, c.heads = 24, c.kv_heads = 12;
     expect_agrees(c);
     c.right = 0;
     expect_agrees(c);

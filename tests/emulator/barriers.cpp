@@ -97,6 +97,16 @@ void block_arrive(int id, int threads) {
   may_switch();
 }
 
+void await_number() {
+  state.number_waiting.push_back(self().index);
+  sleep("a number in global memory");
+}
+
+void number_changed() {
+  wake_all(state.number_waiting);
+  may_switch();
+}
+
 void check_cluster_barrier() {
   if (state.cluster_arrived != state.live || state.live == 0) return;
   ++state.cluster_phase;

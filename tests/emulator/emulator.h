@@ -101,6 +101,9 @@ void warp_barrier(unsigned mask);
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int source);
 void cluster_arrive();
 void cluster_wait();
+/// Waits until a number in global memory has changed; one has.
+void await_number();
+void number_changed();
 void store_to_block(void* shared, unsigned rank, const void* value, int size);
 
 void cp_async(void* shared, const void* global, int size, int bytes);

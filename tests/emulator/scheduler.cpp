@@ -243,6 +243,7 @@ void begin_block(int rank, long block) {
 void run_cluster(long cluster) {
   state.total = state.live = state.grid.threads * state.grid.cluster;
   state.mbarriers.clear(), state.stores.clear();
+  state.number_waiting.clear();
   state.cluster_waiting.clear(), state.cluster_arrived = 0, state.cluster_phase = 0;
   ready.resize(state.total);
   for (int rank = 0; rank < state.grid.cluster; ++rank)

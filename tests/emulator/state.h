@@ -82,6 +82,7 @@ struct State {
   int cluster_arrived = 0;
   long cluster_phase = 0;
   std::vector<int> cluster_waiting;
+  std::vector<int> number_waiting;
   // variables in static shared memory, with their places
   std::vector<std::pair<const void*, long>> variables;
   long fixed_size = 0;
