@@ -55,7 +55,9 @@ void launch_hopper_fp8(Fp8Call& call, Stream stream, const char* op) {
                    .section =
                        units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
                    .heads = f.heads,
-                   .longest_first = f.mask.right >= 0 && f.mask.left < 0},
+                   .pack = 0,
+                   .longest_first = f.mask.right >= 0 && f.mask.left < 0,
+                   .ahead = 0},
       .q_scale = call.q_scale,
       .k_scale = call.k_scale,
       .v_scale = call.v_scale};

@@ -120,12 +120,4 @@ inline int __float2int_rn(float v) {
 inline unsigned __float_as_uint(float v) { return __builtin_bit_cast(unsigned, v); }
 inline float __int_as_float(int v) { return __builtin_bit_cast(float, v); }
 inline int __float_as_int(float v) { return __builtin_bit_cast(int, v); }
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned which) {
-  const unsigned long bytes = static_cast<unsigned long>(high) << 32 | low;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    result |= static_cast<unsigned>(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
-  }
-  return result;
-}
 inline float __uint_as_float(unsigned v) { return __builtin_bit_cast(float, v); }
