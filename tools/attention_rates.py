@@ -17,7 +17,10 @@ import datetime
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,86 +36,96 @@ BEGIN, END = "<!-- rates: written by tools/attention_rates.py -->", "<!-- end of
 BF16 = torch.bfloat16
 TOKENS, WIDTH = 16384, 2048  # B x S, H x D
 
-Attention = Callable[..., Tensor]
-Inputs = dict[str, Any]
 
-# ---- attention of each library, of the arguments that fastkern's has -------------------------------------------------
+@dataclass(frozen=True)
+class Call:
+    """Operands (B, S, H, D), or packed (total, H, D) with the edges of sequences and the longest one's length."""
+
+    what: str
+    pairs: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    left: int = -1
+    edges: Tensor | None = None
+    most: int = 0
+
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share keys."""
+        return self.q.shape[-2] != self.k.shape[-2]
 
 
-def ours(most: int = 0, **inputs: Any) -> Tensor:
-    """Of (B, S, H, D) or packed tensors, which need not know the longest sequence."""
-    return (rows.flash_attn_varlen if "cu_seqlens_q" in inputs else rows.flash_attn)(**inputs)[0]
+Attention = Callable[[Call], Tensor]
+
+# ---- attention of each library ---------------------------------------------------------------------------------------
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, edges: Tensor, most: int, left: int) -> Tensor:
+def ours(c: Call) -> Tensor:
+    """Packed sequences need not know the longest one."""
+    more: dict[str, Any] = {"causal": c.causal, "window_left": c.left}
+    if c.edges is None:
+        return rows.flash_attn(c.q, c.k, c.v, **more)[0]
+    return rows.flash_attn_varlen(c.q, c.k, c.v, cu_seqlens_q=c.edges, cu_seqlens_k=c.edges, **more)[0]
+
+
+@cache
+def even_edges(batch: int, tokens: int) -> Tensor:
+    """Of sequences of one length."""
+    return torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device="cuda")
+
+
+def torch_varlen(c: Call) -> Tensor:
     """Torch's FlashAttention 2 of packed tensors."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    more: dict[str, Any] = {"window_size": (left, 0 if causal else -1)} if "window_size" in known else {}
-    if not more and left >= 0:
+    more: dict[str, Any] = {"enable_gqa": True} if c.grouped else {}
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        more["window_size"] = (c.left, 0 if c.causal else -1)
+    elif c.left >= 0:
         raise NotImplementedError("windows")
-    if not more:
-        more = {"is_causal": causal}
-    if q.shape[1] != k.shape[1]:
-        more["enable_gqa"] = True
-    return varlen_attn(q, k, v, edges, edges, most, most, **more)
+    else:
+        more["is_causal"] = c.causal
+    out: Tensor = varlen_attn(c.q, c.k, c.v, c.edges, c.edges, c.most, c.most, **more)
+    return out
 
 
-def fa2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window_left: int = -1,
-    cu_seqlens_q: Tensor | None = None,
-    most: int = 0,
-    **_: Any,
-) -> Tensor:
+def fa2(c: Call) -> Tensor:
     """Torch's FlashAttention 2."""
-    if cu_seqlens_q is not None:
-        return torch_varlen(q, k, v, causal, cu_seqlens_q, most, window_left)
-    if window_left >= 0:
-        edges = torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32, device=q.device)
-        return torch_varlen(*(t.flatten(0, 1) for t in (q, k, v)), causal, edges, q.shape[1], window_left).view(q.shape)
-    return sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, causal)
+    if c.edges is not None:
+        return torch_varlen(c)
+    if c.left < 0:
+        return sdpa(SDPBackend.FLASH_ATTENTION, c)
+    batch, tokens = c.q.shape[:2]
+    flat = {n: getattr(c, n).flatten(0, 1) for n in "qkv"}
+    return torch_varlen(replace(c, **flat, edges=even_edges(batch, tokens), most=tokens)).view(c.q.shape)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, **more: Any) -> Tensor:
+def cudnn(c: Call) -> Tensor:
     """cuDNN's, through torch, which gives it neither windows nor packed tensors."""
-    if more:
-        raise NotImplementedError(str(list(more)))
-    return sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v, causal)
+    if c.edges is not None or c.left >= 0:
+        raise NotImplementedError("windows, packed tensors")
+    return sdpa(SDPBackend.CUDNN_ATTENTION, c)
 
 
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def sdpa(backend: SDPBackend, c: Call) -> Tensor:
     """The operator of torch, made to take these kernels."""
+    q, k, v = (t.transpose(1, 2) for t in (c.q, c.k, c.v))
     with sdpa_kernel(backend):
-        out = scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
-        )
-    return out.transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, is_causal=c.causal, enable_gqa=c.grouped).transpose(1, 2)
 
 
-def fa4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window_left: int = -1,
-    cu_seqlens_q: Tensor | None = None,
-    most: int = 0,
-    **_: Any,
-) -> Tensor:
+def fa4(c: Call) -> Tensor:
     """FlashAttention 4's own functions."""
     from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 
-    more: dict[str, Any] = {"causal": causal and window_left < 0}
-    if window_left >= 0:
-        more["window_size"] = (window_left, 0 if causal else None)
-    if cu_seqlens_q is not None:
-        more |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_q, "max_seqlen_q": most, "max_seqlen_k": most}
-    out = (flash_attn_func if cu_seqlens_q is None else flash_attn_varlen_func)(q, k, v, **more)
+    more: dict[str, Any] = {"causal": c.causal and c.left < 0}
+    if c.left >= 0:
+        more["window_size"] = (c.left, 0 if c.causal else None)
+    if c.edges is not None:
+        more |= {"cu_seqlens_q": c.edges, "cu_seqlens_k": c.edges, "max_seqlen_q": c.most, "max_seqlen_k": c.most}
+    out = (flash_attn_func if c.edges is None else flash_attn_varlen_func)(c.q, c.k, c.v, **more)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -127,15 +140,19 @@ def peers() -> dict[str, Attention]:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def dense_calls() -> Iterator[tuple[str, int, Inputs]]:
-    """What, pairs, arguments."""
+def random(*shape: int) -> Tensor:
+    """Of bf16, on the GPU."""
+    return torch.randn(*shape, device="cuda", dtype=BF16)
+
+
+def dense_calls() -> Iterator[Call]:
+    """Every head dimension, mask and length."""
     for D, causal in ((64, False), (64, True), (128, False), (128, True), (256, False), (256, True)):
         for S in (512, 1024, 2048, 4096, 8192, 16384):
             B, H = TOKENS // S, WIDTH // D
-            inputs: Inputs = {n: torch.randn(B, S, H, D, device="cuda", dtype=BF16) for n in "qkv"}
-            inputs["causal"] = causal
+            what = f"{D} | {'causal' if causal else 'full'} | {S}"
             pairs = B * H * S * S // (2 if causal else 1)
-            yield f"{D} | {'causal' if causal else 'full'} | {S}", pairs, inputs
+            yield Call(what, pairs, *(random(B, S, H, D) for _ in "qkv"), causal=causal)
 
 
 def windowed(S: int, left: int) -> int:
@@ -149,56 +166,59 @@ def lengths(count: int, longest: int) -> list[int]:
     return [round(16 * math.exp(step * ((29 * i + 7) % count))) for i in range(count)]  # 29: no factor of count
 
 
-def packed(many: list[int], H: int, D: int) -> tuple[int, Inputs]:
-    """Pairs under a causal mask, arguments."""
-    edges = torch.tensor([0, *many]).cumsum(0).int().cuda()
-    inputs: Inputs = {n: torch.randn(sum(many), H, D, device="cuda", dtype=BF16) for n in "qkv"}
-    inputs |= {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "causal": True, "most": max(many)}
-    return H * sum(n * (n + 1) // 2 for n in many), inputs
-
-
-def other_calls() -> Iterator[tuple[str, int, Inputs]]:
-    """Grouped heads, windows, packed sequences."""
+def other_calls() -> Iterator[Call]:
+    """Grouped heads, windows, packed sequences, all causal."""
     for S in (2048, 8192):
-        B, H = TOKENS // S, 64
-        inputs: Inputs = {n: torch.randn(B, S, H if n == "q" else 8, 128, device="cuda", dtype=BF16) for n in "qkv"}
-        yield f"64 heads, 8 of keys, causal, S {S} | 128", B * H * S * (S + 1) // 2, inputs | {"causal": True}
+        B, H, what = TOKENS // S, 64, f"64 heads, 8 of keys, causal, S {S} | 128"
+        q, k, v = (random(B, S, heads, 128) for heads in (H, 8, 8))
+        yield Call(what, B * H * S * (S + 1) // 2, q, k, v, causal=True)
     for D in (64, 128):
         H = WIDTH // D
-        inputs = {n: torch.randn(1, TOKENS, H, D, device="cuda", dtype=BF16) for n in "qkv"}
+        q, k, v = (random(1, TOKENS, H, D) for _ in "qkv")
         for left in (1024, 4096):
-            pairs = H * windowed(TOKENS, left)
-            yield f"causal, window {left}, S {TOKENS} | {D}", pairs, inputs | {"causal": True, "window_left": left}
-        yield (f"causal, 64 packed sequences of 16 to 8192 | {D}", *packed(lengths(64, 8192), H, D))
+            what = f"causal, window {left}, S {TOKENS} | {D}"
+            yield Call(what, H * windowed(TOKENS, left), q, k, v, causal=True, left=left)
+        many = lengths(64, 8192)
+        edges, what = (
+            torch.tensor([0, *many]).cumsum(0).int().cuda(),
+            f"causal, 64 packed sequences of 16 to 8192 | {D}",
+        )
+        pairs = H * sum(n * (n + 1) // 2 for n in many)
+        q, k, v = (random(sum(many), H, D) for _ in "qkv")
+        yield Call(what, pairs, q, k, v, causal=True, edges=edges, most=max(many))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def rates(attention: Attention, inputs: Inputs, pairs: int) -> tuple[float, float]:
-    """TFLOP/s of forward and of backward; nan where there is no such call."""
-    D = inputs["q"].shape[-1]
-    leaves = {n: t.detach().requires_grad_() if n in "qkv" else t for n, t in inputs.items()}
-    taken = [math.nan, math.nan]
+def with_leaves(call: Call) -> Call:
+    """The same, with operands that want gradients."""
+    return replace(call, **{n: getattr(call, n).detach().requires_grad_() for n in "qkv"})
+
+
+def rates(attention: Attention, call: Call) -> tuple[float, float]:
+    """TFLOP/s of forward and of backward; nan where another library has no such call."""
+    D, leaves, taken = call.q.shape[-1], with_leaves(call), [math.nan, math.nan]
+    refusals = () if attention is ours else (NotImplementedError, RuntimeError, AssertionError, ValueError, TypeError)
     try:
         with torch.no_grad():
-            attention(**inputs)
-            taken[0] = do_bench(lambda: attention(**inputs), return_mode="median")
-        out = attention(**leaves)
-        dout, operands = torch.randn_like(out), [leaves[n] for n in "qkv"]
+            attention(call)
+            taken[0] = do_bench(lambda: attention(call), return_mode="median")
+        out = attention(leaves)
+        dout, operands = torch.randn_like(out), [leaves.q, leaves.k, leaves.v]
         taken[1] = do_bench(lambda: torch.autograd.grad(out, operands, dout, retain_graph=True), return_mode="median")
-    except (NotImplementedError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+    except refusals as error:
         print(f"{attention.__name__}: {type(error).__name__}: {str(error)[:120]}", flush=True)
-    return 4 * D * pairs / taken[0] / 1e9, 10 * D * pairs / taken[1] / 1e9
+    return 4 * D * call.pairs / taken[0] / 1e9, 10 * D * call.pairs / taken[1] / 1e9
 
 
 def product_rate() -> float:
     """TFLOP/s of a matrix product of 8192^3."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+    a, b = random(8192, 8192), random(8192, 8192)
     return 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") / 1e9
 
 
-def rate_table(first: str, calls: Iterator[tuple[str, int, Inputs]], product: float) -> list[str]:
+def rate_table(first: str, calls: Iterator[Call], product: float) -> list[str]:
     """Ours, as a share of the matrix product, and over each of the others'; forward, backward."""
     others = peers()
     over = [f"over {name}" for name in others]
@@ -209,8 +229,8 @@ def rate_table(first: str, calls: Iterator[tuple[str, int, Inputs]], product: fl
     ]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
     ratios: dict[str, list[float]] = {f"{way}, {name}": [] for way in ("forward", "backward") for name in others}
-    for what, pairs, inputs in calls:
-        mine, theirs = rates(ours, inputs, pairs), [rates(peer, inputs, pairs) for peer in others.values()]
+    for call in calls:
+        mine, theirs = rates(ours, call), [rates(peer, call) for peer in others.values()]
         cells = []
         for i, way in enumerate(("forward", "backward")):
             cells += [f"{mine[i]:.0f}", f"{mine[i] / product:.2f}"]
@@ -218,7 +238,7 @@ def rate_table(first: str, calls: Iterator[tuple[str, int, Inputs]], product: fl
                 ratio = mine[i] / rate[i]
                 cells.append("" if math.isnan(ratio) else f"{ratio:.2f}")
                 ratios[f"{way}, {name}"] += [] if math.isnan(ratio) else [ratio]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+        lines.append(f"| {call.what} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     means = [f"{n} {math.exp(sum(map(math.log, r)) / len(r)):.2f}" for n, r in ratios.items() if r]
     return [*lines, "", f"Geometric means: {'; '.join(means)}."]
@@ -244,14 +264,15 @@ def memory_table() -> list[str]:
 def warm(part: str) -> None:
     """Have FlashAttention 4 compile what this part of the calls takes."""
     at, count = (int(n) for n in part.split("of"))
-    kinds: dict[tuple[Any, ...], Inputs] = {}
-    for _, _, inputs in (*dense_calls(), *other_calls()):
-        kind = (inputs["q"].shape[-1], inputs["q"].dim(), *(inputs.get(n) for n in ("causal", "window_left")))
-        kinds.setdefault((*kind, inputs["q"].shape[-2] == inputs["k"].shape[-2]), inputs)
-    for inputs in list(kinds.values())[at::count]:
-        leaves = {n: t.detach().requires_grad_() if n in "qkv" else t for n, t in inputs.items()}
-        out = fa4(**leaves)
-        out.backward(torch.randn_like(out))
+    seen: set[tuple[Any, ...]] = set()
+    for call in chain(dense_calls(), other_calls()):
+        kind = (call.q.shape[-1], call.causal, call.left, call.edges is None, call.grouped)
+        if kind in seen:
+            continue
+        if len(seen) % count == at:
+            out = fa4(with_leaves(call))
+            out.backward(torch.randn_like(out))
+        seen.add(kind)
     torch.cuda.synchronize()
 
 

@@ -4,8 +4,6 @@
 #include "fastkern/activation.h"
 
 #include <array>
-#include <cmath>
-#include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -31,11 +29,9 @@ ActivationKind gelu_of(const Text& approximate, const char* op) {
 }
 
 Options clamped(double alpha, double limit, double up_offset, bool interleaved, const char* op) {
-  constexpr double kMost = std::numeric_limits<float>::max();
-  FK_CHECK(std::abs(alpha) <= kMost, op, ": alpha must be finite in float32, got ", alpha);
+  check_finite(alpha, op, "alpha");
   FK_CHECK(limit > 0.0, op, ": limit must be above 0, got ", limit);
-  FK_CHECK(std::abs(up_offset) <= kMost, op, ": up_offset must be finite in float32, got ",
-           up_offset);
+  check_finite(up_offset, op, "up_offset");
   return {ActivationKind::clamped_silu,
           interleaved,
           {static_cast<float>(alpha), static_cast<float>(limit), static_cast<float>(up_offset)}};

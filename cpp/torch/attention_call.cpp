@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -213,9 +212,7 @@ void AttentionCall::check_numbers() const {
   const AttentionOptions& o = options_;
   FK_CHECK(o.window_left >= -1, op_, ": window_left must be at least -1, got ", o.window_left);
   FK_CHECK(o.window_right >= -1, op_, ": window_right must be at least -1, got ", o.window_right);
-  constexpr double kMost = std::numeric_limits<float>::max();
-  FK_CHECK(!o.scale || std::abs(*o.scale) <= kMost, op_, ": scale must be finite in float32, got ",
-           *o.scale);
+  if (o.scale) check_finite(*o.scale, op_, "scale");
   check_softcap(o.softcap, op_);
   FK_CHECK(o.block_size == 64 || o.block_size == 128, op_, ": block_size must be 64 or 128, got ",
            o.block_size);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "loss_call.h"
 
-#include <cmath>
 #include <limits>
 
 namespace fastkern::torch_layer {
@@ -59,8 +58,7 @@ void LossCall::numbers(const LossNumbers& n) {
   FK_CHECK(n.lse_square_scale >= 0.0 && n.lse_square_scale <= kMost, op,
            ": lse_square_scale must be finite in float32 and >= 0, got ", n.lse_square_scale);
   check_softcap(n.softcap, op);
-  FK_CHECK(std::abs(n.logit_scale) <= kMost, op, ": logit_scale must be finite in float32, got ",
-           n.logit_scale);
+  check_finite(n.logit_scale, op, "logit_scale");
   FK_CHECK(n.reduction >= 0 && n.reduction <= 2, op,
            ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", n.reduction);
   args_.ignore_index = n.ignore_index;

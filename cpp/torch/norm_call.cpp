@@ -2,7 +2,6 @@
 #include "norm_call.h"
 
 #include <cmath>
-#include <limits>
 #include <string>
 
 namespace fastkern::torch_layer {
@@ -13,8 +12,7 @@ NormCall::NormCall(const char* op, const Tensor& x, double eps, double weight_of
   FK_CHECK(x_.ndim >= 1, op, ": ", x_name,
            " must have at least one dimension, got a scalar of shape ()");
   FK_CHECK(std::isfinite(eps) && eps >= 0.0, op, ": eps must be finite and >= 0, got ", eps);
-  FK_CHECK(std::abs(weight_offset) <= std::numeric_limits<float>::max(), op,
-           ": weight_offset must be finite in float32, got ", weight_offset);
+  check_finite(weight_offset, op, "weight_offset");
 }
 
 TensorRef NormCall::rows(MaybeTensor t, const char* argument) const {

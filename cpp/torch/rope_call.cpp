@@ -80,12 +80,10 @@ TensorRef RopeCall::weight(const OptionalTensor& t, const char* argument) const 
 
 void RopeCall::check_norm(double eps, double weight_offset) {
   normed_ = true;
-  constexpr double kMost = 3.4028234663852886e38;
   FK_CHECK(q_.sizes[q_.ndim - 1] <= kQkNormMost, op_, ": q must have a head dimension of at most ",
            kQkNormMost, ", got shape ", q_.shape());
   FK_CHECK(std::isfinite(eps) && eps >= 0.0, op_, ": eps must be finite and >= 0, got ", eps);
-  FK_CHECK(std::abs(weight_offset) <= kMost, op_, ": weight_offset must be finite in float32, got ",
-           weight_offset);
+  check_finite(weight_offset, op_, "weight_offset");
 }
 
 void RopeCall::tables(const Tensor& cos, const Tensor& sin, const RopeOptions& options) {

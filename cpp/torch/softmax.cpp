@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <utility>
 
@@ -151,11 +149,6 @@ Tensor written_out(const Tensor& mask, TensorRef& wide, Device device, const cha
   return copy;
 }
 
-void check_scale(double scale, const char* op) {
-  FK_CHECK(std::abs(scale) <= std::numeric_limits<float>::max(), op,
-           ": scale must be finite in float32, got ", scale);
-}
-
 void launch(SoftmaxFwd& args, Device device) {
   if (!device.is_cuda) {
     cpu::softmax(args);
@@ -254,7 +247,7 @@ Tensor masked(const char* op, const Tensor& x, const OptionalTensor* mask, bool 
   const Call call(args.op, x, -1, "x", false);
   FK_CHECK(!causal || call.x().ndim >= 2, op, ": x must have at least two dimensions, got shape ",
            call.x().shape());
-  check_scale(scale, op);
+  check_finite(scale, op, "scale");
   if (mask) args.mask = call.mask(*mask);
   args.x = call.x();
   OptionalTensor copies[] = {call.readable(x, args.x), std::nullopt};
@@ -286,7 +279,7 @@ Tensor masked_bwd(const Tensor& dy, const Tensor& y, double scale) {
            ": y must have at least two dimensions, got shape ", call.x().shape());
   args.y = call.x();
   args.dy = call.like_x(dy, "dy");
-  check_scale(scale, args.op);
+  check_finite(scale, args.op, "scale");
   const OptionalTensor copies[] = {call.readable(y, args.y), call.readable(dy, args.dy)};
   Tensor dx = call.new_like_x(call.x().dtype, args.dx);
   if (call.x().numel() > 0) launch(args, call.device());

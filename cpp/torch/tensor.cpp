@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -308,6 +309,11 @@ void check_device(const Tensor& t, Device device, const char* op, const char* ar
   const Device found = device_of(t);
   FK_CHECK(found == device, op, ": ", argument, " must be on ", device_text(device), " like ", like,
            ", got ", device_text(found));
+}
+
+void check_finite(double value, const char* op, const char* argument) {
+  FK_CHECK(std::abs(value) <= std::numeric_limits<float>::max(), op, ": ", argument,
+           " must be finite in float32, got ", value);
 }
 
 void check_softcap(double softcap, const char* op) {

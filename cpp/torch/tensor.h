@@ -103,6 +103,8 @@ void check_device(const Tensor& t, Device device, const char* op, const char* ar
 /// fail() unless `t` has exactly these sizes.
 void check_shape(const TensorRef& t, const std::int64_t* sizes, int ndim, const char* op,
                  const char* argument);
+/// fail() unless it is finite as a float.
+void check_finite(double value, const char* op, const char* argument);
 /// fail() unless it is 0 or a positive normal float, whose reciprocal is finite.
 void check_softcap(double softcap, const char* op);
 

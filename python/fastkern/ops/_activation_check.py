@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastkern.ops import _check
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
 
 
@@ -56,12 +55,10 @@ def gated(op: str, a: Tensor, b: Tensor | None, options: Options, dy: Tensor | N
 def _options(op: str, options: Options) -> None:
     if options.approximate not in ("none", "tanh"):
         raise RuntimeError(f'fastkern::{op}: approximate must be "none" or "tanh", got "{options.approximate}"')
-    if not abs(options.alpha) <= _FLOAT32_MAX:
-        raise RuntimeError(f"fastkern::{op}: alpha must be finite in float32, got {options.alpha}")
+    _check.finite(op, "alpha", options.alpha)
     if not options.limit > 0:
         raise RuntimeError(f"fastkern::{op}: limit must be above 0, got {options.limit}")
-    if not abs(options.up_offset) <= _FLOAT32_MAX:
-        raise RuntimeError(f"fastkern::{op}: up_offset must be finite in float32, got {options.up_offset}")
+    _check.finite(op, "up_offset", options.up_offset)
 
 
 def like_x(op: str, x: Tensor, name: str, t: Tensor, like: str = "x", same_dtype: bool = True) -> None:

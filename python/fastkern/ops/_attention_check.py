@@ -134,8 +134,8 @@ def _numbers(op: str, o: Options) -> None:
         raise _fail(op, "window_left", "be at least -1", o.window_left)
     if o.window_right < -1:
         raise _fail(op, "window_right", "be at least -1", o.window_right)
-    if o.scale is not None and not abs(o.scale) <= torch.finfo(torch.float32).max:
-        raise _fail(op, "scale", "be finite in float32", o.scale)
+    if o.scale is not None:
+        _check.finite(op, "scale", o.scale)
     _check.softcap(op, o.softcap)
     if o.block_size not in (64, 128):
         raise _fail(op, "block_size", "be 64 or 128", o.block_size)

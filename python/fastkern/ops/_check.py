@@ -111,6 +111,11 @@ def eps(op: str, value: float) -> None:
         raise RuntimeError(f"fastkern::{op}: eps must be finite and >= 0, got {value}")
 
 
+def finite(op: str, name: str, value: float) -> None:
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise RuntimeError(f"fastkern::{op}: {name} must be finite in float32, got {value}")
+
+
 def softcap(op: str, value: float) -> None:
     limits = torch.finfo(torch.float32)
     if not (value == 0 or limits.tiny <= value <= limits.max):

@@ -72,8 +72,7 @@ def numbers(op: str, o: Options) -> None:
             f"fastkern::{op}: lse_square_scale must be finite in float32 and >= 0, got {o.lse_square_scale}"
         )
     _check.softcap(op, o.softcap)
-    if not abs(o.logit_scale) <= _LARGEST:
-        raise RuntimeError(f"fastkern::{op}: logit_scale must be finite in float32, got {o.logit_scale}")
+    _check.finite(op, "logit_scale", o.logit_scale)
     if not 0 <= o.reduction <= 2:
         raise RuntimeError(f"fastkern::{op}: reduction must be 0 (none), 1 (mean) or 2 (sum), got {o.reduction}")
 

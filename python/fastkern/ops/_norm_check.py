@@ -14,8 +14,7 @@ def begin(op: str, x: Tensor, eps: float, weight_offset: float, name: str = "x")
     _check.float_tensor(op, name, x)
     _check.at_least_one_dimension(op, name, x.dim())
     _check.eps(op, eps)
-    if not abs(weight_offset) <= torch.finfo(torch.float32).max:
-        raise RuntimeError(f"fastkern::{op}: weight_offset must be finite in float32, got {weight_offset}")
+    _check.finite(op, "weight_offset", weight_offset)
 
 
 def rows(op: str, x: Tensor, like: str = "x", **operands: Tensor | None) -> None:

@@ -122,7 +122,11 @@ def number(name: str, argument: str, like: Tensor, value: Any) -> tuple[str, Any
         return "float", value
     if isinstance(value, (int, torch.SymInt)) or hasattr(kind, "__index__"):
         return "int", value if isinstance(value, torch.SymInt) else int(value)
-    raise TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {kind.__name__}")
+    raise _no_number(name, argument, value)
+
+
+def _no_number(name: str, argument: str, value: object) -> TypeError:
+    return TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {type(value).__name__}")
 
 
 def _complex_number(name: str, argument: str, like: Tensor, value: complex) -> Tensor:
@@ -151,7 +155,7 @@ def two_numbers(name: str, **values: Any) -> list[Tensor]:
     tensors = []
     for argument, value in values.items():
         if not isinstance(value, (int, float, complex)) and not hasattr(type(value), "__index__"):
-            raise TypeError(f"fastkern::{name}: {argument} must be a tensor or a number, got {type(value).__name__}")
+            raise _no_number(name, argument, value)
         try:
             tensors.append(torch.tensor(value))
         except (RuntimeError, ValueError, OverflowError) as error:  # by the version of torch

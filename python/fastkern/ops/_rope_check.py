@@ -58,8 +58,7 @@ def norm(op: str, q: Tensor, eps: float, weight_offset: float, **weights: Tensor
     if q.shape[-1] > MOST_OF_A_NORM:
         raise _fail(op, "q", f"have a head dimension of at most {MOST_OF_A_NORM}", f"shape {tuple(q.shape)}")
     _check.eps(op, eps)
-    if not abs(weight_offset) <= torch.finfo(torch.float32).max:
-        raise _fail(op, "weight_offset", "be finite in float32", weight_offset)
+    _check.finite(op, "weight_offset", weight_offset)
     for name, t in weights.items():
         if t is not None:
             _check.float_tensor(op, name, t)

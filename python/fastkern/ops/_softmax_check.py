@@ -38,8 +38,7 @@ def begin_masked(
         raise RuntimeError(f"fastkern::{op}: {name} must have at least two dimensions, got shape {tuple(x.shape)}")
     if dy is not None:
         like(op, x, dy, real=False)
-    if not abs(scale) <= torch.finfo(torch.float32).max:
-        raise RuntimeError(f"fastkern::{op}: scale must be finite in float32, got {scale}")
+    _check.finite(op, "scale", scale)
     if mask is None:
         return
     if mask.dtype not in _MASKS:

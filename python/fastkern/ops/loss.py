@@ -90,7 +90,7 @@ def cross_entropy(
             logits. Of no meaning with probabilities.
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
         lse_square_scale: factor of the z-loss; 0: none.
-        softcap: bound of the logits, as in Gemma 2; 0: none.
+        softcap: bound of the logits, a positive float32, as in Gemma 2; 0: none.
         logit_scale: multiplies the logits first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         return_lse: return also lse, (...), differentiable.
