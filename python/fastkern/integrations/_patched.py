@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.ops.activation import geglu, reglu, swiglu
+from fastkern.ops._gated_linear import gated_linear
 from fastkern.ops.norm import layer_norm, rms_norm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -164,10 +164,5 @@ class Mlp:
     def __call__(self, module: Any, x: Tensor) -> Any:
         gate = getattr(module, self.gate)(x)
         up = None if self.up is None else getattr(module, self.up)(x)
-        if self.act == "silu":
-            middle = swiglu(gate, up)
-        elif self.act == "relu":
-            middle = reglu(gate, up)
-        else:
-            middle = geglu(gate, up, "tanh" if self.act == "gelu_tanh" else "none")
-        return getattr(module, self.down)(middle)
+        name = {"silu": "swiglu", "relu": "reglu", "gelu_tanh": "geglu_tanh"}.get(self.act, "geglu")
+        return gated_linear(name, gate, up, getattr(module, self.down))

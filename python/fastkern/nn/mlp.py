@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from functools import partial
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -12,14 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkern.nn import _packed
-from fastkern.ops.activation import bias_act, geglu, reglu, swiglu
+from fastkern.ops._gated_linear import GATED, gated_linear
+from fastkern.ops.activation import bias_act
 
-GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": swiglu,
-    "geglu": geglu,
-    "geglu_tanh": partial(geglu, approximate="tanh"),
-    "reglu": reglu,
-}
 PLAIN = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
 _HF_PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
 
@@ -53,7 +47,8 @@ class GatedMLP(nn.Module):
     Raises:
         RuntimeError: another activation.
 
-    Shapes: (..., dim) to (..., out_dim). Under autocast all of it is in the type of autocast.
+    Shapes: (..., dim) to (..., out_dim). Under autocast all of it is in the type of autocast. In eager mode the
+    activation is not kept for the backward pass, which computes it again.
     """
 
     def __init__(
@@ -95,11 +90,14 @@ class GatedMLP(nn.Module):
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The result without the last bias, and that bias, for who adds it in another kernel."""
-        return _without_bias(self.down_proj, GATED[self.activation](self.gate_up_proj(x)))
+        gate_up, down = self.gate_up_proj(x), self.down_proj
+        if type(down) is not nn.Linear:  # adds its own
+            return gated_linear(self.activation, gate_up, None, down), None
+        return gated_linear(self.activation, gate_up, None, down, with_bias=False), down.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of x."""
-        return self.down_proj(GATED[self.activation](self.gate_up_proj(x)))
+        return gated_linear(self.activation, self.gate_up_proj(x), None, self.down_proj)
 
     def extra_repr(self) -> str:
         """The activation; the rest is in the layers."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkern.nn.attention import MultiheadAttention
-from fastkern.nn.mlp import GATED, MLP, GatedMLP
+from fastkern.nn.mlp import MLP, GatedMLP
 from fastkern.nn.norm import FusedAddNorm
 from fastkern.nn.rotary import RotaryEmbedding
+from fastkern.ops._gated_linear import GATED
 from fastkern.ops.attention import Window
 from fastkern.ops.dropout import bias_dropout_add
 
