@@ -50,9 +50,10 @@ def test_graph_replay_with_other_lengths(D: int) -> None:
             assert torch.equal(got, expected), f"{edges}"
 
 
+@pytest.mark.parametrize("repeats", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("sizes", [(2, 1024, 8, 64), (1, 2048, 4, 128), (1, 1024, 2, 256)], ids=str)
-def test_a_thousand_repeats(sizes: tuple[int, ...], causal: bool) -> None:
+def test_thousands_of_repeats(sizes: tuple[int, ...], causal: bool, repeats: int) -> None:
     """dq is a sum over blocks of keys that many blocks of threads add to; its order is that of the keys."""
     B, S, H, D = sizes
     leaves = leaves_of(made("cuda", BF16, B, S, S, H, D))
@@ -65,7 +66,7 @@ def test_a_thousand_repeats(sizes: tuple[int, ...], causal: bool) -> None:
     first = step()
     assert_no_nan(dict(zip(("out", "lse", "dq", "dk", "dv"), first, strict=True)))
     different = torch.zeros(5, dtype=torch.int64, device="cuda")
-    for _ in range(1000):
+    for _ in range(repeats):
         different += torch.stack([(a != b).sum() for a, b in zip(step(), first, strict=True)])
     assert different.tolist() == [0] * 5
 
