@@ -247,3 +247,21 @@ def test_second_device(spec: OpSpec, cuda: None, dtype: torch.dtype, variant: Va
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
     gpu.check_second_device(spec, dtype, variant)
+
+
+def test_lowering_as_inductor_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.13 fakes make the lowering, so that Inductor does not describe all that leads to the operator."""
+    from fastkern.ops import _schema
+    from torch._inductor import lowering
+
+    target = torch.ops.fastkern.add_rms_norm.default
+    monkeypatch.delitem(lowering.lowerings, target, raising=False)
+    _schema.make_lowering(lowering, "add_rms_norm")
+    assert target in lowering.lowerings
+    made = lowering.lowerings[target]
+    _schema.make_lowering(lowering, "add_rms_norm")
+    assert lowering.lowerings[target] is made
+    assert lowering.maybe_layout_constraints(target) is not None
+    monkeypatch.setattr(lowering, "lowerings", {})
+    monkeypatch.delattr(lowering, "make_fallback")
+    _schema.make_lowering(lowering, "add_rms_norm")  # another torch: as if it were not there

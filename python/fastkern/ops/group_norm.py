@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.ops import _check, _gradient
+from fastkern.ops import _check, _gradient, _schema
 
 _group_norm = torch.ops.fastkern.group_norm.default
 _group_norm_fwd = torch.ops.fastkern.group_norm_fwd.default
@@ -114,7 +114,6 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("fastkern::group_norm")
 def _group_norm_fake(
     x: Tensor,
     num_groups: int,
@@ -127,10 +126,6 @@ def _group_norm_fake(
     return _empty_like(x)
 
 
-torch.library.register_fake("fastkern::group_norm_fwd")(_group_norm_fake)
-
-
-@torch.library.register_fake("fastkern::group_norm_fwd_stats")
 def _group_norm_fwd_stats_fake(
     x: Tensor,
     num_groups: int,
@@ -143,7 +138,6 @@ def _group_norm_fwd_stats_fake(
     return y, x.new_empty((x.shape[0], num_groups, 2), dtype=torch.float32)
 
 
-@torch.library.register_fake("fastkern::group_norm_bwd")
 def _group_norm_bwd_fake(
     dy: Tensor,
     x: Tensor,
@@ -178,6 +172,12 @@ def _group_norm_bwd_fake(
         like = x if t is None else t
         gradients.append(like.new_empty(like.shape if needed else 0))
     return _empty_like(x) if need_dx else x.new_empty(0), gradients[0], gradients[1]
+
+
+_schema.register_fake("group_norm", _group_norm_fake)
+_schema.register_fake("group_norm_fwd", _group_norm_fake)
+_schema.register_fake("group_norm_fwd_stats", _group_norm_fwd_stats_fake)
+_schema.register_fake("group_norm_bwd", _group_norm_bwd_fake)
 
 
 # ---- gradient --------------------------------------------------------------------------------------------------------
