@@ -26,6 +26,7 @@ struct StepParams : TableParams {
   DType param, grad, state;
   OptimRounding rounding;
   bool counts;  // the call adds to counts of steps
+  int run = 1;  // chunks that a block of states of 8 bits works on
   const float *grad_scale, *grad_factor, *found_inf;
   std::uint64_t seed;
   float* workspace;
@@ -60,7 +61,7 @@ __device__ __forceinline__ int find_tensor(const std::int32_t* first_chunk, int 
   return low;
 }
 
-/// What a chunk is of: a tensor, from element `first` on; without a gradient nothing is updated.
+/// What chunks are of: a tensor, from element `first` on; without a gradient nothing is updated.
 struct ChunkPlace {
   int tensor;
   const void* grad;
