@@ -5,7 +5,8 @@
 //   formula  states of a block of 256 elements: number of the code · scale; then Formula::update,
 //            element by element; scale: the largest magnitude of the new states, codes: of each
 //            divided by it
-//   work     a block has up to four chunks of 16384 elements, those of one parameter together: warp w
+//   work     a block has up to four chunks of 16384 elements, those of one parameter together: warp
+//   w
 //            has their code blocks w, w + 8, ..., a lane eight elements of each: one pack of eight
 //            where values and gradients have 16 bits, else two of four, 128 elements apart. Element
 //            by element goes what is not aligned, the last block of a tensor, and a block with
@@ -95,7 +96,8 @@ struct RawBlock {
   }
 };
 
-inline constexpr int kCodedRun = 4;  // chunks of a block, at most: a lane has the scales of one block
+inline constexpr int kCodedRun =
+    4;  // chunks of a block, at most: a lane has the scales of one block
 
 template <class Formula>
 struct CodedStart : StepStart<Formula> {
@@ -291,7 +293,8 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
         float states[kStates];
         c.values.store_value(from + e, updated(e, states));
         for_states<kStates>([&]<int k>() {
-          codes[k][e] = static_cast<std::uint8_t>(CodeTables::Code<k>::encode(states[k], inverse[k]));
+          codes[k][e] =
+              static_cast<std::uint8_t>(CodeTables::Code<k>::encode(states[k], inverse[k]));
         });
       }
     };

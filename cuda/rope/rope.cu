@@ -18,6 +18,7 @@ namespace rope_detail {
 namespace {
 
 constexpr int kRopeBlock = 128;
+
 struct Params {
   HeadsView q, k, q_out, k_out;
   AnglesView angles;

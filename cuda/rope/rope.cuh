@@ -25,7 +25,6 @@
 
 namespace fastkern::cuda::rope_detail {
 
-constexpr int kBlock = 64;   // of forward: with 128 a hundredth slower
 constexpr int kColumns = 8;  // of a pack
 
 /// Division by a number that the host knows, for dividends below 2^31.
