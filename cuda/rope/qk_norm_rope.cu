@@ -128,16 +128,16 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
   int current = 0;
 #pragma unroll 1
   for (std::uint32_t begin = blockIdx.x * slots; begin < p.units; begin += stride) {
-    fetch(own + (current == 0 ? kStages - 1 : current - 1) * kOfStage, ahead);
-    ptx::cp_async_commit();
-    ahead.next(p, stride);
     const bool active = now.unit < p.units;
     const std::uint32_t b = active ? now.b : 0, s = active ? now.s : 0;
     const int of_a = active ? held_a : 0, of_b = active ? held_b : 0;
     Turn<kInterleaved> turn;
     const std::int64_t row = row_of(p.angles, b, s);
-    turn.load(p.angles, b, row, c, p.split.half);
+    turn.ask(p.angles, b, row, c, p.split.half);  // ahead of the copies, else they are first
     const bool turned = c.turned && row != kNoSequence;
+    fetch(own + (current == 0 ? kStages - 1 : current - 1) * kOfStage, ahead);
+    ptx::cp_async_commit();
+    ahead.next(p, stride);
     const uint4* const from = own + current * kOfStage;
     ptx::cp_async_wait<kStages - 1>();
 
@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
       squares[i] = dot(y, y, dot(x, x, 0.0f));
     }
     sum_lanes(squares, width);
+    turn.settle(p.angles);
     __syncwarp();  // heads are read again: ptxas would keep all of them in registers
     char* to = out.data + b * out.batch + s * out.token;
 #pragma unroll
