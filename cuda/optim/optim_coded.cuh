@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
   const auto own = [&] {
     return warp + lane * kOptimWarps;
   };  // the code block whose scales are here
+  constexpr int kAhead = 2;  // rounds of which operands come into L2
   static_assert(kCodedRun * kOptimChunk / kRound <= 32);
   const std::uint32_t copy = CodeTables::copy_of(lane);
   int turn = 0;
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
                                      (next - chunk) * kOptimChunk);
     const int count = place.grad ? c.count : 0;
     const int packed = c.template aligned<kVec>() ? count / kCodeBlock * kCodeBlock : 0;
+    const int asked = kVec == 8 || c.template aligned<8>() ? packed : 0;
 
     std::uint32_t scales[kStates] = {};
     c.move(begin);
@@ -301,6 +303,11 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
 
 #pragma unroll 1
     for (int e = warp * kCodeBlock; e < count; e += kRound) {
+      if (threadIdx.x == 0 && e + (kAhead + 1) * kRound <= asked) {
+        c.ask(kAhead * kRound, kRound);
+#pragma unroll
+        for (int k = 0; k < kStates; ++k) c.ask(c.state[k].at, 1, e + kAhead * kRound, kRound);
+      }
       if (e >= packed || !packs(e / kRound, e + kRound < packed))
         elements(e / kRound, min(kCodeBlock, count - e));
       c.move(kRound);

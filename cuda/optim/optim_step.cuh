@@ -9,7 +9,8 @@
 //            states, have 16 bits, else of four; pack (i · kPacks + k) · kThreads + t is thread
 //            t's. What is not aligned, and the last elements of a tensor, one by one: the same
 //            numbers, element by element
-//   memory   nothing is kept; all loads of a thread's packs come before the first use of one
+//   memory   nothing is kept; all loads of a thread's packs come before the first use of one, and
+//            one thread has the block's next packs brought into L2 meanwhile
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
 //            float64. Thread 0 then draws a number, for which nobody waits: at its end, the block
 //            that drew the last one knows that all have read the counts of steps, and adds one to
@@ -26,6 +27,7 @@
 #include "optim/optim_table.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/memory.cuh"
+#include "ptx/tma.cuh"
 #include "tile/pack.cuh"
 
 namespace fastkern::cuda {
@@ -343,6 +345,20 @@ struct ChunkOperands {
     values.first += elements;
   }
 
+  /// One thread for the block: so many elements from `element` on into L2, of all operands but the
+  /// states. Both are multiples of eight, and packs of eight elements are aligned.
+  __device__ __forceinline__ void ask(int element, int elements) const {
+    ask(grad, element, elements);
+    if (values.reads_param()) ask(values.param, element, elements);
+    if (values.has_extra()) ask({values.extra, values.extra_type()}, element, elements);
+  }
+  static __device__ __forceinline__ void ask(const Operand& from, int element, int elements) {
+    ask(from.at, from.bytes(), element, elements);
+  }
+  static __device__ __forceinline__ void ask(const char* at, int bytes, int element, int elements) {
+    ptx::bulk_prefetch(at + element * static_cast<std::int64_t>(bytes), elements * bytes);
+  }
+
   /// Whether packs of kVec elements lie at multiples of their size, up to 16 bytes.
   template <int kVec>
   __device__ __forceinline__ bool aligned() const {
@@ -412,15 +428,21 @@ constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
                ? 3
                : 2;
   const bool wide = eight(types);
-  if (known != KnownRounding::nearest) return wide || states != 2 ? 2 : 3;
+  if (known == KnownRounding::stochastic) return 3;
+  if (known == KnownRounding::none) return wide || states != 2 ? 2 : 3;
   return wide || states != 2 ? 3 : 4;
+}
+
+/// Packs of a thread under way in registers; the next are on their way into L2.
+constexpr int optim_packs(OptimTypes types, KnownRounding known) {
+  return types == OptimTypes::bf16_float_states || known != KnownRounding::none ? 1 : 2;
 }
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
 __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kTypes, kKnown))
     optim_step_kernel(const __grid_constant__ StepParams a) {
   constexpr bool kFloatStates = kTypes == OptimTypes::bf16_float_states;
-  constexpr int kVec = eight(kTypes) ? 8 : 4, kPacks = kFloatStates ? 1 : 2;
+  constexpr int kVec = eight(kTypes) ? 8 : 4, kPacks = optim_packs(kTypes, kKnown);
   constexpr int kStates = Formula::kStates, kParts = chunk_parts(kTypes);
   using Start = StepStart<Formula>;
   using Numbers = typename Formula::Numbers;
@@ -436,9 +458,20 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
                                    place.first + part * kCount, kCount);
   const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
 
+  const int asked = c.template aligned<8>() ? packs : 0;
+  const auto ask = [&](int from) {
+    constexpr int kRound = kPacks * kOptimThreads;
+    if (threadIdx.x != 0 || from + kRound > asked) return;
+    c.ask(from * kVec, kRound * kVec);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k)
+      if (c.state[k].at) c.ask(c.state[k], from * kVec, kRound * kVec);
+  };
+
   RawOperands<kVec, kStates, kPacks, kFloatStates> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
+  ask(pack + kPacks * kOptimThreads);
   int turn = 0;
   if (threadIdx.x == 0) turn = begin_step(a, t, sStart[0]);
   __syncthreads();
@@ -475,6 +508,7 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
+    ask(pack + kPacks * kOptimThreads);
   }
   const int count = place.grad ? c.count : 0;
 #pragma unroll 1
