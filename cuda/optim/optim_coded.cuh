@@ -12,7 +12,8 @@
 //            by element goes what is not aligned, the last block of a tensor, and a block with
 //            numbers so large or small that the short ways of ordinary.cuh and code_tables.cuh do
 //            not hold: the warp asks once, when it has the new states
-//   memory   the pack of the next code block is under way while one is worked on. Tables of numbers
+//   memory   the pack of the next code block is under way while one is worked on, and those behind
+//            it come into L2. Tables of numbers
 //            and of lines, 66 KB of shared memory, are made by each block while its first packs are
 //            under way. Lane i has the scales of the warp's i-th block, old and new
 //   sync     as in optim_step.cuh; the largest of a warp by one instruction, of magnitudes as
