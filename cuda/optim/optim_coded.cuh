@@ -106,8 +106,10 @@ struct CodedStart : StepStart<Formula> {
   float* scale[Formula::kStates];         // of the chunk's first code block
 };
 
-/// Blocks of a multiprocessor: the most that need no spills.
-constexpr int coded_blocks(KnownRounding known) { return known != KnownRounding::none ? 3 : 2; }
+/// Blocks of a multiprocessor: the most that need no spills; before sm_90, whose tables fit.
+constexpr int coded_blocks(KnownRounding known) {
+  return ptx::kHasClusters && known != KnownRounding::none ? 3 : 2;
+}
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
 __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))

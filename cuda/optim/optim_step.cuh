@@ -423,19 +423,18 @@ constexpr int chunk_parts(OptimTypes types) { return eight(types) ? 1 : 2; }
 
 /// Blocks of a multiprocessor: the most that need no spills.
 constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
+  if (known == KnownRounding::stochastic) return ptx::kHasClusters ? 3 : 2;
   if (types == OptimTypes::bf16_float_states)
-    return known == KnownRounding::stochastic || (known == KnownRounding::nearest && states < 2)
-               ? 3
-               : 2;
+    return known == KnownRounding::nearest && states < 2 ? 3 : 2;
   const bool wide = eight(types);
-  if (known == KnownRounding::stochastic) return 3;
   if (known == KnownRounding::none) return wide || states != 2 ? 2 : 3;
   return wide || states != 2 ? 3 : 4;
 }
 
-/// Packs of a thread under way in registers; the next are on their way into L2.
+/// Packs of a thread under way in registers: one, where the next are on their way into L2.
 constexpr int optim_packs(OptimTypes types, KnownRounding known) {
-  return types == OptimTypes::bf16_float_states || known != KnownRounding::none ? 1 : 2;
+  const bool asks = ptx::kHasClusters && known != KnownRounding::none;
+  return asks || types == OptimTypes::bf16_float_states ? 1 : 2;
 }
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
