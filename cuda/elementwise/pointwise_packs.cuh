@@ -71,14 +71,13 @@ inline constexpr bool kMixes = std::is_same_v<F, functor::add> || std::is_same_v
 template <class F, class S, class O, class T, class B = S>
 struct Packs {
   static constexpr int kIn = F::kInputs, V = 16 / std::max(sizeof(S), sizeof(B));
-  // A formula that takes long hides behind the accesses of another pack; one that takes longer than
-  // those, behind other warps.
   static constexpr bool kTurns = kLong<F> && kHasBrief<F, S>;
+  // A formula that takes long hides behind the accesses of another pack.
   static constexpr bool kHeavy =
       kLong<F> || (kLaborious<F> && !(kHasBrief<F, S> && kQuickAsBrief<F>));
-  static constexpr int kPacks = kIn > 1 || (kHeavy && !kTurns) ? 2 : 1;
+  static constexpr int kPacks = kIn > 1 || kHeavy ? 2 : 1;
   static constexpr int kBlocks =  // at least
-      kTurns     ? 16
+      kTurns     ? 12
       : kLong<F> ? (kIn == 1 ? 10 : 6)
       : kIn == 1 ? 12
                  : 8;

@@ -5,13 +5,15 @@
 //   formula  states of a block of 256 elements: number of the code · scale; then Formula::update,
 //            element by element; scale: the largest magnitude of the new states, codes: of each
 //            divided by it
-//   work     a block has a chunk of 16384 elements of one parameter, as in optim_step.cuh; warp w
-//            has its code blocks w, w + 8, ..., a lane eight elements of each: one pack of eight
+//   work     a block has up to four chunks of 16384 elements, those of one parameter together: warp
+//   w
+//            has their code blocks w, w + 8, ..., a lane eight elements of each: one pack of eight
 //            where values and gradients have 16 bits, else two of four, 128 elements apart. Element
 //            by element goes what is not aligned, the last block of a tensor, and a block with
 //            numbers so large or small that the short ways of ordinary.cuh and code_tables.cuh do
 //            not hold: the warp asks once, when it has the new states
-//   memory   the pack of the next code block is under way while one is worked on. Tables of numbers
+//   memory   the pack of the next code block is under way while one is worked on, and those behind
+//            it come into L2. Tables of numbers
 //            and of lines, 66 KB of shared memory, are made by each block while its first packs are
 //            under way. Lane i has the scales of the warp's i-th block, old and new
 //   sync     as in optim_step.cuh; the largest of a warp by one instruction, of magnitudes as
@@ -95,14 +97,19 @@ struct RawBlock {
   }
 };
 
+inline constexpr int kCodedRun =
+    4;  // chunks of a block, at most: a lane has the scales of one block
+
 template <class Formula>
 struct CodedStart : StepStart<Formula> {
   std::uint32_t limit[Formula::kStates];  // 0: no number is ordinary
   float* scale[Formula::kStates];         // of the chunk's first code block
 };
 
-/// Blocks of a multiprocessor: the most that need no spills.
-constexpr int coded_blocks(KnownRounding known) { return known == KnownRounding::nearest ? 3 : 2; }
+/// Blocks of a multiprocessor: the most that need no spills; before sm_90, whose tables fit.
+constexpr int coded_blocks(KnownRounding known) {
+  return ptx::kHasClusters && known != KnownRounding::none ? 3 : 2;
+}
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
 __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
@@ -115,12 +122,6 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
   CodeTables& tables = *reinterpret_cast<CodeTables*>(code_memory);
   ptx::grid_wait();
   if (a.found_inf && *a.found_inf != 0.0f) return;
-  const ChunkPlace place = place_of(a, static_cast<int>(blockIdx.x));
-  const OptimTensor& t = a.tensor[place.tensor];
-  ChunkOperands<kStates, kKnown> c(a, types_of<kTypes>(a), t, place.grad, place.first);
-  const int count = place.grad ? c.count : 0;
-  const int packed = c.template aligned<kVec>() ? count / kCodeBlock * kCodeBlock : 0;
-
   // All operands are moved on from code block to code block, to the lane's first elements.
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int begin = warp * kCodeBlock + lane * kVec;
@@ -128,178 +129,212 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
   const auto own = [&] {
     return warp + lane * kOptimWarps;
   };  // the code block whose scales are here
-  std::uint32_t scales[kStates] = {};
-  c.move(begin);
-#pragma unroll
-  for (int k = 0; k < kStates; ++k) {
-    c.state[k].at = static_cast<char*>(t.state[k]) + place.first + begin;  // codes, of one byte
-    if (own() * kCodeBlock < count)
-      scales[k] = ptx::ld_global_4(t.scale[k] + place.first / kCodeBlock + own());
-  }
-  static_assert(kOptimChunk / kRound <= 32);
-  RawBlock<kVec, kStates> raw;
-  raw.load(c, 0, 0, warp * kCodeBlock < packed);
-  tables.fill<kStates>();
+  constexpr int kAhead = 2;  // rounds of which operands come into L2
+  static_assert(kCodedRun * kOptimChunk / kRound <= 32);
+  const std::uint32_t copy = CodeTables::copy_of(lane);
   int turn = 0;
-  if (threadIdx.x == 0) {
-    Start& s = sStart[0];
-    turn = begin_step<Formula>(a, t, s);
+
+  // Chunks of one tensor at a time, mostly all of them.
+  const int first_chunk = static_cast<int>(blockIdx.x) * a.run;
+  const int end = min(first_chunk + a.run, a.chunks);
+#pragma unroll 1
+  for (int chunk = first_chunk; chunk < end;) {
+    const ChunkPlace place = place_of(a, chunk);
+    const OptimTensor& t = a.tensor[place.tensor];
+    const int next = min(a.first_chunk[place.tensor + 1], end);
+    ChunkOperands<kStates, kKnown> c(a, types_of<kTypes>(a), t, place.grad, place.first,
+                                     (next - chunk) * kOptimChunk);
+    const int count = place.grad ? c.count : 0;
+    const int packed = c.template aligned<kVec>() ? count / kCodeBlock * kCodeBlock : 0;
+    const int asked = kVec == 8 || c.template aligned<8>() ? packed : 0;
+
+    std::uint32_t scales[kStates] = {};
+    c.move(begin);
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
-      s.limit[k] = Ordinary::holds(s.numbers) ? Ordinary::limit(k) : 0u;
-      s.scale[k] = t.scale[k] + place.first / kCodeBlock;
+      c.state[k].at = static_cast<char*>(t.state[k]) + place.first + begin;  // codes, of one byte
+      if (own() * kCodeBlock < count)
+        scales[k] = ptx::ld_global_4(t.scale[k] + place.first / kCodeBlock + own());
     }
-  }
-  __syncthreads();
-  const typename Formula::Numbers& numbers = sStart[0].numbers;  // registers are short
-  const float& factor = sStart[0].factor;
-  c.values.step = sStart[0].step;
-  const std::uint32_t copy = CodeTables::copy_of(lane);
+    RawBlock<kVec, kStates> raw;
+    raw.load(c, 0, 0, warp * kCodeBlock < packed);
+    if (chunk == first_chunk) {
+      tables.fill<kStates>();
+    } else {
+      __syncthreads();  // all have done with the numbers of the tensor before
+    }
+    if (threadIdx.x == 0) {
+      Start& s = sStart[0];
+      turn = begin_step<Formula>(a, t, s, next == end);
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        s.limit[k] = Ordinary::holds(s.numbers) ? Ordinary::limit(k) : 0u;
+        s.scale[k] = t.scale[k] + place.first / kCodeBlock;
+      }
+    }
+    __syncthreads();
+    const typename Formula::Numbers& numbers = sStart[0].numbers;  // registers are short
+    const float& factor = sStart[0].factor;
+    c.values.step = sStart[0].step;
 
-  const auto offset_of = [](int i) { return static_cast<unsigned>(i * kRound); };
-  // A negative average of squares is beyond the limit.
-  const auto bits_of = [](int k, float state) {
-    return __float_as_uint(state) & (k == 0 ? 0x7fffffffu : ~0u);
-  };
-  // Lane i's scales, and new ones in their place.
-  const auto scale_of = [&](int k, int i) {
-    return __uint_as_float(__shfl_sync(0xffffffffu, scales[k], i));
-  };
-  const auto replace = [&](int k, int i, std::uint32_t scale) {
-    if (lane == i) scales[k] = scale;
-  };
+    const auto offset_of = [](int i) { return static_cast<unsigned>(i * kRound); };
+    // A negative average of squares is beyond the limit.
+    const auto bits_of = [](int k, float state) {
+      return __float_as_uint(state) & (k == 0 ? 0x7fffffffu : ~0u);
+    };
+    // Lane i's scales, and new ones in their place.
+    const auto scale_of = [&](int k, int i) {
+      return __uint_as_float(__shfl_sync(0xffffffffu, scales[k], i));
+    };
+    const auto replace = [&](int k, int i, std::uint32_t scale) {
+      if (lane == i) scales[k] = scale;
+    };
 
-  // The warp's i-th block in packs, or nothing but loads for the next one and `false`.
-  const auto packs = [&](int number, bool more) {
-    float scale[kStates];
+    // The warp's i-th block in packs, or nothing but loads for the next one and `false`.
+    const auto packs = [&](int number, bool more) {
+      float scale[kStates];
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) scale[k] = scale_of(k, number);
-    float p[kPacks][kVec], s[kStates][kPacks][kVec];
-    std::uint32_t largest[kStates] = {}, least = ~0u;
+      for (int k = 0; k < kStates; ++k) scale[k] = scale_of(k, number);
+      float p[kPacks][kVec], s[kStates][kPacks][kVec];
+      std::uint32_t largest[kStates] = {}, least = ~0u;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      float g[kVec];
-      c.values.unpack(raw.param[i], raw.extra[i], p[i]);
-      raw.grad[i].unpack(c.grad.type, g);
+      for (int i = 0; i < kPacks; ++i) {
+        float g[kVec];
+        c.values.unpack(raw.param[i], raw.extra[i], p[i]);
+        raw.grad[i].unpack(c.grad.type, g);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const int e = i * kVec + j;
-        float states[kStates];
-        for_states<kStates>([&]<int k>() {
-          const std::uint32_t codes = e < 4 ? raw.code[k].x : raw.code[k].y;
-          states[k] = optim::mul(tables.template decode<k>(codes, e % 4, copy), scale[k]);
-        });
-        p[i][j] = Ordinary::average(numbers, p[i][j], optim::mul(g[j], factor), states);
+        for (int j = 0; j < kVec; ++j) {
+          const int e = i * kVec + j;
+          float states[kStates];
+          for_states<kStates>([&]<int k>() {
+            const std::uint32_t codes = e < 4 ? raw.code[k].x : raw.code[k].y;
+            states[k] = optim::mul(tables.template decode<k>(codes, e % 4, copy), scale[k]);
+          });
+          p[i][j] = Ordinary::average(numbers, p[i][j], optim::mul(g[j], factor), states);
 #pragma unroll
-        for (int k = 0; k < kStates; ++k) {
-          s[k][i][j] = states[k];
-          if (Ordinary::kLeast) least = min(least, bits_of(k, states[k]) - 1u);  // 0 is no matter
-          if (j % 2 != 0)
-            largest[k] = max(max(largest[k], bits_of(k, s[k][i][j - 1])), bits_of(k, s[k][i][j]));
+          for (int k = 0; k < kStates; ++k) {
+            s[k][i][j] = states[k];
+            if (Ordinary::kLeast) least = min(least, bits_of(k, states[k]) - 1u);  // 0 is no matter
+            if (j % 2 != 0)
+              largest[k] = max(max(largest[k], bits_of(k, s[k][i][j - 1])), bits_of(k, s[k][i][j]));
+          }
         }
       }
-    }
-    std::uint32_t all[kStates];
-    bool odd = Ordinary::kLeast && least < Ordinary::kLeast - 1u;
-    for_states<kStates>([&]<int k>() {
-      all[k] = __reduce_max_sync(0xffffffffu, largest[k]);
-      if (all[k] >= sStart[0].limit[k]) odd = true;
-      if (!Ordinary::kLeast && all[k] - 1u < 0x007fffffu) odd = true;  // denormal
-    });
-    odd = __any_sync(0xffffffffu, odd);
-    raw.load(c, kOptimWarps, offset_of(number), more);  // not before: into the same registers
-    if (odd) return false;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        float states[kStates];
-#pragma unroll
-        for (int k = 0; k < kStates; ++k) states[k] = s[k][i][j];
-        p[i][j] = Ordinary::follow(numbers, p[i][j], states);
-      }
-      c.values.store(i * 128, p[i]);
-    }
-    for_states<kStates>([&]<int k>() {
-      const float inverse = ordinary::reciprocal(__uint_as_float(max(all[k], 0x00800000u)));
-      const auto four = [&](int e) {
-        const float x[4] = {s[k][e / kVec][e % kVec], s[k][e / kVec][e % kVec + 1],
-                            s[k][e / kVec][e % kVec + 2], s[k][e / kVec][e % kVec + 3]};
-        return tables.template encode<k>(x, inverse);
-      };
-      const uint2 codes = {four(0), four(4)};
-      char* const at = c.state[k].at + offset_of(number);
-      if constexpr (kVec == 8) {
-        ptx::st_global_8(at, codes);
-      } else {
-        ptx::st_global_4(at, codes.x);
-        ptx::st_global_4(at + 128, codes.y);
-      }
-      replace(k, number, all[k]);
-    });
-    return true;
-  };
-
-  // Its `count` elements one by one, twice: the largest is known when all have been looked at.
-  const auto elements = [&](int number, int count) {
-    const int from = -lane * kVec;  // the first of the code block
-    std::uint8_t* codes[kStates];
-    float scale[kStates];
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      scale[k] = scale_of(k, number);
-      codes[k] = reinterpret_cast<std::uint8_t*>(c.state[k].at + offset_of(number)) + from;
-    }
-    const auto updated = [&](int e, float (&states)[kStates]) {
+      std::uint32_t all[kStates];
+      bool odd = Ordinary::kLeast && least < Ordinary::kLeast - 1u;
       for_states<kStates>([&]<int k>() {
-        states[k] = optim::mul(tables.template decode<k>(codes[k][e], 0, copy), scale[k]);
+        all[k] = __reduce_max_sync(0xffffffffu, largest[k]);
+        if (all[k] >= sStart[0].limit[k]) odd = true;
+        if (!Ordinary::kLeast && all[k] - 1u < 0x007fffffu) odd = true;  // denormal
       });
-      const float g = optim::mul(load_one(c.grad, from + e), factor);
-      return Formula::update(numbers, c.values.load_value(from + e), g, states);
+      odd = __any_sync(0xffffffffu, odd);
+      raw.load(c, kOptimWarps, offset_of(number), more);  // not before: into the same registers
+      if (odd) return false;
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+          float states[kStates];
+#pragma unroll
+          for (int k = 0; k < kStates; ++k) states[k] = s[k][i][j];
+          p[i][j] = Ordinary::follow(numbers, p[i][j], states);
+        }
+        c.values.store(i * 128, p[i]);
+      }
+      for_states<kStates>([&]<int k>() {
+        const float inverse = ordinary::reciprocal(__uint_as_float(max(all[k], 0x00800000u)));
+        const auto four = [&](int e) {
+          const float x[4] = {s[k][e / kVec][e % kVec], s[k][e / kVec][e % kVec + 1],
+                              s[k][e / kVec][e % kVec + 2], s[k][e / kVec][e % kVec + 3]};
+          return tables.template encode<k>(x, inverse);
+        };
+        const uint2 codes = {four(0), four(4)};
+        char* const at = c.state[k].at + offset_of(number);
+        if constexpr (kVec == 8) {
+          ptx::st_global_8(at, codes);
+        } else {
+          ptx::st_global_4(at, codes.x);
+          ptx::st_global_4(at + 128, codes.y);
+        }
+        replace(k, number, all[k]);
+      });
+      return true;
     };
-    std::uint32_t largest[kStates] = {};
-#pragma unroll 1
-    for (int e = lane; e < count; e += 32) {
-      float states[kStates];
-      updated(e, states);
+
+    // Its `count` elements one by one, twice: the largest is known when all have been looked at.
+    const auto elements = [&](int number, int count) {
+      const int from = -lane * kVec;  // the first of the code block
+      std::uint8_t* codes[kStates];
+      float scale[kStates];
 #pragma unroll
-      for (int k = 0; k < kStates; ++k)
-        largest[k] = max(largest[k], __float_as_uint(states[k]) & 0x7fffffffu);
-    }
-    float inverse[kStates];
-    for_states<kStates>([&]<int k>() {
-      largest[k] = __reduce_max_sync(0xffffffffu, largest[k]);
-      inverse[k] = optim::inverse_of(largest[k]);
-      replace(k, number, largest[k]);
-    });
+      for (int k = 0; k < kStates; ++k) {
+        scale[k] = scale_of(k, number);
+        codes[k] = reinterpret_cast<std::uint8_t*>(c.state[k].at + offset_of(number)) + from;
+      }
+      const auto updated = [&](int e, float (&states)[kStates]) {
+        for_states<kStates>([&]<int k>() {
+          states[k] = optim::mul(tables.template decode<k>(codes[k][e], 0, copy), scale[k]);
+        });
+        const float g = optim::mul(load_one(c.grad, from + e), factor);
+        return Formula::update(numbers, c.values.load_value(from + e), g, states);
+      };
+      std::uint32_t largest[kStates] = {};
 #pragma unroll 1
-    for (int e = lane; e < count; e += 32) {
-      float states[kStates];
-      c.values.store_value(from + e, updated(e, states));
+      for (int e = lane; e < count; e += 32) {
+        float states[kStates];
+        updated(e, states);
+#pragma unroll
+        for (int k = 0; k < kStates; ++k)
+          largest[k] = max(largest[k], __float_as_uint(states[k]) & 0x7fffffffu);
+      }
+      float inverse[kStates];
       for_states<kStates>([&]<int k>() {
-        codes[k][e] = static_cast<std::uint8_t>(CodeTables::Code<k>::encode(states[k], inverse[k]));
+        largest[k] = __reduce_max_sync(0xffffffffu, largest[k]);
+        inverse[k] = optim::inverse_of(largest[k]);
+        replace(k, number, largest[k]);
       });
-    }
-  };
+#pragma unroll 1
+      for (int e = lane; e < count; e += 32) {
+        float states[kStates];
+        c.values.store_value(from + e, updated(e, states));
+        for_states<kStates>([&]<int k>() {
+          codes[k][e] =
+              static_cast<std::uint8_t>(CodeTables::Code<k>::encode(states[k], inverse[k]));
+        });
+      }
+    };
 
 #pragma unroll 1
-  for (int e = warp * kCodeBlock; e < count; e += kRound) {
-    if (e >= packed || !packs(e / kRound, e + kRound < packed))
-      elements(e / kRound, min(kCodeBlock, count - e));
-    c.move(kRound);
-  }
-  if (own() * kCodeBlock < count) {
+    for (int e = warp * kCodeBlock; e < count; e += kRound) {
+      if (threadIdx.x == 0 && e + (kAhead + 1) * kRound <= asked) {
+        c.ask(kAhead * kRound, kRound);
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) ptx::st_global_4(sStart[0].scale[k] + own(), scales[k]);
+        for (int k = 0; k < kStates; ++k) c.ask(c.state[k].at, 1, e + kAhead * kRound, kRound);
+      }
+      if (e >= packed || !packs(e / kRound, e + kRound < packed))
+        elements(e / kRound, min(kCodeBlock, count - e));
+      c.move(kRound);
+    }
+    if (own() * kCodeBlock < count) {
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) ptx::st_global_4(sStart[0].scale[k] + own(), scales[k]);
+    }
+    chunk = next;
   }
   end_turn(a, turn, sStart[0].last);
 }
 
 /// Host.
 template <class Formula>
-void launch_coded(const OptimStep& args, const StepParams& a, Stream stream) {
+void launch_coded(const OptimStep& args, StepParams a, Stream stream) {
+  // Tables and looking up cost a block as much as a third of a chunk: fewer blocks, but so many
+  // that they end together.
+  constexpr std::int64_t kRounds = 8;
+  const std::int64_t resident =
+      3 * device_attribute(cudaDevAttrMultiProcessorCount, stream.device, args.op);
+  while (a.run < kCodedRun && a.chunks >= 2 * a.run * kRounds * resident) a.run *= 2;
   const Launch shape{.op = args.op,
-                     .grid = a.chunks,
+                     .grid = ceil_div(a.chunks, a.run),
                      .block = kOptimThreads,
                      .shared = sizeof(CodeTables),
                      .overlap = true};

@@ -9,7 +9,8 @@
 //            states, have 16 bits, else of four; pack (i · kPacks + k) · kThreads + t is thread
 //            t's. What is not aligned, and the last elements of a tensor, one by one: the same
 //            numbers, element by element
-//   memory   nothing is kept; all loads of a thread's packs come before the first use of one
+//   memory   nothing is kept; all loads of a thread's packs come before the first use of one, and
+//            one thread has the block's next packs brought into L2 meanwhile
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
 //            float64. Thread 0 then draws a number, for which nobody waits: at its end, the block
 //            that drew the last one knows that all have read the counts of steps, and adds one to
@@ -26,6 +27,7 @@
 #include "optim/optim_table.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/memory.cuh"
+#include "ptx/tma.cuh"
 #include "tile/pack.cuh"
 
 namespace fastkern::cuda {
@@ -198,19 +200,13 @@ struct Values {
     } else if (rounding == OptimRounding::master && param.type != DType::bf16) {
       if constexpr (kVec == 4) RawPack<kVec>::store(extra_as(DType::f32), element, v);
       RawPack<kVec>::store(param, element, v);
+    } else if (rounding == OptimRounding::stochastic) {
+      store_stochastic(element, v);
     } else {
       std::uint32_t bits[kVec / 2] = {}, low[kVec / 2] = {};
-      PhiloxWords words{};
-      const bool random = rounding == OptimRounding::stochastic;
-      const std::int64_t at = first + element;
-      if (random) words = optim::rounding_words(seed, step, index, at / 8);
-      const bool upper = kVec == 4 && at % 8 != 0;  // half of a group of eight
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        const std::uint32_t word = upper ? words.word[(j / 2 + 2) % 4] : words.word[j / 2];
-        const std::uint16_t high =
-            random ? optim::stochastic_bf16(v[j], (word >> (j % 2 * 16)) & 0xffffu)
-                   : optim::nearest_away_bf16(v[j]);
+        const std::uint16_t high = optim::nearest_away_bf16(v[j]);
         bits[j / 2] |= static_cast<std::uint32_t>(high) << (j % 2 * 16);
         low[j / 2] |=
             static_cast<std::uint32_t>(static_cast<std::uint16_t>(optim::remainder_of(v[j])))
@@ -260,6 +256,31 @@ struct Values {
   }
 
  private:
+  /// One question for all, whether they are finite.
+  template <int kVec>
+  __device__ __forceinline__ void store_stochastic(int element, const float (&v)[kVec]) const {
+    const std::int64_t at = first + element;
+    const PhiloxWords words = optim::rounding_words(seed, step, index, at / 8);
+    const bool upper = kVec == 4 && at % 8 != 0;  // half of a group of eight
+    const auto word = [&](int i) { return upper ? words.word[(i + 2) % 4] : words.word[i]; };
+    std::uint32_t bits[kVec / 2], largest = 0;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) largest = max(largest, __float_as_uint(v[j]) & 0x7fffffffu);
+    if (largest < 0x7f800000u) {
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        bits[i] = __byte_perm(__float_as_uint(v[2 * i]) + (word(i) & 0xffffu),
+                              __float_as_uint(v[2 * i + 1]) + (word(i) >> 16), 0x7632);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        const std::uint32_t high = optim::stochastic_bf16(v[2 * i + 1], word(i) >> 16);
+        bits[i] = optim::stochastic_bf16(v[2 * i], word(i) & 0xffffu) | high << 16;
+      }
+    }
+    RawPack<kVec>::store_words(param.at + element * 2ll, bits);
+  }
   __device__ __forceinline__ float rounded(float v) const {
     return param.type == DType::f16 ? __half2float(__float2half_rn(v))
                                     : __bfloat162float(__float2bfloat16_rn(v));
@@ -285,8 +306,8 @@ __device__ __forceinline__ OperandTypes types_of(const StepParams& a) {
   return {a.param, a.grad, a.state};
 }
 
-/// What the operands of some elements are, from element `first` of a tensor on, at most kCount.
-template <int kStates, KnownRounding kKnown, std::int64_t kCount = kOptimChunk>
+/// What the operands of some elements are, from element `first` of a tensor on, at most `most`.
+template <int kStates, KnownRounding kKnown>
 struct ChunkOperands {
   Values<kKnown> values;
   Operand grad;
@@ -295,8 +316,8 @@ struct ChunkOperands {
 
   __device__ __forceinline__ ChunkOperands(const StepParams& a, const OperandTypes& types,
                                            const OptimTensor& t, const void* gradient,
-                                           std::int64_t first)
-      : count(static_cast<int>(max(std::int64_t{0}, min(kCount, t.numel - first)))) {
+                                           std::int64_t first, std::int64_t most = kOptimChunk)
+      : count(static_cast<int>(max(std::int64_t{0}, min(most, t.numel - first)))) {
     const auto part = [&](const void* base, DType type) {
       return static_cast<char*>(const_cast<void*>(base)) + first * (type == DType::f32 ? 4 : 2);
     };
@@ -324,6 +345,20 @@ struct ChunkOperands {
     values.first += elements;
   }
 
+  /// One thread for the block: so many elements from `element` on into L2, of all operands but the
+  /// states. Both are multiples of eight, and packs of eight elements are aligned.
+  __device__ __forceinline__ void ask(int element, int elements) const {
+    ask(grad, element, elements);
+    if (values.reads_param()) ask(values.param, element, elements);
+    if (values.has_extra()) ask({values.extra, values.extra_type()}, element, elements);
+  }
+  static __device__ __forceinline__ void ask(const Operand& from, int element, int elements) {
+    ask(from.at, from.bytes(), element, elements);
+  }
+  static __device__ __forceinline__ void ask(const char* at, int bytes, int element, int elements) {
+    ptx::bulk_prefetch(at + element * static_cast<std::int64_t>(bytes), elements * bytes);
+  }
+
   /// Whether packs of kVec elements lie at multiples of their size, up to 16 bytes.
   template <int kVec>
   __device__ __forceinline__ bool aligned() const {
@@ -343,8 +378,8 @@ struct RawOperands {
   RawPack<kVec> param[kPacks], extra[kPacks], grad[kPacks];
   RawPack<kVec, kFloatStates> state[kStates][kPacks];
 
-  template <KnownRounding kKnown, std::int64_t kCount>
-  __device__ __forceinline__ void load(const ChunkOperands<kStates, kKnown, kCount>& c, int pack,
+  template <KnownRounding kKnown>
+  __device__ __forceinline__ void load(const ChunkOperands<kStates, kKnown>& c, int pack,
                                        int packs) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -372,14 +407,14 @@ struct StepStart {
   std::uint64_t step;
   bool last;
 };
-/// Thread 0: makes it, and gives the number that was drawn.
+/// Thread 0: makes it, and gives the number that was drawn if this is the `last` of the block.
 template <class Formula>
 __device__ __forceinline__ int begin_step(const StepParams& a, const OptimTensor& t,
-                                          StepStart<Formula>& s) {
+                                          StepStart<Formula>& s, bool last = true) {
   const optim::Start start = start_of(a, t);
   s = {Formula::numbers(start), optim::gradient_factor(start.group, a.grad_factor, a.grad_scale),
        start.steps, false};
-  return draw_turn(a, start);
+  return last ? draw_turn(a, start) : 0;
 }
 
 /// Blocks that share a chunk: one where packs have eight elements, else two. A block's part of an
@@ -388,20 +423,25 @@ constexpr int chunk_parts(OptimTypes types) { return eight(types) ? 1 : 2; }
 
 /// Blocks of a multiprocessor: the most that need no spills.
 constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
+  if (known == KnownRounding::stochastic) return ptx::kHasClusters ? 3 : 2;
   if (types == OptimTypes::bf16_float_states)
-    return known == KnownRounding::stochastic || (known == KnownRounding::nearest && states < 2)
-               ? 3
-               : 2;
+    return known == KnownRounding::nearest && states < 2 ? 3 : 2;
   const bool wide = eight(types);
-  if (known != KnownRounding::nearest) return wide || states != 2 ? 2 : 3;
+  if (known == KnownRounding::none) return wide || states != 2 ? 2 : 3;
   return wide || states != 2 ? 3 : 4;
+}
+
+/// Packs of a thread under way in registers: one, where the next are on their way into L2.
+constexpr int optim_packs(OptimTypes types, KnownRounding known) {
+  const bool asks = ptx::kHasClusters && known != KnownRounding::none;
+  return asks || types == OptimTypes::bf16_float_states ? 1 : 2;
 }
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
 __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, kTypes, kKnown))
     optim_step_kernel(const __grid_constant__ StepParams a) {
   constexpr bool kFloatStates = kTypes == OptimTypes::bf16_float_states;
-  constexpr int kVec = eight(kTypes) ? 8 : 4, kPacks = kFloatStates ? 1 : 2;
+  constexpr int kVec = eight(kTypes) ? 8 : 4, kPacks = optim_packs(kTypes, kKnown);
   constexpr int kStates = Formula::kStates, kParts = chunk_parts(kTypes);
   using Start = StepStart<Formula>;
   using Numbers = typename Formula::Numbers;
@@ -413,13 +453,24 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
   const ChunkPlace place = place_of(a, chunk);
   const OptimTensor& t = a.tensor[place.tensor];
   constexpr std::int64_t kCount = kOptimChunk / kParts;
-  ChunkOperands<kStates, kKnown, kCount> c(a, types_of<kTypes>(a), t, place.grad,
-                                           place.first + part * kCount);
+  ChunkOperands<kStates, kKnown> c(a, types_of<kTypes>(a), t, place.grad,
+                                   place.first + part * kCount, kCount);
   const int packs = place.grad && c.template aligned<kVec>() ? c.count / kVec : 0;
+
+  const int asked = c.template aligned<8>() ? packs : 0;
+  const auto ask = [&](int from) {
+    constexpr int kRound = kPacks * kOptimThreads;
+    if (threadIdx.x != 0 || from + kRound > asked) return;
+    c.ask(from * kVec, kRound * kVec);
+#pragma unroll
+    for (int k = 0; k < kStates; ++k)
+      if (c.state[k].at) c.ask(c.state[k], from * kVec, kRound * kVec);
+  };
 
   RawOperands<kVec, kStates, kPacks, kFloatStates> raw;
   int pack = static_cast<int>(threadIdx.x);
   raw.load(c, pack, packs);
+  ask(pack + kPacks * kOptimThreads);
   int turn = 0;
   if (threadIdx.x == 0) turn = begin_step(a, t, sStart[0]);
   __syncthreads();
@@ -456,6 +507,7 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
     }
     pack += kPacks * kOptimThreads;
     raw.load(c, pack, packs);
+    ask(pack + kPacks * kOptimThreads);
   }
   const int count = place.grad ? c.count : 0;
 #pragma unroll 1

@@ -2,8 +2,6 @@
 // The table of tensors on the device, what a launch is called with, and counting steps.
 #pragma once
 
-#include <bit>
-
 #include "fastkern/optim_formula.h"
 #include "launch.cuh"
 #include "ptx/memory.cuh"
@@ -14,11 +12,9 @@ namespace fastkern::cuda {
 struct TableParams {
   const std::int32_t* first_chunk;
   const OptimTensor* tensor;
-  const void* const* table_grad;  // nullptr: the arrays below have gradients and first chunks
+  const void* const* table_grad;  // nullptr: `grad_inline` has them
   std::int32_t* counter;
   int tensors, chunks;
-  int search;  // half of the least power of 2 that is not below `tensors`, where a search begins
-  std::int32_t first_inline[kOptimInlineGrads];
   const void* grad_inline[kOptimInlineGrads];
 
   __device__ __forceinline__ const void* grad_of(int tensor_) const {
@@ -30,6 +26,7 @@ struct StepParams : TableParams {
   DType param, grad, state;
   OptimRounding rounding;
   bool counts;  // the call adds to counts of steps
+  int run = 1;  // chunks that a block of states of 8 bits works on
   const float *grad_scale, *grad_factor, *found_inf;
   std::uint64_t seed;
   float* workspace;
@@ -44,12 +41,8 @@ inline TableParams table_params(const void* host, void* device, std::int64_t ten
   p.counter = table.counter();
   p.tensors = static_cast<int>(tensors);
   p.chunks = static_cast<int>(seen.chunks());
-  p.search = static_cast<int>(std::bit_ceil(static_cast<unsigned>(tensors)) / 2);
   p.table_grad = tensors > kOptimInlineGrads ? table.grad() : nullptr;
-  for (std::int64_t i = 0; i < (p.table_grad ? 0 : tensors); ++i) {
-    p.first_inline[i] = seen.first_chunk()[i];
-    p.grad_inline[i] = seen.grad()[i];
-  }
+  for (std::int64_t i = 0; i < (p.table_grad ? 0 : tensors); ++i) p.grad_inline[i] = seen.grad()[i];
   return p;
 }
 
@@ -68,26 +61,15 @@ __device__ __forceinline__ int find_tensor(const std::int32_t* first_chunk, int 
   return low;
 }
 
-/// What a chunk is of: a tensor, from element `first` on; without a gradient nothing is updated.
+/// What chunks are of: a tensor, from element `first` on; without a gradient nothing is updated.
 struct ChunkPlace {
   int tensor;
   const void* grad;
   std::int64_t first;
 };
 __device__ __forceinline__ ChunkPlace place_of(const TableParams& a, int chunk) {
-  if (a.table_grad) {
-    const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
-    return {tensor, a.table_grad[tensor], (chunk - a.first_chunk[tensor]) * kOptimChunk};
-  }
-  // Halves, all threads alike: arguments are nearer than the memory that a search by lanes would
-  // wait for twice.
-  int tensor = 0;
-#pragma unroll 1
-  for (int half = a.search; half > 0; half /= 2) {
-    const int at = tensor + half;
-    if (at < a.tensors && a.first_inline[at] <= chunk) tensor = at;
-  }
-  return {tensor, a.grad_inline[tensor], (chunk - a.first_inline[tensor]) * kOptimChunk};
+  const int tensor = find_tensor(a.first_chunk, a.tensors, chunk);
+  return {tensor, a.grad_of(tensor), (chunk - a.first_chunk[tensor]) * kOptimChunk};
 }
 
 __device__ __forceinline__ optim::Start start_of(const StepParams& a, const OptimTensor& t) {

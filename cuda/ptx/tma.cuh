@@ -102,6 +102,13 @@ __device__ __forceinline__ void bulk_load(SharedAddress to, const void* from, in
   }
 }
 
+/// Bytes of global memory into L2 alone; 16-byte aligned, `bytes` a multiple of 16.
+__device__ __forceinline__ void bulk_prefetch(const void* from, int bytes) {
+  if constexpr (kHasClusters) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+  }
+}
+
 /// This thread's stores and additions since the last: a group.
 __device__ __forceinline__ void bulk_commit() {
   if constexpr (kHasClusters) asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -3,8 +3,8 @@
 //
 //   work     as rope.cu, but for a power of two of threads to a head, up to a warp: those of 16
 //            columns each, and idle ones. A thread has up to four heads of one token (f32: two),
-//            and the same heads of further tokens: blocks stay, a whole number of tokens apart, so
-//            that weights and all but the token are found once
+//            and the same heads of another: blocks that have whole tokens together have as many
+//            behind those, so that weights and all but the token are found once
 //   memory   a thread copies the heads of its next token into its own part of shared memory while
 //   it
 //            computes: how many bytes are under way does not depend on registers. A head is read
@@ -12,7 +12,6 @@
 //   sync     shuffles within the threads of a head; each thread waits for its own copies; overlaps
 //            the launch before it
 //   cost     as rope.cu: reads and writes q and k once
-#include <algorithm>
 #include <numeric>
 
 #include "rope/qk_norm_rope.cuh"
@@ -22,7 +21,8 @@ namespace rope_detail {
 namespace {
 
 constexpr int kNormBlock = 64;
-constexpr int kStages = 2;    // tokens of a thread, copied or computed
+constexpr int kTurns = 2;     // tokens of a thread, one after another
+constexpr int kStages = 2;    // of those, copied or computed
 constexpr int kResident = 8;  // blocks of a multiprocessor
 template <class T>
 inline constexpr int kPacks = sizeof(T) / 2;  // of eight columns
@@ -34,6 +34,7 @@ struct NormParams {
   Side of_q, of_k;
   int width;
   std::uint32_t units, tokens_each;  // of a sequence
+  std::uint32_t gang;                // blocks that have whole tokens together
   std::uint32_t step, step_batches;  // between tokens of a thread: tokens, and whole sequences
   Divider groups, tokens;
   float eps, weight_offset, count;
@@ -84,9 +85,12 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
   ptx::grid_wait();
   ptx::grid_launch_next();
   const int width = p.width, lane = threadIdx.x & (width - 1);
-  const std::uint32_t slots = kNormBlock / width, stride = gridDim.x * slots;
+  const std::uint32_t slots = kNormBlock / width, stride = p.gang * slots;
+  const std::uint32_t gang = blockIdx.x / p.gang, member = blockIdx.x - gang * p.gang;
+  const std::uint32_t start = (gang * kTurns * p.gang + member) * slots;
+  const std::uint32_t end = min(p.units, start + kTurns * stride);
   Place now;
-  now.unit = blockIdx.x * slots + threadIdx.x / width;
+  now.unit = start + threadIdx.x / width;
   std::uint32_t group;
   now.b = p.tokens(p.groups(now.unit, group), now.s);
   const bool of_k = group >= static_cast<std::uint32_t>(p.of_q.groups);
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
     held_b += i * groups < heads && c.b < c.b_end;
   }
   const auto fetch = [&](uint4* to, const Place& at) {
-    const bool active = at.unit < p.units;
+    const bool active = at.unit < end;
     const int of_a = active ? held_a : 0, of_b = active ? held_b : 0;
     const char* from = in.data + (at.b * in.batch + at.s * in.token);
 #pragma unroll
@@ -127,17 +131,17 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
   weight.load(of_k ? p.of_k.weight : p.of_q.weight, c, p.weight_offset);
   int current = 0;
 #pragma unroll 1
-  for (std::uint32_t begin = blockIdx.x * slots; begin < p.units; begin += stride) {
-    fetch(own + (current == 0 ? kStages - 1 : current - 1) * kOfStage, ahead);
-    ptx::cp_async_commit();
-    ahead.next(p, stride);
-    const bool active = now.unit < p.units;
+  for (std::uint32_t begin = start; begin < end; begin += stride) {
+    const bool active = now.unit < end;
     const std::uint32_t b = active ? now.b : 0, s = active ? now.s : 0;
     const int of_a = active ? held_a : 0, of_b = active ? held_b : 0;
     Turn<kInterleaved> turn;
     const std::int64_t row = row_of(p.angles, b, s);
-    turn.load(p.angles, b, row, c, p.split.half);
+    turn.ask(p.angles, b, row, c, p.split.half);  // ahead of the copies, else they are first
     const bool turned = c.turned && row != kNoSequence;
+    fetch(own + (current == 0 ? kStages - 1 : current - 1) * kOfStage, ahead);
+    ptx::cp_async_commit();
+    ahead.next(p, stride);
     const uint4* const from = own + current * kOfStage;
     ptx::cp_async_wait<kStages - 1>();
 
@@ -150,6 +154,7 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
       squares[i] = dot(y, y, dot(x, x, 0.0f));
     }
     sum_lanes(squares, width);
+    turn.settle(p.angles);
     __syncwarp();  // heads are read again: ptxas would keep all of them in registers
     char* to = out.data + b * out.batch + s * out.token;
 #pragma unroll
@@ -171,16 +176,6 @@ __global__ void __launch_bounds__(kNormBlock, kWhole ? kResident : 1)
     now.next(p, stride);
     current = current + 1 == kStages ? 0 : current + 1;
   }
-}
-
-/// Blocks that stay, so many that they have whole tokens together; or one for each `slots` units.
-std::int64_t blocks_of(const NormParams& p, std::int64_t groups, std::int64_t slots, int device,
-                       const char* op) {
-  const std::int64_t most =
-      std::int64_t{kResident} * device_attribute(cudaDevAttrMultiProcessorCount, device, op);
-  const std::int64_t of_tokens = groups / std::gcd(groups, slots);
-  return std::min(ceil_div(p.units, slots),
-                  std::max<std::int64_t>(most / of_tokens, 1) * of_tokens);
 }
 
 }  // namespace
@@ -210,12 +205,13 @@ void qk_norm_rope(const QkNormRopeFwd& args, Stream stream) {
                    if (p.units == 0) return;
                    p.groups = divider(groups);
                    const std::int64_t slots = kNormBlock / p.width;
-                   const std::int64_t blocks = blocks_of(p, groups, slots, stream.device, op);
-                   const std::int64_t step = blocks * slots / groups;
+                   const std::int64_t gang = groups / std::gcd(groups, slots);
+                   const std::int64_t step = gang * slots / groups;
+                   p.gang = static_cast<std::uint32_t>(gang);
                    p.step = static_cast<std::uint32_t>(step % tokens);
                    p.step_batches = static_cast<std::uint32_t>(step / tokens);
                    const Launch shape{.op = op,
-                                      .grid = blocks,
+                                      .grid = ceil_div(p.units, gang * slots * kTurns) * gang,
                                       .block = kNormBlock,
                                       .shared = sizeof(uint4) * 8 * kStages * kNormBlock,
                                       .overlap = true};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rotary embeddings of q and k in one launch: (a, b) -> (a cos - b sin, b cos + a sin).
 //
-//   work     a thread has two packs of eight columns of up to two heads of one token (f32: one);
+//   work     a thread has two packs of eight columns of up to four heads of one token (f32: two);
 //            lanes, then groups of heads, then tokens. Thread g of the heads of q takes heads g,
 //            g + groups, ...: a warp's packs lie side by side
 //   memory   16-byte loads, all of them issued before the first use; then the angles, which follow
@@ -18,10 +18,6 @@ namespace rope_detail {
 namespace {
 
 constexpr int kRopeBlock = 128;
-/// Heads that a thread has of one token: four packs of 16 bytes under way. More of them take more
-/// registers than they save loads of angles.
-template <class T>
-inline constexpr int kRopeHeads = sizeof(T) == 2 ? 2 : 1;
 
 struct Params {
   HeadsView q, k, q_out, k_out;
@@ -33,8 +29,8 @@ struct Params {
 };
 
 template <class T, bool kInterleaved, bool kWhole>
-__global__ void __launch_bounds__(kRopeBlock, kWhole ? 8 : 1) rope_kernel(const Params p) {
-  constexpr int kMost = kRopeHeads<T>;
+__global__ void __launch_bounds__(kRopeBlock, kWhole ? 3 : 1) rope_kernel(const Params p) {
+  constexpr int kMost = kHeads<T>;
   ptx::grid_wait();
   ptx::grid_launch_next();
   const std::uint32_t unit = blockIdx.x * kRopeBlock + threadIdx.x;
@@ -101,8 +97,8 @@ void rope(const RopeFwd& args, Stream stream) {
       args.q.dtype, args.angles.interleaved, packs, [&]<class T, bool kInterleaved, bool kWhole>() {
         p.q_heads = static_cast<int>(args.q.sizes[2]);
         p.k_heads = args.k.given() ? static_cast<int>(args.k.sizes[2]) : 0;
-        p.q_groups = static_cast<int>(ceil_div(p.q_heads, kRopeHeads<T>));
-        p.k_groups = static_cast<int>(ceil_div(p.k_heads, kRopeHeads<T>));
+        p.q_groups = static_cast<int>(ceil_div(p.q_heads, kHeads<T>));
+        p.k_groups = static_cast<int>(ceil_div(p.k_heads, kHeads<T>));
         const std::int64_t groups = p.q_groups + p.k_groups, lanes = p.split.lanes;
         p.units = counted(args.q.sizes[0] * tokens * groups * lanes, op);
         p.groups_lanes = divider(groups * lanes);

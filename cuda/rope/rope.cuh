@@ -25,7 +25,6 @@
 
 namespace fastkern::cuda::rope_detail {
 
-constexpr int kBlock = 64;   // of forward: with 128 a hundredth slower
 constexpr int kColumns = 8;  // of a pack
 
 /// Division by a number that the host knows, for dividends below 2^31.
@@ -332,8 +331,8 @@ template <bool kInterleaved>
 struct Turn {
   float cos[kColumns], sin[kColumns];
 
-  __device__ __forceinline__ void load(const AnglesView& v, std::uint32_t b, std::int64_t row,
-                                       const Columns& c, int half) {
+  __device__ __forceinline__ void ask(const AnglesView& v, std::uint32_t b, std::int64_t row,
+                                      const Columns& c, int half) {
     if (row == kNoRow) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) cos[i] = sin[i] = __uint_as_float(0x7fc00000u);
@@ -346,8 +345,16 @@ struct Turn {
     }
     fill(v, v.cos + b * v.cos_batch + row * v.cos_row, c, half, cos);
     fill(v, v.sin + b * v.sin_batch + row * v.sin_row, c, half, sin);
+  }
+  /// Behind ask(), before apply(): waits for the numbers.
+  __device__ __forceinline__ void settle(const AnglesView& v) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) sin[i] *= v.sign;
+  }
+  __device__ __forceinline__ void load(const AnglesView& v, std::uint32_t b, std::int64_t row,
+                                       const Columns& c, int half) {
+    ask(v, b, row, c, half);
+    settle(v);
   }
 
   /// Both packs turned. The products' order is written out: the instances of a kernel must agree.

@@ -277,6 +277,15 @@ std::vector<Case> optim_cases(const Options& options) {
   many.sizes.assign(kOptimInlineGrads + 50, 5);
   many.sizes[100] = 9000;
   cases.push_back({many.text() + " many", [many] { check_steps(many); }});
+  // States of 8 bits, of so many chunks that a block works on four, of one tensor or of several.
+  for (const OptimRounding rounding : {OptimRounding::nearest, OptimRounding::stochastic}) {
+    OptimCase c;
+    c.rounding = rounding, c.param = c.grad = DType::bf16, c.state = DType::u8;
+    c.sizes.assign(110, 300);
+    c.sizes[1] = 0, c.sizes[50] = 3 * kOptimChunk + 700, c.sizes[60] = 8 * kOptimChunk;
+    c.skip = true, c.device = 1;
+    cases.push_back({c.text(), [c] { check_steps(c); }});
+  }
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const bool largest : {false, true}) {
       OptimCase c;

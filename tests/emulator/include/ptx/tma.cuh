@@ -94,6 +94,13 @@ inline void bulk_load(SharedAddress to, const void* from, int bytes, std::uint64
       [=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); }, barrier);
 }
 
+inline void bulk_prefetch(const void* from, int bytes) {
+  emulator::check_aligned(from, 16);
+  if (bytes % 16 != 0) emulator::fault("a size that is no multiple of 16");
+  for (int at = 0; at < bytes; at += 16)
+    emulator::check_load(static_cast<const char*>(from) + at, 16);
+}
+
 inline void bulk_commit() { emulator::later_commit(emulator::Later::bulk); }
 template <int kPending>
 inline void bulk_wait_read() {
