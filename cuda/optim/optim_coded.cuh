@@ -111,6 +111,12 @@ constexpr int coded_blocks(KnownRounding known) {
   return ptx::kHasClusters && known != KnownRounding::none ? 3 : 2;
 }
 
+/// Whether operands of a block's next rounds are brought into L2. Three blocks of Adam are slower
+/// with it.
+constexpr bool coded_asks(int states, KnownRounding known) {
+  return states == 1 || known == KnownRounding::none;
+}
+
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
 __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
     optim_coded_kernel(const __grid_constant__ StepParams a) {
@@ -306,7 +312,8 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
 
 #pragma unroll 1
     for (int e = warp * kCodeBlock; e < count; e += kRound) {
-      if (threadIdx.x == 0 && e + (kAhead + 1) * kRound <= asked) {
+      if (coded_asks(kStates, kKnown) && threadIdx.x == 0 &&
+          e + (kAhead + 1) * kRound <= asked) {
         c.ask(kAhead * kRound, kRound);
 #pragma unroll
         for (int k = 0; k < kStates; ++k) c.ask(c.state[k].at, 1, e + kAhead * kRound, kRound);
