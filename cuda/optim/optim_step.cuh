@@ -10,7 +10,7 @@
 //            t's. What is not aligned, and the last elements of a tensor, one by one: the same
 //            numbers, element by element
 //   memory   nothing is kept; all loads of a thread's packs come before the first use of one, and
-//            one thread has the block's next packs brought into L2 meanwhile
+//            of most instances one thread has the block's next packs brought into L2 meanwhile
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
 //            float64. Thread 0 then draws a number, for which nobody waits: at its end, the block
 //            that drew the last one knows that all have read the counts of steps, and adds one to
