@@ -13,7 +13,7 @@
 //            numbers so large or small that the short ways of ordinary.cuh and code_tables.cuh do
 //            not hold: the warp asks once, when it has the new states
 //   memory   the pack of the next code block is under way while one is worked on, and those behind
-//            it come into L2. Tables of numbers
+//            it come into L2, not those of Adam in bf16. Tables of numbers
 //            and of lines, 66 KB of shared memory, are made by each block while its first packs are
 //            under way. Lane i has the scales of the warp's i-th block, old and new
 //   sync     as in optim_step.cuh; the largest of a warp by one instruction, of magnitudes as
@@ -109,6 +109,12 @@ struct CodedStart : StepStart<Formula> {
 /// Blocks of a multiprocessor: the most that need no spills; before sm_90, whose tables fit.
 constexpr int coded_blocks(KnownRounding known) {
   return ptx::kHasClusters && known != KnownRounding::none ? 3 : 2;
+}
+
+/// Whether operands of a block's next rounds are brought into L2. Three blocks of Adam are slower
+/// with it.
+constexpr bool coded_asks(int states, KnownRounding known) {
+  return states == 1 || known == KnownRounding::none;
 }
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
@@ -306,7 +312,7 @@ __global__ void __launch_bounds__(kOptimThreads, coded_blocks(kKnown))
 
 #pragma unroll 1
     for (int e = warp * kCodeBlock; e < count; e += kRound) {
-      if (threadIdx.x == 0 && e + (kAhead + 1) * kRound <= asked) {
+      if (coded_asks(kStates, kKnown) && threadIdx.x == 0 && e + (kAhead + 1) * kRound <= asked) {
         c.ask(kAhead * kRound, kRound);
 #pragma unroll
         for (int k = 0; k < kStates; ++k) c.ask(c.state[k].at, 1, e + kAhead * kRound, kRound);

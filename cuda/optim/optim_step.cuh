@@ -10,7 +10,7 @@
 //            t's. What is not aligned, and the last elements of a tensor, one by one: the same
 //            numbers, element by element
 //   memory   nothing is kept; all loads of a thread's packs come before the first use of one, and
-//            one thread has the block's next packs brought into L2 meanwhile
+//            of most instances one thread has the block's next packs brought into L2 meanwhile
 //   sync     one barrier, behind which everyone has the step's numbers, which thread 0 makes in
 //            float64. Thread 0 then draws a number, for which nobody waits: at its end, the block
 //            that drew the last one knows that all have read the counts of steps, and adds one to
@@ -427,14 +427,20 @@ constexpr int optim_blocks(int states, OptimTypes types, KnownRounding known) {
   if (types == OptimTypes::bf16_float_states)
     return known == KnownRounding::nearest && states < 2 ? 3 : 2;
   const bool wide = eight(types);
+  if (ptx::kHasClusters && types == OptimTypes::bf16 && known == KnownRounding::nearest)
+    return states == 2 ? 4 : 3;
   if (known == KnownRounding::none) return wide || states != 2 ? 2 : 3;
   return wide || states != 2 ? 3 : 4;
 }
 
-/// Packs of a thread under way in registers: one, where the next are on their way into L2.
+/// Packs of a thread under way in registers.
 constexpr int optim_packs(OptimTypes types, KnownRounding known) {
-  const bool asks = ptx::kHasClusters && known != KnownRounding::none;
-  return asks || types == OptimTypes::bf16_float_states ? 1 : 2;
+  const bool few = ptx::kHasClusters && known != KnownRounding::none;
+  return few || types == OptimTypes::bf16_float_states ? 1 : 2;
+}
+/// Whether a block has its next packs brought into L2. With four blocks of bf16 it would be slower.
+constexpr bool optim_asks(int states, OptimTypes types, KnownRounding known) {
+  return states != 2 || types != OptimTypes::bf16 || known != KnownRounding::nearest;
 }
 
 template <class Formula, OptimTypes kTypes, KnownRounding kKnown>
@@ -460,7 +466,7 @@ __global__ void __launch_bounds__(kOptimThreads, optim_blocks(Formula::kStates, 
   const int asked = c.template aligned<8>() ? packs : 0;
   const auto ask = [&](int from) {
     constexpr int kRound = kPacks * kOptimThreads;
-    if (threadIdx.x != 0 || from + kRound > asked) return;
+    if (!optim_asks(kStates, kTypes, kKnown) || threadIdx.x != 0 || from + kRound > asked) return;
     c.ask(from * kVec, kRound * kVec);
 #pragma unroll
     for (int k = 0; k < kStates; ++k)
