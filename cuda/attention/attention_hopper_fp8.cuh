@@ -21,23 +21,22 @@
 #include "attention/attention_hopper_fp8_fetch.cuh"
 #include "launch.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace fastkern::cuda::attention_detail {
 
-/// 2^x within 2^-13 of it, without special function units; x below -125 is as -125, and x is below
+/// 2^x within 2^-9 of it, without special function units; x below -125 is as -125, and x is below
 /// 127.
 __device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
+  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: what is added to it is rounded
   x = fmaxf(x, -125.0f);
   const float whole = x + kRound;
   const float rest = x - (whole - kRound);  // -1/2 to 1/2
-  float power = 0.05517144f;
-  power = fmaf(power, rest, 0.24261081f);
-  power = fmaf(power, rest, 0.69326099f);
-  power = fmaf(power, rest, 0.99992809f);
-  return __int_as_float(__float_as_int(power) + (__float_as_int(whole) << 23));
+  const float power = fmaf(fmaf(0.23842882f, rest, 0.703448f), rest, 1.00044316f);
+  // Not added to the exponent: for integers in the registers of scores ptxas serialises products.
+  return power * __int_as_float(__float_as_int(whole) << 23);
 }
 
 template <class Tile>
@@ -50,7 +49,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
   constexpr int kPart = kResults / Tile::kParts;       // of them at a time
   constexpr int kPartBytes = kDv / Tile::kParts * kPanelRow;
-  constexpr float kShift = 8.0f;  // powers of two that the largest probability has
+  // Powers of two that the largest probability has when it becomes the largest, and how far later
+  // ones may be above it: together 448, the largest number of 8 bits.
+  constexpr float kShift = 6.0f, kSlack = 2.8f;
+  constexpr float kNothing = 1e30f;  // what is added to powers before there is a largest one
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
 
@@ -119,31 +121,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto issue_part = [&](int stage, int part) {
+    const auto issue_part = [&](int stage, int part, bool add) {
       const ptx::MatrixDescriptor dV =
           ptx::matrix_descriptor(aV + stage * Shared::kValues + part * kPartBytes);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kN / 32; ++kk) {
-        ptx::wgmma(rT, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0, ptx::E4m3{});
+        ptx::wgmma(rT, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add, ptx::E4m3{});
       }
       ptx::wgmma_commit();
     };
-    const auto add_part = [&](int part, const float (&alpha)[2]) {
+    const auto add_part = [&](int part) {
 #pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        float& o = rO[part * kPart + i];
-        o = fmaf(o, alpha[i / 2 % 2], rT[i]);
-      }
+      for (int i = 0; i < kPart; ++i) rO[part * kPart + i] += rT[i];
     };
     // Results of a block, the first part of which was issued: added, and the others after it.
-    const auto add_parts = [&](int stage, const float (&alpha)[2]) {
+    const auto add_parts = [&](int stage) {
 #pragma unroll
       for (int part = 0; part < Tile::kParts; ++part) {
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rT);
-        add_part(part, alpha);
-        if (part + 1 < Tile::kParts) issue_part(stage, part + 1);
+        add_part(part);
+        if (part + 1 < Tile::kParts) issue_part(stage, part + 1, false);
       }
     };
     // Columns 8 c + 2 pair and the next of four c: four bytes of k and the four that are 16 on.
@@ -174,14 +173,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const float unit = fabsf(signed_unit) < 1e-30f ? 1e-30f : fabsf(signed_unit);
       const float sink = p.f.sinks.at(job.h, -INFINITY);
       // In units of what the products are; a sink is a key of its own, counted by one thread.
-      float top[2], sum[2], alpha[2] = {1.0f, 1.0f};
-      top[0] = top[1] = sink == -INFINITY ? sink : sink * kLog2e / unit;
+      float shift[2], sum[2], alpha[2];
+      shift[0] = shift[1] = sink == -INFINITY ? kNothing : fmaf(-sink, kLog2e, kShift);
       sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : ptx::exp2_approx(kShift);
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      // Scores of block n become probabilities; alpha: what results so far are multiplied with.
-      const auto softmax = [&](int n, bool masked) {
+      // Scores of block n are about to become probabilities. Whether results so far are to be
+      // multiplied with alpha, which is seldom.
+      const auto bound = [&](int n, bool masked) {
         if (negative) {
 #pragma unroll
           for (int i = 0; i < kScores; ++i) rS[i] = -rS[i];
@@ -201,34 +201,68 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        float most[2][2];  // four chains of comparisons
+        bool above;
+        const auto too_large = [&](float m, int half) {
+          return fmaf(m, unit, shift[half]) > kShift + kSlack;
+        };
+        if constexpr (Tile::kIntegers) {
+          // Numbers that are not negative are in the order of their bits.
+          int most[2][2] = {};
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-          float& m = most[i / 2 % 2][i % 2];
-          m = i < 4 ? rS[i] : fmaxf(m, rS[i]);
-        }
+          for (int c = 0; c < kN / 8; c += 2) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float m = fmaxf(most[half][0], most[half][1]);
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-          m = fmaxf(top[half], fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
-          const float base = m == -INFINITY ? 0.0f : m * unit;
-          alpha[half] = ptx::exp2_approx(fmaf(top[half], unit, -base));
-          top[half] = m;
-          const float shift = kShift - base;
-          float more[2] = {};
-#pragma unroll
-          for (int c = 0; c < kN / 8; ++c) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& s = rS[c * 4 + half * 2 + e];
-              const float x = fmaf(s, unit, shift);
-              s = (c * 2 + e) % 8 < Tile::kPolynomial ? exp2_polynomial(x) : ptx::exp2_approx(x);
-              more[e] += s;
+            for (int i = 0; i < 4; ++i) {
+              int& m = most[i / 2][i % 2];
+              m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
             }
           }
-          sum[half] = fmaf(sum[half], alpha[half], more[0] + more[1]);
+          above = too_large(__int_as_float(max(most[0][0], most[0][1])), 0) ||
+                  too_large(__int_as_float(max(most[1][0], most[1][1])), 1);
+        } else {
+          float most[2][2];
+#pragma unroll
+          for (int i = 0; i < kScores; ++i) {
+            float& m = most[i / 2 % 2][i % 2];
+            m = i < 4 ? rS[i] : fmaxf(m, rS[i]);
+          }
+          above = too_large(fmaxf(most[0][0], most[0][1]), 0) ||
+                  too_large(fmaxf(most[1][0], most[1][1]), 1);
         }
+        const bool rescale = __any_sync(~0u, above);
+        if (rescale) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float m = rS[half * 2];
+#pragma unroll
+            for (int i = 0; i < kScores / 2; ++i) m = fmaxf(m, rS[i / 2 * 4 + half * 2 + i % 2]);
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+            alpha[half] = 1.0f;
+            if (too_large(m, half)) {
+              const float before = shift[half];
+              shift[half] = fmaf(-m, unit, kShift);
+              alpha[half] = ptx::exp2_approx(shift[half] - before);
+              sum[half] *= alpha[half];
+            }
+          }
+        }
+        return rescale;
+      };
+      const auto exponentials = [&](int from, int to) {
+#pragma unroll
+        for (int i = from; i < to; i += 2) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float x = fmaf(rS[i + e], unit, shift[i / 2 % 2]);
+            const bool polynomial = (i / 4 * 2 + e) % 8 < Tile::kPolynomial;
+            rS[i + e] = polynomial ? exp2_polynomial(x) : ptx::exp2_approx(x);
+          }
+          sum[i / 2 % 2] += rS[i] + rS[i + 1];
+        }
+      };
+      const auto rescale_results = [&] {
+#pragma unroll
+        for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
       };
 
       const int begin = job.begin, end = job.end;
@@ -249,48 +283,50 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
-            softmax(n, n >= whole_end || n < whole_begin);
+            bound(n, n >= whole_end || n < whole_begin);
+            exponentials(0, kScores);
             pack_probabilities();
             if (n > begin) wait_for_keys(Stage(turn + 1));
           }
-          float of_added[2] = {1.0f, 1.0f};  // alpha of what rT has, where it is added late
-          if constexpr (Tile::kLate) {
-#pragma unroll
-            for (int i = 0; i < kPart; ++i) rT[i] = 0.0f;
-          }
+          int together = 0;  // blocks in the sum of tensor cores
           for (--n; n >= begin; --n) {
             const Stage before(turn++), stage(turn);
             if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
             issue_scores(stage.index);
-            if constexpr (Tile::kLate) add_part(0, of_added);
+            if (together == Tile::kTogether) {
+              add_part(0);
+              together = 0;
+            }
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
-            issue_part(before.index, 0);
+            issue_part(before.index, 0, together++ > 0);
             if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
-            const float of_before[2] = {alpha[0], alpha[1]};
-            softmax(n, n >= whole_end || n < whole_begin);
-            // Without a branch here ptxas puts the exponentials behind the wait for results, where
-            // nothing hides them.
-            ptx::registers_arrived(rS);
+            const bool rescale = bound(n, n >= whole_end || n < whole_begin);
+            exponentials(0, Tile::kFirst);
+            ptx::computed(fminf(sum[0], sum[1]));
             if (n > begin) wait_for_keys(Stage(turn + 1));
-            if constexpr (Tile::kLate) {
-              ptx::wgmma_wait<0>();
-              ptx::registers_arrived(rT);
-              of_added[0] = of_before[0], of_added[1] = of_before[1];
-            } else {
-              add_parts(before.index, of_before);
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rT);
+            if (rescale) {
+              rescale_results();
+#pragma unroll
+              for (int i = 0; i < kPart; ++i) rT[i] *= alpha[i / 2 % 2];
             }
             arrive(&shared.values_free[before.index]);
+            exponentials(Tile::kFirst, kScores);
             pack_probabilities();
           }
-          if constexpr (Tile::kLate) add_part(0, of_added);
           const Stage stage(turn++);
+          if (together == Tile::kTogether) {
+            add_part(0);
+            together = 0;
+          }
           ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-          issue_part(stage.index, 0);
+          issue_part(stage.index, 0, together > 0);
           arrive(&shared.query_free);
-          add_parts(stage.index, alpha);
+          add_parts(stage.index);
           arrive(&shared.values_free[stage.index]);
         } else {
           for (; n >= begin; --n) {
@@ -301,11 +337,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
             if (n == begin) arrive(&shared.query_free);
-            softmax(n, n >= whole_end || n < whole_begin);
+            if (bound(n, n >= whole_end || n < whole_begin)) rescale_results();
+            exponentials(0, kScores);
             pack_probabilities();
             ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-            issue_part(stage.index, 0);
-            add_parts(stage.index, alpha);
+            issue_part(stage.index, 0, false);
+            add_parts(stage.index);
             arrive(&shared.values_free[stage.index]);
           }
         }
@@ -335,7 +372,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         if (pair == 0 && at < job.stored) {
           p.f.lse[job.lse_at + at] =
-              nothing ? -INFINITY : fmaf(top[half] * unit - kShift, kLn2, logf(total));
+              nothing ? -INFINITY : fmaf(-shift[half], kLn2, logf(total));
         }
       }
       const int rows = min(job.stored - group * 64, 64);

@@ -12,18 +12,22 @@ namespace fastkern::cuda::attention_detail {
 /// Panels of 128 columns of 8 bits.
 constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 
-/// kColumns columns of q, k and v. kStagesOf keys and of values each. kPolynomial of eight
-/// exponentials are computed without the special function units, which are slower than the tensor
-/// cores here. kLate: results are added after the next scores were issued, in the time of which.
-template <int kColumns, int kPartsOf, int kStagesOf, bool kOverlapped, bool kInTurn, int kOfEight,
-          bool kAddedLate>
+/// kColumns columns of q, k and v, kWarpgroups with 64 queries each. kStagesOf keys and of values
+/// each. kPolynomial of eight exponentials are computed without the special function units, which
+/// are slower than the tensor cores here. Results of kTogetherOf blocks are one sum of tensor cores
+/// where scores are issued before results of the block before.
+template <int kColumns, int kWarpgroups, int kPartsOf, int kStagesOf, bool kOverlapped,
+          bool kInTurn, int kOfEight, int kTogetherOf, int kFirstOf = 64, bool kByIntegers = true>
 struct HopperFp8Tile {
-  static constexpr int kD = kColumns, kDv = kColumns, kGroups = 2, kN = kFp8Keys;
+  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups, kN = kFp8Keys;
   static constexpr int kParts = kPartsOf, kStages = kStagesOf, kPolynomial = kOfEight;
+  static constexpr int kTogether = kTogetherOf, kFirst = kFirstOf;
   static constexpr bool kOverlap = kOverlapped, kTurns = kInTurn && kOverlapped;
-  static constexpr bool kLate = kAddedLate && kOverlapped && kPartsOf == 1;
+  static constexpr bool kIntegers = kByIntegers;
+  static_assert(!kOverlap || kParts == 1);
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  static constexpr int kRegisters = 240, kOtherRegisters = 24;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 240,
+                       kOtherRegisters = kGroups == 3 ? 32 : 24;
 };
 
 template <class Tile>

@@ -108,8 +108,9 @@ class AttentionFp8 : public CudaTest {
       GTEST_SKIP() << "no device of capability 9.0";
     }
   }
-  static void expect_right(const AttentionCase& c) {
-    const Fp8Problem clean = make_fp8(c);
+  static void expect_right(const AttentionCase& c) { expect_right(make_fp8(c)); }
+  static void expect_right(const Fp8Problem& clean) {
+    const AttentionCase& c = clean.p.c;
     Fp8Problem made = clean;
     poison(made.p);
     std::printf("  %s left %lld right %lld%s\n", made.p.text().c_str(),
@@ -240,6 +241,28 @@ TEST_F(AttentionFp8, ManyKeys) {
   expect_right(c);
 }
 
+/// The largest score of a row is in a later block again and again, as they are gone through, or all
+/// are below 0.
+TEST_F(AttentionFp8, LargestLater) {
+  for (const std::int64_t d : kColumns) {
+    AttentionCase c = sized(150, 1400, d);
+    c.scale = 1.0;
+    expect_right(c);
+    c.scale = 0.05;
+    for (const double sign : {1.0, -1.0}) {
+      Fp8Problem made = make_fp8(c);
+      Tensor &q = made.p.q, &k = made.p.k;
+      for (std::int64_t i = 0; i < q.numel(); ++i) q.set(i, std::abs(q.get(i)));
+      for (std::int64_t i = 0; i < k.numel(); ++i) {
+        const double rise = 2.0 - static_cast<double>(i) / static_cast<double>(k.numel());
+        k.set(i, sign * std::abs(k.get(i)) * (sign > 0.0 ? rise : 3.0 - rise));
+      }
+      expect_right(made);
+    }
+    if (HasFailure()) return;
+  }
+}
+
 // ---- rates
 // ---------------------------------------------------------------------------------------------------------
 
@@ -329,13 +352,15 @@ void print_variants() {
   const Bench bench;
   std::printf("kernels alone, TFLOP/s\n%-28s %15s %15s %15s\n", "full, causal", "1024", "4096",
               "16384");
-  // Columns, parts, stages, overlap, turns, polynomials of eight, added late.
+  // Columns, warpgroups, parts, stages, overlap, turns, polynomials of eight, blocks together,
+  // exponentials before results.
   print_variant<HopperFp8Of128>(bench, "128");
-  print_variant<HopperFp8Tile<128, 1, 4, true, true, 0, false>>(bench, "128, added at once");
-  print_variant<HopperFp8Tile<128, 1, 4, true, false, 0, true>>(bench, "128, no turns");
-  print_variant<HopperFp8Tile<128, 1, 4, true, true, 1, true>>(bench, "128, 1 of 8 polynomials");
+  print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 0, 1, 32>>(bench, "128, blocks alone");
+  print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 0, 4, 64>>(bench, "128, results later");
+  print_variant<HopperFp8Tile<128, 2, 1, 4, true, false, 0, 4, 32>>(bench, "128, no turns");
+  print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 1, 4, 32>>(bench, "128, 1 of 8 polynomials");
   print_variant<HopperFp8Of64>(bench, "64");
-  print_variant<HopperFp8Tile<64, 1, 4, true, true, 2, true>>(bench, "64, 2 of 8 polynomials");
+  print_variant<HopperFp8Tile<64, 2, 1, 4, true, true, 0, 4, 32>>(bench, "64, turns");
   print_variant<HopperFp8Of256>(bench, "256");
 }
 
