@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using Stage = HopperFp8Stage<Tile>;
   using T = __nv_bfloat16;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
+  constexpr int kParts = Tile::kParts;
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
-  constexpr int kPart = kResults / Tile::kParts;       // of them at a time
-  constexpr int kPartBytes = kDv / Tile::kParts * kPanelRow;
+  constexpr int kPart = kResults / kParts;       // of them at a time
+  constexpr int kPartBytes = kDv / kParts * kPanelRow;
   // Powers of two that the largest probability has when it becomes the largest, and how far later
   // ones may be above it: together 448, the largest number of 8 bits.
   constexpr float kShift = 6.0f, kSlack = 2.8f;
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
 
-    float rS[kScores], rT[kPart], rO[kResults];
+    float rS[kScores], rT[kParts == 4 ? 2 : 1][kPart], rO[kResults];
+    constexpr int kTs = kParts == 4 ? 2 : 1;
     std::uint32_t rP[kN / 32][4];
     const auto issue_scores = [&](int stage) {
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
@@ -127,22 +129,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kN / 32; ++kk) {
-        ptx::wgmma(rT, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add, ptx::E4m3{});
+        ptx::wgmma(rT[part % kTs], rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add, ptx::E4m3{});
       }
       ptx::wgmma_commit();
     };
     const auto add_part = [&](int part) {
 #pragma unroll
-      for (int i = 0; i < kPart; ++i) rO[part * kPart + i] += rT[i];
+      for (int i = 0; i < kPart; ++i) rO[part * kPart + i] += rT[part % kTs][i];
     };
     // Results of a block, the first part of which was issued: added, and the others after it.
     const auto add_parts = [&](int stage) {
+      if constexpr (kTs == 2) issue_part(stage, 1, false);
 #pragma unroll
-      for (int part = 0; part < Tile::kParts; ++part) {
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rT);
+      for (int part = 0; part < kParts; ++part) {
+        if (kTs == 2 && part + 1 < kParts) {
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+        }
+        ptx::registers_arrived(rT[part % kTs]);
         add_part(part);
-        if (part + 1 < Tile::kParts) issue_part(stage, part + 1, false);
+        if (part + kTs < kParts) issue_part(stage, part + kTs, false);
       }
     };
     // Columns 8 c + 2 pair and the next of four c: four bytes of k and the four that are 16 on.
@@ -300,19 +307,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
             issue_part(before.index, 0, together++ > 0);
             if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+            if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
             const bool rescale = bound(n, n >= whole_end || n < whole_begin);
             exponentials(0, Tile::kFirst);
             ptx::computed(fminf(sum[0], sum[1]));
-            if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<0>();
-            ptx::registers_arrived(rT);
+            ptx::registers_arrived(rT[0]);
             if (rescale) {
               rescale_results();
 #pragma unroll
-              for (int i = 0; i < kPart; ++i) rT[i] *= alpha[i / 2 % 2];
+              for (int i = 0; i < kPart; ++i) rT[0][i] *= alpha[i / 2 % 2];
             }
             arrive(&shared.values_free[before.index]);
             exponentials(Tile::kFirst, kScores);
