@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
   constexpr int kParts = Tile::kParts;
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
-  constexpr int kPart = kResults / kParts;       // of them at a time
+  constexpr int kPart = kResults / kParts;             // of them at a time
   constexpr int kPartBytes = kDv / kParts * kPanelRow;
   // Powers of two that the largest probability has when it becomes the largest, and how far later
   // ones may be above it: together 448, the largest number of 8 bits.
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kN / 32; ++kk) {
-        ptx::wgmma(rT[part % kTs], rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add, ptx::E4m3{});
+        ptx::wgmma(rT[part % kTs], rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add,
+                   ptx::E4m3{});
       }
       ptx::wgmma_commit();
     };
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const float sink = p.f.sinks.at(job.h, -INFINITY);
       // In units of what the products are; a sink is a key of its own, counted by one thread.
       float shift[2], sum[2], alpha[2];
-      shift[0] = shift[1] = sink == -INFINITY ? kNothing : fmaf(-sink, kLog2e, kShift);
+      shift[0] = shift[1] = fminf(fmaf(-sink, kLog2e, kShift), kNothing);
       sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : ptx::exp2_approx(kShift);
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
@@ -378,8 +379,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
         }
         if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + at] =
-              nothing ? -INFINITY : fmaf(-shift[half], kLn2, logf(total));
+          p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(-shift[half], kLn2, logf(total));
         }
       }
       const int rows = min(job.stored - group * 64, 64);

@@ -358,7 +358,8 @@ void print_variants() {
   print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 0, 1, 32>>(bench, "128, blocks alone");
   print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 0, 4, 64>>(bench, "128, results later");
   print_variant<HopperFp8Tile<128, 2, 1, 4, true, false, 0, 4, 32>>(bench, "128, no turns");
-  print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 1, 4, 32>>(bench, "128, 1 of 8 polynomials");
+  print_variant<HopperFp8Tile<128, 2, 1, 4, true, true, 1, 4, 32>>(bench,
+                                                                   "128, 1 of 8 polynomials");
   print_variant<HopperFp8Of64>(bench, "64");
   print_variant<HopperFp8Tile<64, 2, 1, 4, true, true, 0, 4, 32>>(bench, "64, turns");
   print_variant<HopperFp8Of256>(bench, "256");
