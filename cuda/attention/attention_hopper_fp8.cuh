@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
 
-    float rS[kScores], rT[kParts == 4 ? 2 : 1][kPart], rO[kResults];
     constexpr int kTs = kParts == 4 ? 2 : 1;
+    float rS[kScores], rT[kTs][kPart], rO[kResults];
     std::uint32_t rP[kN / 32][4];
     const auto issue_scores = [&](int stage) {
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
@@ -123,16 +123,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto issue_part = [&](int stage, int part, bool add) {
+    const auto issue_results = [&](auto& to, int stage, int part, bool add) {
       const ptx::MatrixDescriptor dV =
           ptx::matrix_descriptor(aV + stage * Shared::kValues + part * kPartBytes);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kN / 32; ++kk) {
-        ptx::wgmma(rT[part % kTs], rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add,
-                   ptx::E4m3{});
+        ptx::wgmma(to, rP[kk], ptx::matrix_right(dV, kk / 4 * Shared::kValuePanel + kk % 4 * 32),
+                   kk > 0 || add, ptx::E4m3{});
       }
       ptx::wgmma_commit();
+    };
+    const auto issue_part = [&](int stage, int part) {
+      issue_results(rT[part % kTs], stage, part, false);
     };
     const auto add_part = [&](int part) {
 #pragma unroll
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
     // Results of a block, the first part of which was issued: added, and the others after it.
     const auto add_parts = [&](int stage) {
-      if constexpr (kTs == 2) issue_part(stage, 1, false);
+      if constexpr (kTs == 2) issue_part(stage, 1);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         if (kTs == 2 && part + 1 < kParts) {
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         ptx::registers_arrived(rT[part % kTs]);
         add_part(part);
-        if (part + kTs < kParts) issue_part(stage, part + kTs, false);
+        if (part + kTs < kParts) issue_part(stage, part + kTs);
       }
     };
     // Columns 8 c + 2 pair and the next of four c: four bytes of k and the four that are 16 on.
@@ -209,33 +212,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        bool above;
         const auto too_large = [&](float m, int half) {
           return fmaf(m, unit, shift[half]) > kShift + kSlack;
         };
-        if constexpr (Tile::kIntegers) {
-          // Numbers that are not negative are in the order of their bits.
-          int most[2][2] = {};
+        // Numbers that are not negative are in the order of their bits.
+        int most[2][2] = {};
 #pragma unroll
-          for (int c = 0; c < kN / 8; c += 2) {
+        for (int c = 0; c < kN / 8; c += 2) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              int& m = most[i / 2][i % 2];
-              m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
-            }
+          for (int i = 0; i < 4; ++i) {
+            int& m = most[i / 2][i % 2];
+            m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
           }
-          above = too_large(__int_as_float(max(most[0][0], most[0][1])), 0) ||
-                  too_large(__int_as_float(max(most[1][0], most[1][1])), 1);
-        } else {
-          float most[2][2];
-#pragma unroll
-          for (int i = 0; i < kScores; ++i) {
-            float& m = most[i / 2 % 2][i % 2];
-            m = i < 4 ? rS[i] : fmaxf(m, rS[i]);
-          }
-          above = too_large(fmaxf(most[0][0], most[0][1]), 0) ||
-                  too_large(fmaxf(most[1][0], most[1][1]), 1);
         }
+        const bool above = too_large(__int_as_float(max(most[0][0], most[0][1])), 0) ||
+                           too_large(__int_as_float(max(most[1][0], most[1][1])), 1);
         const bool rescale = __any_sync(~0u, above);
         if (rescale) {
 #pragma unroll
@@ -268,6 +259,40 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           sum[i / 2 % 2] += rS[i] + rS[i + 1];
         }
       };
+      // Sums so far, in f32, of a thread: four of each 16 bytes. What they were relative to.
+      bool any_aside = false;
+      float aside[2] = {};
+      float4* const sSums = reinterpret_cast<float4*>(shared.out[group]) + thread;
+      const auto add_aside = [&] {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          factor[half] = ptx::exp2_approx(shift[half] - aside[half]);
+        }
+#pragma unroll
+        for (int c = 0; c < kResults / 4; ++c) {
+          const float4 s = sSums[c * 128];
+          float* const o = rO + c * 4;
+          o[0] = fmaf(s.x, factor[0], o[0]), o[1] = fmaf(s.y, factor[0], o[1]);
+          o[2] = fmaf(s.z, factor[1], o[2]), o[3] = fmaf(s.w, factor[1], o[3]);
+        }
+      };
+      const auto put_aside = [&] {
+        if (any_aside) {
+          add_aside();
+        } else {
+          // Results of the tile before have left from there.
+          if (thread == 0) ptx::bulk_wait_read<0>();
+          ptx::bar_sync(kGroup + group, 128);
+          any_aside = true;
+        }
+#pragma unroll
+        for (int c = 0; c < kResults / 4; ++c) {
+          const float* const o = rO + c * 4;
+          sSums[c * 128] = {o[0], o[1], o[2], o[3]};
+        }
+        aside[0] = shift[0], aside[1] = shift[1];
+      };
       const auto rescale_results = [&] {
 #pragma unroll
         for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
@@ -299,14 +324,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           int together = 0;  // blocks in the sum of tensor cores
           for (--n; n >= begin; --n) {
             const Stage before(turn++), stage(turn);
+            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
             if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
             issue_scores(stage.index);
             if (together == Tile::kTogether) {
-              add_part(0);
+              put_aside();
               together = 0;
             }
-            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
-            issue_part(before.index, 0, together++ > 0);
+            issue_results(rO, before.index, 0, together++ > 0);
             if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
             if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
@@ -316,26 +341,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             exponentials(0, Tile::kFirst);
             ptx::computed(fminf(sum[0], sum[1]));
             ptx::wgmma_wait<0>();
-            ptx::registers_arrived(rT[0]);
-            if (rescale) {
-              rescale_results();
-#pragma unroll
-              for (int i = 0; i < kPart; ++i) rT[0][i] *= alpha[i / 2 % 2];
-            }
+            ptx::registers_arrived(rO);
+            if (rescale) rescale_results();
             arrive(&shared.values_free[before.index]);
             exponentials(Tile::kFirst, kScores);
             pack_probabilities();
           }
           const Stage stage(turn++);
           if (together == Tile::kTogether) {
-            add_part(0);
+            put_aside();
             together = 0;
           }
           ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-          issue_part(stage.index, 0, together > 0);
+          issue_results(rO, stage.index, 0, together > 0);
           arrive(&shared.query_free);
-          add_parts(stage.index);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rO);
           arrive(&shared.values_free[stage.index]);
+          if (any_aside) add_aside();
         } else {
           for (; n >= begin; --n) {
             const Stage stage(turn++);
@@ -349,7 +372,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             exponentials(0, kScores);
             pack_probabilities();
             ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-            issue_part(stage.index, 0, false);
+            issue_part(stage.index, 0);
             add_parts(stage.index);
             arrive(&shared.values_free[stage.index]);
           }
@@ -360,7 +383,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
 
       // Results leave through shared memory, once the copy engine has read those before.
-      const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+      const ptx::SharedAddress aO = ptx::shared_address(shared.out[group]);
       if (thread == 0) ptx::bulk_wait_read<0>();
       ptx::bar_sync(kGroup + group, 128);
       const float value = p.v_scale.at(job.b, kv_head);
@@ -396,17 +419,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             words[e] = ptx::pack_2(o[0] * factor[e % 2], o[1] * factor[e % 2], T{});
           }
           const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+          ptx::stmatrix_4(aO + c / 8 * (64 * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
         }
         if (packed && rows < 64) {
           // The rows after these are another sequence's. A warp stores what it has computed.
           __syncwarp();
-          const char* const from = shared.out + group * (64 * kPanelRow);
+          const char* const from = shared.out[group];
           for (int e = lane; e < 16 * (kDv / 8); e += 32) {
             const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
             if (r >= rows || chunk * 8 >= p.f.dv) continue;
             const char* const at =
-                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+                from + chunk / 8 * (64 * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
             *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
                 *reinterpret_cast<const uint4*>(at);
           }
@@ -416,7 +439,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (thread == 0) {
             for (int panel = 0; panel < panels_of(kDv); ++panel) {
               ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
-                             aO + panel * (kM * kPanelRow));
+                             aO + panel * (64 * kPanelRow));
             }
             ptx::bulk_commit();
           }

@@ -125,7 +125,8 @@ class AttentionFp8 : public CudaTest {
     for (std::int64_t i = 0; i < found.lse.numel(); ++i) {
       // Sums of the tensor cores have some 14 bits.
       const double x = found.lse.get(i), y = expected.lse.value[i];
-      ASSERT_TRUE(x == y || std::abs(x - y) <= 0.01 + 0x1p-10 * std::abs(y)) << "lse " << i << ": " << x << ", " << y;
+      ASSERT_TRUE(x == y || std::abs(x - y) <= 0.01 + 0x1p-10 * std::abs(y))
+          << "lse " << i << ": " << x << ", " << y;
     }
     EXPECT_TRUE(found.out.gaps_intact()) << "out";
     EXPECT_TRUE(found.lse.gaps_intact()) << "lse";
