@@ -2,17 +2,20 @@
 // Attention of 8-bit operands, forward, on Hopper (sm_90a): fastkern/attention_fp8.h.
 //
 //   work     as of 16 bits (attention_hopper_fwd.cuh): a block of threads per multiprocessor goes
-//            from tile to tile, 64 queries a warpgroup, 128 keys at a time, last ones first
+//            from tile to tile, 64 queries a warpgroup, kN keys at a time, last ones first
 //   values   tensor cores take operands of 8 bits only with the summed dimension side by side: v is
 //            transposed before (attention_fp8.cu), keys in the order in which a thread has their
 //            scores, so that probabilities become an operand without leaving their thread. Rows
 //            beyond a sequence are zeros there
-//   sums     the tensor cores' own have some 14 bits: results of each 128 keys are a sum of their
-//            own, in rT, and added to those so far in f32, which is the multiplication with
-//            alpha as well. Results have kParts parts of columns, one at a time
-//   range    probabilities have 2^8 where they are largest
-//   overlap  kOverlap: scores of a block are issued before results of the one before, as of 16
-//            bits; else one after the other, and rT takes the registers of scores
+//   range    a row's base is the largest score when it was set, of which the probability is 2^6. It
+//            is set anew where one would be above 2^8.8, which is seldom: only then are results
+//            multiplied, and lanes asked for what they have
+//   sums     the tensor cores' own have some 14 bits. kOverlap: results of kTogether blocks are one
+//            such sum, in rO; those are added in f32 in shared memory, a thread's to its own. Else
+//            those of a block are, in rT, in kParts parts of columns, and are added to rO
+//   overlap  kOverlap: scores of a block are issued before results of the one before, which are
+//            there before the last of its exponentials; weights are packed among those. Else one
+//            after the other, and rT takes the registers of scores
 //   sync     as of 16 bits; results have shared memory of their own
 //   cost     4 * S * T * D flops where all is seen, at twice the rate of 16 bits; v is read and
 //            written once more
