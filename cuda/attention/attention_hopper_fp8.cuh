@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
             if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
             issue_scores(stage.index);
-            if (together == Tile::kTogether) {
+            if (Tile::kTogether > 0 && together == Tile::kTogether) {
               put_aside();
               together = 0;
             }
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             pack_probabilities();
           }
           const Stage stage(turn++);
-          if (together == Tile::kTogether) {
+          if (Tile::kTogether > 0 && together == Tile::kTogether) {
             put_aside();
             together = 0;
           }
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[stage.index]);
-          if (any_aside) add_aside();
+          if (Tile::kTogether > 0 && any_aside) add_aside();
         } else {
           for (; n >= begin; --n) {
             const Stage stage(turn++);

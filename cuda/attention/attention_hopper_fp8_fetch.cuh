@@ -15,9 +15,9 @@ constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 /// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kKeys keys at a time,
 /// kStagesOf blocks of keys and of values. kPolynomial of eight exponentials are computed without
 /// the special function units, which are slower than the tensor cores here. kOverlapped: scores are
-/// issued before results of the block before, of which the tensor cores sum kTogetherOf blocks;
-/// kFirstOf scores of a thread become weights before those results are waited for. Else one after
-/// the other, and the tensor cores sum one block, in kPartsOf parts.
+/// issued before results of the block before, of which the tensor cores sum kTogetherOf blocks, or
+/// all (0); kFirstOf scores of a thread become weights before those results are waited for. Else
+/// one after the other, and the tensor cores sum one block, in kPartsOf parts.
 template <int kColumns, int kWarpgroups, int kKeys, int kPartsOf, int kStagesOf, bool kOverlapped,
           bool kInTurn, int kOfEight, int kTogetherOf, int kFirstOf>
 struct HopperFp8Tile {
@@ -39,7 +39,7 @@ struct HopperFp8Shared {
   static constexpr int kValues = fp8_panels(Tile::kN) * kValuePanel;
   // Of a warpgroup: results as they leave or, before, sums of those so far.
   static constexpr int kLeaving = panels_of(Tile::kDv) * 64 * kPanelRow;
-  static constexpr int kOut = Tile::kOverlap ? 64 * Tile::kDv * 4 : kLeaving;
+  static constexpr int kOut = Tile::kTogether > 0 ? 64 * Tile::kDv * 4 : kLeaving;
 
   alignas(1024) char query[kQuery];
   alignas(1024) char keys[Tile::kStages][kKeys];

@@ -12,7 +12,7 @@ namespace fastkern::cuda::attention_detail {
 
 using HopperFp8Of64 = HopperFp8Tile<64, 3, 128, 1, 4, true, false, 0, 16, 32>;
 using HopperFp8Of128 = HopperFp8Tile<128, 2, 192, 1, 2, true, true, 0, 16, 48>;
-using HopperFp8Of256 = HopperFp8Tile<256, 2, 128, 4, 2, false, false, 0, 1, 0>;
+using HopperFp8Of256 = HopperFp8Tile<256, 2, 128, 4, 2, false, false, 0, 0, 0>;
 
 /// f.blocks is set here.
 template <class Tile>
