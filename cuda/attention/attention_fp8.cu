@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of 8-bit operands on CUDA: which calls there is a kernel for, and values transposed.
 //
-//   to[d, P(j)] = v[j, d]   for each entry and key head, in blocks of kKeys keys
+//   to[d, P(j)] = v[j, d]   for each entry and key head, in blocks of 128 keys
 //
 // P puts the keys of 32 in the order in which a thread of a warpgroup has their scores: of chunks
 // of eight, two keys of each of two chunks beside each other.
 //
-//   work     a block of 256 threads transposes kKeys keys, 128 columns at a time
+//   work     a block of 256 threads transposes 128 keys, 128 columns at a time
 //   memory   rows of v in shared memory, whose words of four keys and four columns are transposed
 //   in
-//            registers; rows of kKeys bytes are stored, and begin at multiples of 128
+//            registers; rows of 128 bytes are stored
 //   cost     reads and writes v once
 #include <algorithm>
 
@@ -39,28 +39,26 @@ __device__ __forceinline__ int word_of_row(int row) {
   return row * (kColumns / 4 + 1) + (row / 32 & 1) + row / 64 * 8;
 }
 
-template <int kKeys>
 __global__ void __launch_bounds__(256) attention_fp8_values_kernel(const Fp8Values p) {
-  constexpr int kSlots = fp8_slots(kKeys);
-  __shared__ unsigned words[kKeys * (kColumns / 4 + 1) + kKeys / 64 * 8 + 1];
+  __shared__ unsigned words[kFp8Keys * (kColumns / 4 + 1) + 9];
   ptx::grid_wait();
   ptx::grid_launch_next();
   const int thread = static_cast<int>(threadIdx.x);
   const Unit unit = unit_of(
-      p.lengths, static_cast<int>(blockIdx.x), p.width / kSlots, p.heads, p.batch, [&](int b) {
+      p.lengths, static_cast<int>(blockIdx.x), p.width / kFp8Keys, p.heads, p.batch, [&](int b) {
         const int keys = attention_sequence(p.lengths, b, p.keys, p.keys).keys;
-        return (keys + kKeys - 1) / kKeys;
+        return (keys + kFp8Keys - 1) / kFp8Keys;
       });
   if (unit.b < 0) return;
   const AttentionSequence<int> at = attention_sequence(p.lengths, unit.b, p.keys, p.keys);
   const bool packed = p.lengths.start_k;
-  const int entry = packed ? 0 : unit.b, first = unit.index * kKeys;
-  const int block = (packed ? fp8_first_block(at.first_k, unit.b, kKeys) : 0) + unit.index;
+  const int entry = packed ? 0 : unit.b, first = unit.index * kFp8Keys;
+  const int column_of_block = (packed ? fp8_first_key(at.first_k, unit.b) : 0) + first;
   const std::int64_t head = static_cast<std::int64_t>(entry) * p.heads + unit.h;
-  char* const to = p.to + head * p.dv * p.width + block * kSlots;
+  char* const to = p.to + head * p.dv * p.width + column_of_block;
   for (int c0 = 0; c0 < p.dv; c0 += kColumns) {
     // All that a thread takes is under way at once.
-    constexpr int kLoads = kKeys * (kColumns / 16) / 256;
+    constexpr int kLoads = kFp8Keys * (kColumns / 16) / 256;
     uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -80,8 +78,8 @@ __global__ void __launch_bounds__(256) attention_fp8_values_kernel(const Fp8Valu
       place[2] = loaded[i].z, place[3] = loaded[i].w;
     }
     __syncthreads();
-    for (int e = thread; e < kKeys / 4 * (kColumns / 4); e += 256) {
-      const int four = e % (kKeys / 4), column = e / (kKeys / 4);
+    for (int e = thread; e < kFp8Keys / 4 * (kColumns / 4); e += 256) {
+      const int four = e % (kFp8Keys / 4), column = e / (kFp8Keys / 4);
       if (c0 + column * 4 >= p.dv) continue;
       // Keys that thread pair of a quad has of two chunks beside each other.
       const int pair = four % 4, key = four / 4 * 16 + pair * 2;
@@ -104,16 +102,11 @@ Fp8Scale scale_of(const TensorRef& t) {
   return {static_cast<const float*>(t.data), t.strides[0], t.strides[1]};
 }
 
-int keys_of(const AttentionFwd& a) {
-  return fp8_keys(static_cast<int>(std::max(a.q.sizes[a.q.ndim - 1], a.v.sizes[a.v.ndim - 1])));
-}
-
-/// Bytes of a row of transposed values: of an entry or, packed, of all.
+/// Keys of a row of transposed values: of an entry or, packed, of all.
 std::int64_t width_of(const AttentionFwd& a) {
-  const std::int64_t keys = a.k.sizes[a.k.ndim - 3], block = keys_of(a);
+  const std::int64_t keys = a.k.sizes[a.k.ndim - 3];
   const bool packed = a.q.ndim == 3;
-  return (packed ? keys / block + a.lengths.batch + 1 : ceil_div(keys, block)) *
-         fp8_slots(keys_of(a));
+  return (packed ? keys / kFp8Keys + a.lengths.batch + 1 : ceil_div(keys, kFp8Keys)) * kFp8Keys;
 }
 
 }  // namespace
@@ -166,11 +159,9 @@ void attention_fp8(const AttentionFp8Fwd& args, Stream stream) {
   const std::int64_t head = std::int64_t{f.dv} * call.width;
   call.values = {values, head * kv_heads, call.width, head};
   if (f.batch > 0 && f.keys > 0) {
-    const bool wide = keys_of(a) == 192;
-    launch(wide ? attention_fp8_values_kernel<192> : attention_fp8_values_kernel<128>,
+    launch(attention_fp8_values_kernel,
            {.op = a.op,
-            .grid = std::int64_t{call.width / fp8_slots(keys_of(a))} * kv_heads *
-                    (packed ? 1 : f.batch),
+            .grid = std::int64_t{call.width / kFp8Keys} * kv_heads * (packed ? 1 : f.batch),
             .block = 256,
             .overlap = true},
            stream, Fp8Values{f.v, values, f.lengths, f.batch, kv_heads, f.keys, f.dv, call.width});

@@ -6,10 +6,8 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Keys of a block where operands have so many columns.
-constexpr int fp8_keys(int columns) { return columns > 64 && columns <= 128 ? 192 : 128; }
-/// Bytes that the values of a block take in a row, once transposed.
-constexpr int fp8_slots(int keys) { return (keys + 127) / 128 * 128; }
+/// Keys of a block, and a multiple of which rows of transposed values are.
+inline constexpr int kFp8Keys = 128;
 
 /// A scale for each batch entry and key head.
 struct Fp8Scale {
@@ -21,10 +19,10 @@ struct Fp8Scale {
   }
 };
 
-/// Before which block of transposed values those of a sequence of packed tensors begin; whatever
-/// lengths are, those of the next begin behind.
-__device__ __forceinline__ int fp8_first_block(int first_k, int b, int keys) {
-  return first_k / keys + b;
+/// Where the transposed values of a sequence of packed tensors begin; whatever lengths are, those
+/// of the next begin behind.
+__device__ __forceinline__ int fp8_first_key(int first_k, int b) {
+  return (first_k / kFp8Keys + b) * kFp8Keys;
 }
 
 struct Fp8Call {

@@ -30,18 +30,6 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// 2^x within 2^-9 of it, without special function units; x below -125 is as -125, and x is below
-/// 127.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23: what is added to it is rounded
-  x = fmaxf(x, -125.0f);
-  const float whole = x + kRound;
-  const float rest = x - (whole - kRound);  // -1/2 to 1/2
-  const float power = fmaf(fmaf(0.23842882f, rest, 0.703448f), rest, 1.00044316f);
-  // Not added to the exponent: for integers in the registers of scores ptxas serialises products.
-  return power * __int_as_float(__float_as_int(whole) << 23);
-}
-
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fp8_kernel(const __grid_constant__ HopperFp8Forward p) {
@@ -132,8 +120,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kN / 32; ++kk) {
-        ptx::wgmma(to, rP[kk], ptx::matrix_right(dV, kk / 4 * Shared::kValuePanel + kk % 4 * 32),
-                   kk > 0 || add, ptx::E4m3{});
+        ptx::wgmma(to, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add, ptx::E4m3{});
       }
       ptx::wgmma_commit();
     };
@@ -171,7 +158,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     };
 
-    if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
       ptx::mbarrier_wait(&shared.query_there, t & 1);
@@ -255,9 +241,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int i = from; i < to; i += 2) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float x = fmaf(rS[i + e], unit, shift[i / 2 % 2]);
-            const bool polynomial = (i / 4 * 2 + e) % 8 < Tile::kPolynomial;
-            rS[i + e] = polynomial ? exp2_polynomial(x) : ptx::exp2_approx(x);
+            rS[i + e] = ptx::exp2_approx(fmaf(rS[i + e], unit, shift[i / 2 % 2]));
           }
           sum[i / 2 % 2] += rS[i] + rS[i + 1];
         }
@@ -328,14 +312,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (--n; n >= begin; --n) {
             const Stage before(turn++), stage(turn);
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
-            if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
             issue_scores(stage.index);
             if (Tile::kTogether > 0 && together == Tile::kTogether) {
               put_aside();
               together = 0;
             }
             issue_results(rO, before.index, 0, together++ > 0);
-            if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
             if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);

@@ -12,19 +12,18 @@ namespace fastkern::cuda::attention_detail {
 /// Panels of 128 columns of 8 bits.
 constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 
-/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kKeys keys at a time,
-/// kStagesOf blocks of keys and of values. kPolynomial of eight exponentials are computed without
-/// the special function units, which are slower than the tensor cores here. kOverlapped: scores are
-/// issued before results of the block before, of which the tensor cores sum kTogetherOf blocks, or
-/// all (0); kFirstOf scores of a thread become weights before those results are waited for. Else
-/// one after the other, and the tensor cores sum one block, in kPartsOf parts.
-template <int kColumns, int kWarpgroups, int kKeys, int kPartsOf, int kStagesOf, bool kOverlapped,
-          bool kInTurn, int kOfEight, int kTogetherOf, int kFirstOf>
+/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kStagesOf blocks of keys and
+/// of values. kOverlapped: scores are issued before results of the block before, of which the
+/// tensor cores sum kTogetherOf blocks, or all (0); kFirstOf scores of a thread become weights
+/// before those results are waited for. Else one after the other, and the tensor cores sum one
+/// block, in kPartsOf parts.
+template <int kColumns, int kWarpgroups, int kPartsOf, int kStagesOf, bool kOverlapped,
+          int kTogetherOf, int kFirstOf>
 struct HopperFp8Tile {
-  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups, kN = kKeys;
-  static constexpr int kParts = kPartsOf, kStages = kStagesOf, kPolynomial = kOfEight;
+  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups, kN = kFp8Keys;
+  static constexpr int kParts = kPartsOf, kStages = kStagesOf;
   static constexpr int kTogether = kTogetherOf, kFirst = kFirstOf;
-  static constexpr bool kOverlap = kOverlapped, kTurns = kInTurn && kOverlapped;
+  static constexpr bool kOverlap = kOverlapped;
   static_assert(!kOverlap || kParts == 1);
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kRegisters = kGroups == 3 ? 160 : 240,
@@ -35,8 +34,7 @@ template <class Tile>
 struct HopperFp8Shared {
   static constexpr int kQuery = fp8_panels(Tile::kD) * Tile::kM * kPanelRow;
   static constexpr int kKeys = fp8_panels(Tile::kD) * Tile::kN * kPanelRow;
-  static constexpr int kValuePanel = Tile::kDv * kPanelRow;  // a row for each column of v
-  static constexpr int kValues = fp8_panels(Tile::kN) * kValuePanel;
+  static constexpr int kValues = Tile::kDv * kPanelRow;  // a row for each column of v
   // Of a warpgroup: results as they leave or, before, sums of those so far.
   static constexpr int kLeaving = panels_of(Tile::kDv) * 64 * kPanelRow;
   static constexpr int kOut = Tile::kTogether > 0 ? 64 * Tile::kDv * 4 : kLeaving;
@@ -92,20 +90,17 @@ struct HopperFp8Producer {
     const Stage stage(of_turn);
     ptx::mbarrier_wait(&shared.values_free[stage.index], stage.parity ^ 1);
     ptx::mbarrier_expect(&shared.values_there[stage.index], Shared::kValues);
-    for (int panel = 0; panel < fp8_panels(Tile::kN); ++panel) {
-      ptx::tma_load(ptx::shared_address(shared.values[stage.index]) + panel * Shared::kValuePanel,
-                    &p.v, key + panel * 128, 0, head, entry, &shared.values_there[stage.index],
-                    ptx::Keep::long_);
-    }
+    ptx::tma_load(ptx::shared_address(shared.values[stage.index]), &p.v, key, 0, head, entry,
+                  &shared.values_there[stage.index], ptx::Keep::long_);
   }
 
   /// Everything of the job with number t.
   __device__ __forceinline__ void run(const HopperJob& job, int t) {
     const bool packed = p.f.lengths.start_q;
     const int entry = packed ? 0 : job.b, head = job.h / p.f.group;
-    constexpr int kSlots = fp8_slots(Tile::kN);
-    int row = job.first_k + (job.end - 1) * Tile::kN;
-    int key = ((packed ? fp8_first_block(job.first_k, job.b, Tile::kN) : 0) + job.end - 1) * kSlots;
+    const int last = (job.end - 1) * Tile::kN;
+    int row = job.first_k + last;
+    int key = (packed ? fp8_first_key(job.first_k, job.b) : 0) + last;
     const bool any = job.begin < job.end;
     if (any) keys(row, head, entry);
     ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);
@@ -125,7 +120,7 @@ struct HopperFp8Producer {
       row -= Tile::kN;
       keys(row, head, entry);
       values(before, key, head, entry);
-      key -= kSlots;
+      key -= Tile::kN;
     }
     values(turn++, key, head, entry);
   }

@@ -10,9 +10,12 @@
 
 namespace fastkern::cuda::attention_detail {
 
-using HopperFp8Of64 = HopperFp8Tile<64, 3, 128, 1, 4, true, false, 0, 16, 32>;
-using HopperFp8Of128 = HopperFp8Tile<128, 2, 192, 1, 2, true, true, 0, 16, 48>;
-using HopperFp8Of256 = HopperFp8Tile<256, 2, 128, 4, 2, false, false, 0, 0, 0>;
+using HopperFp8Of64 = HopperFp8Tile<64, 3, 1, 4, true, 16, 32>;
+using HopperFp8Of128 = HopperFp8Tile<128, 2, 1, 4, true, 16, 32>;
+// There is no room for sums besides those of the tensor cores: results of all keys are one, or
+// those of a block.
+using HopperFp8Of256 = HopperFp8Tile<256, 2, 1, 2, true, 0, 32>;
+using HopperFp8Of256Long = HopperFp8Tile<256, 2, 4, 2, false, 0, 0>;
 
 /// f.blocks is set here.
 template <class Tile>

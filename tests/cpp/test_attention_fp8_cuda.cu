@@ -108,8 +108,8 @@ class AttentionFp8 : public CudaTest {
       GTEST_SKIP() << "no device of capability 9.0";
     }
   }
-  static void expect_right(const AttentionCase& c) { expect_right(make_fp8(c)); }
-  static void expect_right(const Fp8Problem& clean) {
+  static void expect_right(const AttentionCase& c) { expect_right(make_fp8(c), 0.01); }
+  static void expect_right(const Fp8Problem& clean, double lse_error) {
     const AttentionCase& c = clean.p.c;
     Fp8Problem made = clean;
     poison(made.p);
@@ -125,8 +125,7 @@ class AttentionFp8 : public CudaTest {
     for (std::int64_t i = 0; i < found.lse.numel(); ++i) {
       // Sums of the tensor cores have some 14 bits.
       const double x = found.lse.get(i), y = expected.lse.value[i];
-      ASSERT_TRUE(x == y || std::abs(x - y) <= 0.01 + 0x1p-10 * std::abs(y))
-          << "lse " << i << ": " << x << ", " << y;
+      ASSERT_TRUE(x == y || std::abs(x - y) <= lse_error) << "lse " << i << ": " << x << ", " << y;
     }
     EXPECT_TRUE(found.out.gaps_intact()) << "out";
     EXPECT_TRUE(found.lse.gaps_intact()) << "lse";
@@ -248,7 +247,7 @@ TEST_F(AttentionFp8, LargestLater) {
   for (const std::int64_t d : kColumns) {
     AttentionCase c = sized(70, 1000, d);
     c.heads = 1, c.scale = 1.0;
-    expect_right(c);
+    expect_right(make_fp8(c), 0.06);  // scores up to 40, of which the tensor cores have 14 bits
     c.scale = 0.05;
     for (const double sign : {1.0, -1.0}) {
       Fp8Problem made = make_fp8(c);
@@ -258,7 +257,7 @@ TEST_F(AttentionFp8, LargestLater) {
         const double rise = 2.0 - static_cast<double>(i) / static_cast<double>(k.numel());
         k.set(i, sign * std::abs(k.get(i)) * (sign > 0.0 ? rise : 3.0 - rise));
       }
-      expect_right(made);
+      expect_right(made, 0.06);
     }
     if (HasFailure()) return;
   }
@@ -325,8 +324,7 @@ struct Bench {
     f.f.q = view(a.fwd.q), f.f.k = view(a.fwd.k), f.f.v = view(a.fwd.v), f.f.out = view(a.fwd.out);
     f.f.lse = static_cast<float*>(a.fwd.lse.data);
     f.f.batch = static_cast<int>(kTokens / s), f.f.heads = static_cast<int>(kWidth / Tile::kD);
-    f.f.group = 1, f.f.queries = f.f.keys = static_cast<int>(s);
-    f.width = static_cast<int>(cuda::ceil_div(s, Tile::kN)) * fp8_slots(Tile::kN);
+    f.f.group = 1, f.f.queries = f.f.keys = f.width = static_cast<int>(s);
     f.f.d = f.f.dv = Tile::kD;
     f.f.scale = static_cast<float>(a.fwd.scale), f.f.scale_log2 = f.f.scale * kLog2e;
     f.f.mask = a.fwd.mask;
@@ -354,13 +352,12 @@ void print_variants() {
   const Bench bench;
   std::printf("kernels alone, TFLOP/s\n%-28s %15s %15s %15s\n", "full, causal", "1024", "4096",
               "16384");
-  // Columns, warpgroups, keys, parts, stages, overlap, turns, polynomials of eight, blocks
-  // together, exponentials before results.
+  // Columns, warpgroups, parts, stages, overlap, blocks together, exponentials before results.
   print_variant<HopperFp8Of128>(bench, "128");
-  print_variant<HopperFp8Tile<128, 2, 192, 1, 2, true, false, 0, 16, 48>>(bench, "128, no turns");
-  print_variant<HopperFp8Tile<128, 2, 192, 1, 2, true, true, 1, 16, 48>>(bench, "128, 1 of 8");
+  print_variant<HopperFp8Tile<128, 3, 1, 4, false, 0, 0>>(bench, "128, three groups alone");
   print_variant<HopperFp8Of64>(bench, "64");
   print_variant<HopperFp8Of256>(bench, "256");
+  print_variant<HopperFp8Of256Long>(bench, "256, long");
 }
 
 void print_rates() {
