@@ -16,6 +16,11 @@ F8 = torch.float8_e4m3fn
 SCALES = ("q_scale", "k_scale", "v_scale")
 
 
+def _to_f8(values: Tensor) -> Tensor:
+    """Beyond 448 torch gives 448 or NaN, as the release and the machine are."""
+    return values.clamp(-448, 448).to(F8)
+
+
 @pytest.fixture(autouse=True)
 def _capable(request: pytest.FixtureRequest) -> None:
     on_cuda = "device" not in request.fixturenames or request.getfixturevalue("device") == "cuda"
@@ -31,13 +36,13 @@ def _made(device: str, *sizes: int, group: int = 2, dv: int | None = None, seed:
     def quantised(*shape: int) -> tuple[Tensor, Tensor]:
         values = torch.randn(shape)
         scale = values.abs().amax((1, 3)) / 448  # (B, heads)
-        return (values / scale[:, None, :, None]).to(F8).to(device), scale.to(device)
+        return _to_f8(values / scale[:, None, :, None]).to(device), scale.to(device)
 
     G = H // group
     k, k_scale = quantised(B, T, G, D)
     v, v_scale = quantised(B, T, G, D if dv is None else dv)
     q_scale = (torch.rand(B, G) + 0.5) / 100
-    q = (torch.randn(B, S, H, D) / q_scale.repeat_interleave(group, 1)[:, None, :, None]).to(F8)
+    q = _to_f8(torch.randn(B, S, H, D) / q_scale.repeat_interleave(group, 1)[:, None, :, None])
     return {
         "q": q.to(device), "k": k, "v": v, "q_scale": q_scale.to(device), "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip

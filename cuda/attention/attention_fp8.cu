@@ -57,15 +57,25 @@ __global__ void __launch_bounds__(256) attention_fp8_values_kernel(const Fp8Valu
   const std::int64_t head = static_cast<std::int64_t>(entry) * p.heads + unit.h;
   char* const to = p.to + head * p.dv * p.width + column_of_block;
   for (int c0 = 0; c0 < p.dv; c0 += kColumns) {
-    if (c0 > 0) __syncthreads();
-    for (int e = thread; e < kFp8Keys * (kColumns / 16); e += 256) {
-      const int row = e / (kColumns / 16), column = e % (kColumns / 16) * 16;
-      uint4 four{};
-      if (first + row < at.keys && c0 + column < p.dv) {
-        four = ptx::ld_global(p.v.at(entry, at.first_k + first + row, unit.h) + c0 + column);
+    // All that a thread takes is under way at once.
+    constexpr int kLoads = kFp8Keys * (kColumns / 16) / 256;
+    uint4 loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int e = thread + i * 256, row = first + e / (kColumns / 16);
+      const int column = c0 + e % (kColumns / 16) * 16;
+      loaded[i] = {};
+      if (row < at.keys && column < p.dv) {
+        loaded[i] = ptx::ld_global(p.v.at(entry, at.first_k + row, unit.h) + column);
       }
-      unsigned* const place = words + word_of_row(row) + column / 4;
-      place[0] = four.x, place[1] = four.y, place[2] = four.z, place[3] = four.w;
+    }
+    if (c0 > 0) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int e = thread + i * 256;
+      unsigned* const place = words + word_of_row(e / (kColumns / 16)) + e % (kColumns / 16) * 4;
+      place[0] = loaded[i].x, place[1] = loaded[i].y;
+      place[2] = loaded[i].z, place[3] = loaded[i].w;
     }
     __syncthreads();
     for (int e = thread; e < kFp8Keys / 4 * (kColumns / 4); e += 256) {

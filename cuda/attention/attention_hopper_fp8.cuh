@@ -2,17 +2,20 @@
 // Attention of 8-bit operands, forward, on Hopper (sm_90a): fastkern/attention_fp8.h.
 //
 //   work     as of 16 bits (attention_hopper_fwd.cuh): a block of threads per multiprocessor goes
-//            from tile to tile, 64 queries a warpgroup, 128 keys at a time, last ones first
+//            from tile to tile, 64 queries a warpgroup, kN keys at a time, last ones first
 //   values   tensor cores take operands of 8 bits only with the summed dimension side by side: v is
 //            transposed before (attention_fp8.cu), keys in the order in which a thread has their
 //            scores, so that probabilities become an operand without leaving their thread. Rows
 //            beyond a sequence are zeros there
-//   sums     the tensor cores' own have some 14 bits: results of each 128 keys are a sum of their
-//            own, in rT, and added to those so far in f32, which is the multiplication with
-//            alpha as well. Results have kParts parts of columns, one at a time
-//   range    probabilities have 2^8 where they are largest
-//   overlap  kOverlap: scores of a block are issued before results of the one before, as of 16
-//            bits; else one after the other, and rT takes the registers of scores
+//   range    a row's base is the largest score when it was set, of which the probability is 2^6. It
+//            is set anew where one would be above 2^8.8, which is seldom: only then are results
+//            multiplied, and lanes asked for what they have
+//   sums     the tensor cores' own have some 14 bits. kOverlap: results of kTogether blocks are one
+//            such sum, in rO; those are added in f32 in shared memory, a thread's to its own. Else
+//            those of a block are, in rT, in kParts parts of columns, and are added to rO
+//   overlap  kOverlap: scores of a block are issued before results of the one before, which are
+//            there before the last of its exponentials; weights are packed among those. Else one
+//            after the other, and rT takes the registers of scores
 //   sync     as of 16 bits; results have shared memory of their own
 //   cost     4 * S * T * D flops where all is seen, at twice the rate of 16 bits; v is read and
 //            written once more
@@ -21,24 +24,11 @@
 #include "attention/attention_hopper_fp8_fetch.cuh"
 #include "launch.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace fastkern::cuda::attention_detail {
-
-/// 2^x within 2^-13 of it, without special function units; x below -125 is as -125, and x is below
-/// 127.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
-  x = fmaxf(x, -125.0f);
-  const float whole = x + kRound;
-  const float rest = x - (whole - kRound);  // -1/2 to 1/2
-  float power = 0.05517144f;
-  power = fmaf(power, rest, 0.24261081f);
-  power = fmaf(power, rest, 0.69326099f);
-  power = fmaf(power, rest, 0.99992809f);
-  return __int_as_float(__float_as_int(power) + (__float_as_int(whole) << 23));
-}
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -47,10 +37,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using Stage = HopperFp8Stage<Tile>;
   using T = __nv_bfloat16;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
+  constexpr int kParts = Tile::kParts;
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
-  constexpr int kPart = kResults / Tile::kParts;       // of them at a time
-  constexpr int kPartBytes = kDv / Tile::kParts * kPanelRow;
-  constexpr float kShift = 8.0f;  // powers of two that the largest probability has
+  constexpr int kPart = kResults / kParts;             // of them at a time
+  constexpr int kPartBytes = kDv / kParts * kPanelRow;
+  // Powers of two that the largest probability has when it becomes the largest, and how far later
+  // ones may be above it: together 448, the largest number of 8 bits.
+  constexpr float kShift = 6.0f, kSlack = 2.8f;
+  constexpr float kNothing = 1e30f;  // what is added to powers before there is a largest one
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
 
@@ -105,7 +99,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
 
-    float rS[kScores], rT[kPart], rO[kResults];
+    constexpr int kTs = kParts == 4 ? 2 : 1;
+    float rS[kScores], rT[kTs][kPart], rO[kResults];
     std::uint32_t rP[kN / 32][4];
     const auto issue_scores = [&](int stage) {
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
@@ -119,31 +114,36 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto issue_part = [&](int stage, int part) {
+    const auto issue_results = [&](auto& to, int stage, int part, bool add) {
       const ptx::MatrixDescriptor dV =
           ptx::matrix_descriptor(aV + stage * Shared::kValues + part * kPartBytes);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kN / 32; ++kk) {
-        ptx::wgmma(rT, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0, ptx::E4m3{});
+        ptx::wgmma(to, rP[kk], ptx::matrix_right(dV, kk * 32), kk > 0 || add, ptx::E4m3{});
       }
       ptx::wgmma_commit();
     };
-    const auto add_part = [&](int part, const float (&alpha)[2]) {
+    const auto issue_part = [&](int stage, int part) {
+      issue_results(rT[part % kTs], stage, part, false);
+    };
+    const auto add_part = [&](int part) {
 #pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        float& o = rO[part * kPart + i];
-        o = fmaf(o, alpha[i / 2 % 2], rT[i]);
-      }
+      for (int i = 0; i < kPart; ++i) rO[part * kPart + i] += rT[part % kTs][i];
     };
     // Results of a block, the first part of which was issued: added, and the others after it.
-    const auto add_parts = [&](int stage, const float (&alpha)[2]) {
+    const auto add_parts = [&](int stage) {
+      if constexpr (kTs == 2) issue_part(stage, 1);
 #pragma unroll
-      for (int part = 0; part < Tile::kParts; ++part) {
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rT);
-        add_part(part, alpha);
-        if (part + 1 < Tile::kParts) issue_part(stage, part + 1);
+      for (int part = 0; part < kParts; ++part) {
+        if (kTs == 2 && part + 1 < kParts) {
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+        }
+        ptx::registers_arrived(rT[part % kTs]);
+        add_part(part);
+        if (part + kTs < kParts) issue_part(stage, part + kTs);
       }
     };
     // Columns 8 c + 2 pair and the next of four c: four bytes of k and the four that are 16 on.
@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     };
 
-    if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
       ptx::mbarrier_wait(&shared.query_there, t & 1);
@@ -174,14 +173,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const float unit = fabsf(signed_unit) < 1e-30f ? 1e-30f : fabsf(signed_unit);
       const float sink = p.f.sinks.at(job.h, -INFINITY);
       // In units of what the products are; a sink is a key of its own, counted by one thread.
-      float top[2], sum[2], alpha[2] = {1.0f, 1.0f};
-      top[0] = top[1] = sink == -INFINITY ? sink : sink * kLog2e / unit;
+      float shift[2], sum[2], alpha[2];
+      shift[0] = shift[1] = fminf(fmaf(-sink, kLog2e, kShift), kNothing);
       sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : ptx::exp2_approx(kShift);
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      // Scores of block n become probabilities; alpha: what results so far are multiplied with.
-      const auto softmax = [&](int n, bool masked) {
+      // Scores of block n are about to become probabilities. Whether results so far are to be
+      // multiplied with alpha, which is seldom.
+      const auto bound = [&](int n, bool masked) {
         if (negative) {
 #pragma unroll
           for (int i = 0; i < kScores; ++i) rS[i] = -rS[i];
@@ -201,34 +201,88 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        float most[2][2];  // four chains of comparisons
+        const auto too_large = [&](float m, int half) {
+          return fmaf(m, unit, shift[half]) > kShift + kSlack;
+        };
+        // Numbers that are not negative are in the order of their bits.
+        int most[2][2] = {};
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-          float& m = most[i / 2 % 2][i % 2];
-          m = i < 4 ? rS[i] : fmaxf(m, rS[i]);
+        for (int c = 0; c < kN / 8; c += 2) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            int& m = most[i / 2][i % 2];
+            m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
+          }
         }
+        const bool above = too_large(__int_as_float(max(most[0][0], most[0][1])), 0) ||
+                           too_large(__int_as_float(max(most[1][0], most[1][1])), 1);
+        const bool rescale = __any_sync(~0u, above);
+        if (rescale) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float m = fmaxf(most[half][0], most[half][1]);
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-          m = fmaxf(top[half], fmaxf(m, __shfl_xor_sync(~0u, m, 2)));
-          const float base = m == -INFINITY ? 0.0f : m * unit;
-          alpha[half] = ptx::exp2_approx(fmaf(top[half], unit, -base));
-          top[half] = m;
-          const float shift = kShift - base;
-          float more[2] = {};
+          for (int half = 0; half < 2; ++half) {
+            float m = rS[half * 2];
 #pragma unroll
-          for (int c = 0; c < kN / 8; ++c) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& s = rS[c * 4 + half * 2 + e];
-              const float x = fmaf(s, unit, shift);
-              s = (c * 2 + e) % 8 < Tile::kPolynomial ? exp2_polynomial(x) : ptx::exp2_approx(x);
-              more[e] += s;
+            for (int i = 0; i < kScores / 2; ++i) m = fmaxf(m, rS[i / 2 * 4 + half * 2 + i % 2]);
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+            alpha[half] = 1.0f;
+            if (too_large(m, half)) {
+              const float before = shift[half];
+              shift[half] = fmaf(-m, unit, kShift);
+              alpha[half] = ptx::exp2_approx(shift[half] - before);
+              sum[half] *= alpha[half];
             }
           }
-          sum[half] = fmaf(sum[half], alpha[half], more[0] + more[1]);
         }
+        return rescale;
+      };
+      const auto exponentials = [&](int from, int to) {
+#pragma unroll
+        for (int i = from; i < to; i += 2) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            rS[i + e] = ptx::exp2_approx(fmaf(rS[i + e], unit, shift[i / 2 % 2]));
+          }
+          sum[i / 2 % 2] += rS[i] + rS[i + 1];
+        }
+      };
+      // Sums so far, in f32, of a thread: four of each 16 bytes. What they were relative to.
+      bool any_aside = false;
+      float aside[2] = {};
+      float4* const sSums = reinterpret_cast<float4*>(shared.out[group]) + thread;
+      const auto add_aside = [&] {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          factor[half] = ptx::exp2_approx(shift[half] - aside[half]);
+        }
+#pragma unroll
+        for (int c = 0; c < kResults / 4; ++c) {
+          const float4 s = sSums[c * 128];
+          float* const o = rO + c * 4;
+          o[0] = fmaf(s.x, factor[0], o[0]), o[1] = fmaf(s.y, factor[0], o[1]);
+          o[2] = fmaf(s.z, factor[1], o[2]), o[3] = fmaf(s.w, factor[1], o[3]);
+        }
+      };
+      const auto put_aside = [&] {
+        if (any_aside) {
+          add_aside();
+        } else {
+          // Results of the tile before have left from there.
+          if (thread == 0) ptx::bulk_wait_read<0>();
+          ptx::bar_sync(kGroup + group, 128);
+          any_aside = true;
+        }
+#pragma unroll
+        for (int c = 0; c < kResults / 4; ++c) {
+          const float* const o = rO + c * 4;
+          sSums[c * 128] = {o[0], o[1], o[2], o[3]};
+        }
+        aside[0] = shift[0], aside[1] = shift[1];
+      };
+      const auto rescale_results = [&] {
+#pragma unroll
+        for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
       };
 
       const int begin = job.begin, end = job.end;
@@ -249,49 +303,47 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
-            softmax(n, n >= whole_end || n < whole_begin);
+            bound(n, n >= whole_end || n < whole_begin);
+            exponentials(0, kScores);
             pack_probabilities();
             if (n > begin) wait_for_keys(Stage(turn + 1));
           }
-          float of_added[2] = {1.0f, 1.0f};  // alpha of what rT has, where it is added late
-          if constexpr (Tile::kLate) {
-#pragma unroll
-            for (int i = 0; i < kPart; ++i) rT[i] = 0.0f;
-          }
+          int together = 0;  // blocks in the sum of tensor cores
           for (--n; n >= begin; --n) {
             const Stage before(turn++), stage(turn);
-            if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
-            issue_scores(stage.index);
-            if constexpr (Tile::kLate) add_part(0, of_added);
             ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
-            issue_part(before.index, 0);
-            if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+            issue_scores(stage.index);
+            if (Tile::kTogether > 0 && together == Tile::kTogether) {
+              put_aside();
+              together = 0;
+            }
+            issue_results(rO, before.index, 0, together++ > 0);
+            if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
-            const float of_before[2] = {alpha[0], alpha[1]};
-            softmax(n, n >= whole_end || n < whole_begin);
-            // Without a branch here ptxas puts the exponentials behind the wait for results, where
-            // nothing hides them.
-            ptx::registers_arrived(rS);
-            if (n > begin) wait_for_keys(Stage(turn + 1));
-            if constexpr (Tile::kLate) {
-              ptx::wgmma_wait<0>();
-              ptx::registers_arrived(rT);
-              of_added[0] = of_before[0], of_added[1] = of_before[1];
-            } else {
-              add_parts(before.index, of_before);
-            }
+            const bool rescale = bound(n, n >= whole_end || n < whole_begin);
+            exponentials(0, Tile::kFirst);
+            ptx::computed(fminf(sum[0], sum[1]));
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rO);
+            if (rescale) rescale_results();
             arrive(&shared.values_free[before.index]);
+            exponentials(Tile::kFirst, kScores);
             pack_probabilities();
           }
-          if constexpr (Tile::kLate) add_part(0, of_added);
           const Stage stage(turn++);
+          if (Tile::kTogether > 0 && together == Tile::kTogether) {
+            put_aside();
+            together = 0;
+          }
           ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-          issue_part(stage.index, 0);
+          issue_results(rO, stage.index, 0, together > 0);
           arrive(&shared.query_free);
-          add_parts(stage.index, alpha);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rO);
           arrive(&shared.values_free[stage.index]);
+          if (Tile::kTogether > 0 && any_aside) add_aside();
         } else {
           for (; n >= begin; --n) {
             const Stage stage(turn++);
@@ -301,11 +353,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
             if (n == begin) arrive(&shared.query_free);
-            softmax(n, n >= whole_end || n < whole_begin);
+            if (bound(n, n >= whole_end || n < whole_begin)) rescale_results();
+            exponentials(0, kScores);
             pack_probabilities();
             ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
             issue_part(stage.index, 0);
-            add_parts(stage.index, alpha);
+            add_parts(stage.index);
             arrive(&shared.values_free[stage.index]);
           }
         }
@@ -315,7 +368,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
 
       // Results leave through shared memory, once the copy engine has read those before.
-      const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+      const ptx::SharedAddress aO = ptx::shared_address(shared.out[group]);
       if (thread == 0) ptx::bulk_wait_read<0>();
       ptx::bar_sync(kGroup + group, 128);
       const float value = p.v_scale.at(job.b, kv_head);
@@ -334,8 +387,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
         }
         if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + at] =
-              nothing ? -INFINITY : fmaf(top[half] * unit - kShift, kLn2, logf(total));
+          p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(-shift[half], kLn2, logf(total));
         }
       }
       const int rows = min(job.stored - group * 64, 64);
@@ -352,17 +404,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             words[e] = ptx::pack_2(o[0] * factor[e % 2], o[1] * factor[e % 2], T{});
           }
           const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-          ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+          ptx::stmatrix_4(aO + c / 8 * (64 * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
         }
         if (packed && rows < 64) {
           // The rows after these are another sequence's. A warp stores what it has computed.
           __syncwarp();
-          const char* const from = shared.out + group * (64 * kPanelRow);
+          const char* const from = shared.out[group];
           for (int e = lane; e < 16 * (kDv / 8); e += 32) {
             const int r = warp * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
             if (r >= rows || chunk * 8 >= p.f.dv) continue;
             const char* const at =
-                from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+                from + chunk / 8 * (64 * kPanelRow) + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
             *reinterpret_cast<uint4*>(p.f.out.at(0, first + r, job.h) + chunk * 16) =
                 *reinterpret_cast<const uint4*>(at);
           }
@@ -372,7 +424,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (thread == 0) {
             for (int panel = 0; panel < panels_of(kDv); ++panel) {
               ptx::tma_store(&p.out, panel * 64, first, job.h, packed ? 0 : job.b,
-                             aO + panel * (kM * kPanelRow));
+                             aO + panel * (64 * kPanelRow));
             }
             ptx::bulk_commit();
           }

@@ -12,18 +12,22 @@ namespace fastkern::cuda::attention_detail {
 /// Panels of 128 columns of 8 bits.
 constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 
-/// kColumns columns of q, k and v. kStagesOf keys and of values each. kPolynomial of eight
-/// exponentials are computed without the special function units, which are slower than the tensor
-/// cores here. kLate: results are added after the next scores were issued, in the time of which.
-template <int kColumns, int kPartsOf, int kStagesOf, bool kOverlapped, bool kInTurn, int kOfEight,
-          bool kAddedLate>
+/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kStagesOf blocks of keys and
+/// of values. kOverlapped: scores are issued before results of the block before, of which the
+/// tensor cores sum kTogetherOf blocks, or all (0); kFirstOf scores of a thread become weights
+/// before those results are waited for. Else one after the other, and the tensor cores sum one
+/// block, in kPartsOf parts.
+template <int kColumns, int kWarpgroups, int kPartsOf, int kStagesOf, bool kOverlapped,
+          int kTogetherOf, int kFirstOf>
 struct HopperFp8Tile {
-  static constexpr int kD = kColumns, kDv = kColumns, kGroups = 2, kN = kFp8Keys;
-  static constexpr int kParts = kPartsOf, kStages = kStagesOf, kPolynomial = kOfEight;
-  static constexpr bool kOverlap = kOverlapped, kTurns = kInTurn && kOverlapped;
-  static constexpr bool kLate = kAddedLate && kOverlapped && kPartsOf == 1;
+  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups, kN = kFp8Keys;
+  static constexpr int kParts = kPartsOf, kStages = kStagesOf;
+  static constexpr int kTogether = kTogetherOf, kFirst = kFirstOf;
+  static constexpr bool kOverlap = kOverlapped;
+  static_assert(!kOverlap || kParts == 1);
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  static constexpr int kRegisters = 240, kOtherRegisters = 24;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 240,
+                       kOtherRegisters = kGroups == 3 ? 32 : 24;
 };
 
 template <class Tile>
@@ -31,12 +35,14 @@ struct HopperFp8Shared {
   static constexpr int kQuery = fp8_panels(Tile::kD) * Tile::kM * kPanelRow;
   static constexpr int kKeys = fp8_panels(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = Tile::kDv * kPanelRow;  // a row for each column of v
-  static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
+  // Of a warpgroup: results as they leave or, before, sums of those so far.
+  static constexpr int kLeaving = panels_of(Tile::kDv) * 64 * kPanelRow;
+  static constexpr int kOut = Tile::kTogether > 0 ? 64 * Tile::kDv * 4 : kLeaving;
 
   alignas(1024) char query[kQuery];
   alignas(1024) char keys[Tile::kStages][kKeys];
   alignas(1024) char values[Tile::kStages][kValues];
-  alignas(1024) char out[kOut];
+  alignas(1024) char out[Tile::kGroups][kOut];
   std::uint64_t query_there, query_free;
   std::uint64_t keys_there[Tile::kStages], keys_free[Tile::kStages];
   std::uint64_t values_there[Tile::kStages], values_free[Tile::kStages];

@@ -10,11 +10,12 @@
 
 namespace fastkern::cuda::attention_detail {
 
-// Of 128 columns scores, a part of 64 columns and results take 160 registers, of 256 columns
-// scores (then a part) and results 192.
-using HopperFp8Of64 = HopperFp8Tile<64, 1, 4, true, true, 0, true>;
-using HopperFp8Of128 = HopperFp8Tile<128, 1, 4, true, true, 0, true>;
-using HopperFp8Of256 = HopperFp8Tile<256, 2, 2, false, false, 0, false>;
+using HopperFp8Of64 = HopperFp8Tile<64, 3, 1, 4, true, 16, 32>;
+using HopperFp8Of128 = HopperFp8Tile<128, 2, 1, 4, true, 16, 32>;
+// There is no room for sums besides those of the tensor cores: results of all keys are one, or
+// those of a block.
+using HopperFp8Of256 = HopperFp8Tile<256, 2, 1, 2, true, 0, 32>;
+using HopperFp8Of256Long = HopperFp8Tile<256, 2, 4, 2, false, 0, 0>;
 
 /// f.blocks is set here.
 template <class Tile>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Functions that the special function units approximate. One function, one instruction.
+// Functions that the special function units approximate, and one of integers. One function, one
+// instruction (sm_90: max_3).
 #pragma once
 
 namespace fastkern::ptx {
@@ -24,5 +25,8 @@ __device__ __forceinline__ float sqrt_approx(float x) {
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+/// The largest of three.
+__device__ __forceinline__ int max_3(int a, int b, int c) { return __vimax3_s32(a, b, c); }
 
 }  // namespace fastkern::ptx

@@ -103,10 +103,10 @@ def flash_attn_fp8(
 
     Notes:
         * No gradient: float8 tensors have none, and ``sinks`` and scales that require one are refused.
-        * The CPU computes in float32. On CUDA a weight, relative to the largest of its row so far, is rounded to
-          float8_e4m3fn with 2^8 for the largest: 3 bits, down to 2^-14 of it. The sum it is divided by is of weights
-          that are not rounded.
-        * Deterministic and batch-invariant; NaN in rows beyond a sequence change nothing.
+        * The CPU computes in float32. On CUDA weights are rounded to float8_e4m3fn, the largest of a row between 2^6
+          and 2^8.8: 3 bits, down to 2^-12 of it. The sum they are divided by is of weights that are not rounded.
+        * Deterministic and batch-invariant, on CUDA with more than 128 columns among packed calls, and among others
+          with T at most 16384 or above; NaN in rows beyond a sequence change nothing.
         * On CUDA v is transposed first, into memory of its size.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):

@@ -9,5 +9,6 @@ namespace fastkern::ptx {
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }
 inline float sqrt_approx(float x) { return std::sqrt(x); }
+inline int max_3(int a, int b, int c) { return std::max(std::max(a, b), c); }
 
 }  // namespace fastkern::ptx
