@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float rS[kScores], rO[kResults];
     std::uint32_t rP[kN / 16][4];
     const auto issue_scores = [&](ptx::SharedAddress aQ, int stage) {
-      aQ = anew(aQ);
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
       const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
       ptx::wgmma_fence();
@@ -136,6 +135,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
+      // What stages follow from stays in registers that all of a warp share; where ptxas takes turn
+      // and t for different in each, products wait for their descriptors.
+      turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
       const Stage tile = stage_of<Tile::kQueries>(t);
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
@@ -161,7 +163,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      const HopperSeen& seen = shared.seen[t % Shared::kJobs][group];
+      // In registers: read from memory for each block, they are waited for behind its scores.
+      const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
+      const int job_begin = job.begin, job_end = job.end;
 
       // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
       // are multiplied with, if any of the warp's queries has `grown`.
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
       // the tile's first block.
       const auto clear_rest = [&](const Stage& stage) {
-        const int rows = job.end * kN - job.sight.keys;
+        const int rows = job_end * kN - job.sight.keys;
         if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         const int all = panels_of(kDv) * rows * 8;
@@ -261,7 +265,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
         __syncwarp();
         arrive(&shared.keys_free[stage.index]);
-        if (n == job.end - 1) {
+        if (n == job_end - 1) {
           clear_rest(stage);
         } else if (Tile::kTurns) {
           ptx::bar_sync(kTurn + group, 256);
@@ -272,12 +276,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.values_free[stage.index]);
       };
 
-      int n = job.end - 1;
+      int n = job_end - 1;
       for (; n >= seen.end; --n) leave_out(n);
       if (n >= seen.begin) {
         {
           const Stage stage = stage_of<Tile::kStages>(turn);
-          const bool in_turn = Tile::kTurns && n < job.end - 1;
+          const bool in_turn = Tile::kTurns && n < job_end - 1;
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (in_turn) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -286,7 +290,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
-          if (n == job.end - 1) clear_rest(stage);
+          if (n == job_end - 1) clear_rest(stage);
           if (seen.half) {
             softmax(n, Keys<kN / 2>{});
 #pragma unroll
@@ -310,7 +314,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
           softmax(n, Keys<kN>{});
-          if (Tile::kSoftmaxFirst) ptx::computed(fminf(sum[0], sum[1]));
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
@@ -330,7 +333,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         __syncwarp();
         give_back_queries();
       }
-      for (; n >= job.begin; --n) leave_out(n);
+      for (; n >= job_begin; --n) leave_out(n);
 
       float inverse[2];
 #pragma unroll
