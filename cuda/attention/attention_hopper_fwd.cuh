@@ -152,12 +152,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const auto query_of = [&](int half) { return row_of(half) >> pack; };
       const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
       // In units of what the products are; a sink is a key of its own, counted by one thread.
-      float top[2], sum[2], alpha[2];
+      float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, alpha[2];
+      if (p.f.sinks.data) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
-        top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
-        sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+        for (int half = 0; half < 2; ++half) {
+          const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
+          top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+          sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+        }
       }
       bool grown = false;
 #pragma unroll
@@ -194,18 +196,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
+        // Four chains side by side: an instruction takes as long as four are issued.
+        float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
+#pragma unroll
+        for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], rS[i]);
         float most[2];
         grown = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float& m = most[half];
-          m = fmaxf(rS[half * 2], rS[half * 2 + 1]);
+          most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
+        }
 #pragma unroll
-          for (int c = 1; c < kCount / 8; ++c) {
-            m = fmaxf(m, fmaxf(rS[c * 4 + half * 2], rS[c * 4 + half * 2 + 1]));
+        for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
           }
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& m = most[half];
           // Powers of two by which scores may exceed what they are measured against, before
           // results so far are measured anew (Zadouri et al., FlashAttention-4).
           if ((m - top[half]) * unit <= 8.0f) {
@@ -225,21 +235,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             sum[half] *= alpha[half];
           }
         }
+        float base[2], more[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float base = top[half] == -INFINITY ? 0.0f : top[half] * unit;
-          float more[2] = {};
-#pragma unroll
-          for (int c = 0; c < kCount / 8; ++c) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& s = rS[c * 4 + half * 2 + e];
-              s = ptx::exp2_approx(fmaf(s, unit, -base));
-              more[e] += s;
-            }
-          }
-          sum[half] += more[0] + more[1];
+          base[half] = top[half] == -INFINITY ? 0.0f : top[half] * unit;
         }
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+          rS[i] = ptx::exp2_approx(fmaf(rS[i], unit, -base[i / 2 % 2]));
+          more[i % 4] += rS[i];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
       };
 
       const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
@@ -335,22 +342,34 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       for (; n >= job_begin; --n) leave_out(n);
 
-      float inverse[2];
+      float total[2] = {sum[0], sum[1]}, inverse[2];
+#pragma unroll
+      for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          total[half] += __shfl_xor_sync(~0u, total[half], lanes);
+        }
+      }
+      bool nothing[2];  // seen, or to be computed
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float total = sum[half];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        const int at = query_of(half);
-        const bool nothing = total == 0.0f || job.i0 + at >= job.i1;  // seen, or to be computed
-        inverse[half] = nothing ? 0.0f : 1.0f / total;
-        if (nothing) {
+        nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
+        // Sums are 1 at least, or 0: nothing here that division is slow for.
+        const float about = ptx::rcp_approx(total[half]);
+        inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+      }
+      if (nothing[0] || nothing[1]) {
 #pragma unroll
-          for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
-        }
-        if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-              nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
+        for (int half = 0; half < 2; ++half) {
+          if (nothing[half]) inverse[half] = 0.0f;
+#pragma unroll
+          for (int c = 0; c < kDv / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& o = rO[c * 4 + half * 2 + e];
+              o = nothing[half] ? 0.0f : o;
+            }
+          }
         }
       }
       const int rows = min((job.stored << pack) - group * 64, 64);
@@ -418,6 +437,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
               ptx::bulk_commit();
             }
           }
+        }
+      }
+      if (pair == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = query_of(half);
+          if (at >= job.stored) continue;
+          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
         }
       }
     }
