@@ -71,8 +71,9 @@ struct HopperShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
   static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
-  // A job is written when all have begun the one so many tiles before, and is looked at to its end.
-  static constexpr int kJobs = 2 * Tile::kQueries;
+  // A job is written when all have begun the one three before at least, or kQueries before that
+  // which is fetched, and is looked at to its end.
+  static constexpr int kJobs = 8;
 
   alignas(1024) char query[Tile::kQueries][kQuery];
   alignas(1024) char keys[Tile::kStages][kKeys];
@@ -81,6 +82,7 @@ struct HopperShared {
   std::uint64_t query_there[Tile::kQueries], query_free[Tile::kQueries];
   std::uint64_t keys_there[Tile::kStages], keys_free[Tile::kStages];
   std::uint64_t values_there[Tile::kStages], values_free[Tile::kStages];
+  std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
 };

@@ -61,6 +61,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.values_there[s], 1);
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
     }
+    for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(&shared.job_there[s], 1);
+      ptx::mbarrier_init(&shared.job_free[s], 1);
+    }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -69,20 +73,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::registers_give_back<Tile::kOtherRegisters>();
-    if (threadIdx.x < 32) {
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+    if (threadIdx.x == 0) {
       HopperProducer<Tile> producer{p, shared};
-      int t = 0;
-      for (int round = 0;; ++round) {
-        const int id = hopper_tile(round);
-        if (round * static_cast<int>(gridDim.x) >= p.schedule.tiles) break;
-        if (id >= p.schedule.tiles) continue;
-        const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);
-        if (job.b < 0) continue;
-        if (threadIdx.x == 0) producer.run(job, t, hopper_tile(round + 1));
-        __syncwarp();
-        ++t;
+      for (int t = 0; producer.run(t); ++t) {
       }
-      if (threadIdx.x == 0) producer.finish(t);
+    } else if (warp == 1) {
+      hopper_plan<Tile>(p, shared);
     }
   } else {
     ptx::registers_take<Tile::kRegisters>();
@@ -249,6 +246,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
       };
 
+      // The copy engine has read the results before.
+      const auto wait_for_room = [&] {
+        if (!Tile::kShared) return;
+        if (thread == 0) ptx::bulk_wait_read<0>();
+        ptx::bar_sync(kGroup + group, 128);
+      };
       const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
       // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
       // the tile's first block.
@@ -333,12 +336,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
+        wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
       } else {
         __syncwarp();
         give_back_queries();
+        wait_for_room();
       }
       for (; n >= job_begin; --n) leave_out(n);
 
@@ -400,10 +405,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
       } else {
-        // Once the copy engine has read those before.
         const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
-        if (thread == 0) ptx::bulk_wait_read<0>();
-        ptx::bar_sync(kGroup + group, 128);
         if (rows > 0) {
           const int to_row = anew(warp * 16 + lane % 16);
 #pragma unroll
