@@ -71,8 +71,8 @@ struct HopperShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
   static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
-  // A job is written when all have begun the one three before at least, or kQueries before that
-  // which is fetched, and is looked at to its end.
+  // Planned two ahead of what is fetched, which is two ahead of what is computed at most, and looked
+  // at to its end: five, in a power of two.
   static constexpr int kJobs = 8;
 
   alignas(1024) char query[Tile::kQueries][kQuery];

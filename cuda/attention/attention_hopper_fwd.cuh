@@ -11,8 +11,11 @@
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
-//            while this one is computed. A warpgroup leaves out blocks that its queries do not see
+//            while this one is computed, and whose first products run while results leave. A
+//            warpgroup leaves out blocks that its queries do not see
 //   sync     barrier         who arrives              who waits
+//            job_there       warp that plans          thread that fetches
+//            job_free        thread that fetches      warp that plans, two tiles later
 //            query_there     copy engine, producer    all that compute: queries and the job
 //            query_free      they, a warp each, after producer
 //                            the last product q k
@@ -132,8 +135,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
 
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
-    int turn = 0;                    // blocks of keys seen
-    HopperSeen seen;                 // of the tile that was begun last, and its blocks
+    int turn = 0;     // blocks of keys seen
+    HopperSeen seen;  // of the tile that was begun last, and its blocks
     int n, job_begin, job_end;
     // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
     // the tile's first block.
@@ -442,7 +445,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
               const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
                                               results(c + 1, 1)};
               const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-              ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+              ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16,
+                              words);
             }
             if (packed && rows < 64) {
               // The rows after these are another sequence's. A warp stores what it has computed.

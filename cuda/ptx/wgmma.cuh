@@ -49,9 +49,9 @@ __device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress at, 
   return kSwizzle128 | kEightRows | static_cast<std::uint64_t>(panel / 16) << 16 |
          (at & 0x3ffff) / 16;
 }
-/// The same, `bytes` on. Nothing is carried into the upper half, which stays a constant.
+/// The same, `bytes` on.
 __device__ __forceinline__ MatrixDescriptor matrix_right(MatrixDescriptor from, int bytes) {
-  return from >> 32 << 32 | (static_cast<std::uint32_t>(from) + static_cast<std::uint32_t>(bytes / 16));
+  return from + bytes / 16;
 }
 
 /// Before the first product, and before one that reads or adds to registers changed since the last.
