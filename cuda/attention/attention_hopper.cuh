@@ -71,8 +71,8 @@ struct HopperShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
   static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
-  // Planned two ahead of what is fetched, which is two ahead of what is computed at most, and looked
-  // at to its end: five, in a power of two.
+  // Planned two ahead of what is fetched, which is two ahead of what is computed at most, and
+  // looked at to its end: five, in a power of two.
   static constexpr int kJobs = 8;
 
   alignas(1024) char query[Tile::kQueries][kQuery];
