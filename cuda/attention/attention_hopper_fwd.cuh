@@ -11,8 +11,7 @@
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
-//            while this one is computed, and whose first products run while results leave. A
-//            warpgroup leaves out blocks that its queries do not see
+//            while this one is computed. A warpgroup leaves out blocks that its queries do not see
 //   sync     barrier         who arrives              who waits
 //            job_there       warp that plans          thread that fetches
 //            job_free        thread that fetches      warp that plans, two tiles later
@@ -43,8 +42,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
-  // The next tile's first scores are computed while results leave, where its queries are there.
-  constexpr bool kEarly = Tile::kQueries > 1;
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
 
@@ -135,83 +132,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
 
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
-    int turn = 0;     // blocks of keys seen
-    HopperSeen seen;  // of the tile that was begun last, and its blocks
-    int n, job_begin, job_end;
-    // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
-    // the tile's first block.
-    const auto clear_rest = [&](const Stage& stage, const HopperJob& job) {
-      const int rows = job_end * kN - job.sight.keys;
-      if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
-      ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-      const int all = panels_of(kDv) * rows * 8;
-      char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
-      for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
-        char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
-        *reinterpret_cast<uint4*>(to) = uint4{};
-      }
-      ptx::fence_async();
-      ptx::bar_sync(kComputing, kGroups * 128);
-    };
-    // A block that none of the warpgroup's queries sees. Stages are given back once all lanes
-    // have seen that they were there.
-    const auto leave_out = [&](int n, const HopperJob& job) {
-      const Stage stage = stage_of<Tile::kStages>(turn++);
-      ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
-      __syncwarp();
-      arrive(&shared.keys_free[stage.index]);
-      if (n == job_end - 1) {
-        clear_rest(stage, job);
-      } else if (Tile::kTurns) {
-        ptx::bar_sync(kTurn + group, 256);
-        ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
-      }
-      ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-      __syncwarp();
-      arrive(&shared.values_free[stage.index]);
-    };
-
-    // Job t, up to the first block that the warpgroup sees; whether there is one.
-    const auto begin_tile = [&](int t) {
+    int turn = 0;  // blocks of keys seen
+    for (int t = 0;; ++t) {
+      // What stages follow from stays in registers that all of a warp share; where ptxas takes turn
+      // and t for different in each, products wait for their descriptors.
+      turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
       const Stage tile = stage_of<Tile::kQueries>(t);
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
-      if (job.b < 0) return false;
-      // In registers: read from memory for each block, they are waited for behind its scores.
-      seen = shared.seen[t % Shared::kJobs][group];
-      job_begin = job.begin, job_end = job.end;
-      for (n = job_end - 1; n >= seen.end; --n) leave_out(n, job);
-      return true;
-    };
-    const auto issue_first_scores = [&](int t) {
-      const Stage tile = stage_of<Tile::kQueries>(t), stage = stage_of<Tile::kStages>(turn);
-      const bool in_turn = Tile::kTurns && n < job_end - 1;
-      ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
-      if (in_turn) ptx::bar_sync(kTurn + group, 256);
-      issue_scores(aQuery + tile.index * Shared::kQuery, stage.index);
-      if (in_turn) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
-    };
-    const auto wait_for_scores = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rS);
-    };
-
-    int t = 0;
-    bool more = true;
-    if (kEarly) {
-      more = begin_tile(t);
-      if (more && n >= seen.begin) {
-        issue_first_scores(t);
-        wait_for_scores();
-      }
-    }
-    for (; more; ++t) {
-      if (!kEarly && !begin_tile(t)) break;
-      // What stages follow from stays in registers that all of a warp share; where ptxas takes it
-      // for different in each thread, products wait for their descriptors.
-      turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
-      const Stage tile = stage_of<Tile::kQueries>(t);
-      const HopperJob& job = shared.jobs[t % Shared::kJobs];
+      if (job.b < 0) break;
       const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
       const int pack = p.schedule.pack;
       // The thread's two rows are eight apart, of queries from job.i0 and heads from job.h on.
@@ -234,6 +163,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       bool grown = false;
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
+
+      // In registers: read from memory for each block, they are waited for behind its scores.
+      const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
+      const int job_begin = job.begin, job_end = job.end;
 
       // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
       // are multiplied with, if any of the warp's queries has `grown`.
@@ -322,16 +255,54 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::bar_sync(kGroup + group, 128);
       };
       const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
-      if (n >= seen.begin) {
-        if (!kEarly) {
-          issue_first_scores(t);
-          wait_for_scores();
+      // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
+      // the tile's first block.
+      const auto clear_rest = [&](const Stage& stage) {
+        const int rows = job_end * kN - job.sight.keys;
+        if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        const int all = panels_of(kDv) * rows * 8;
+        char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
+        for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
+          char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
+          *reinterpret_cast<uint4*>(to) = uint4{};
         }
+        ptx::fence_async();
+        ptx::bar_sync(kComputing, kGroups * 128);
+      };
+      // A block that none of the warpgroup's queries sees. Stages are given back once all lanes
+      // have seen that they were there.
+      const auto leave_out = [&](int n) {
+        const Stage stage = stage_of<Tile::kStages>(turn++);
+        ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+        __syncwarp();
+        arrive(&shared.keys_free[stage.index]);
+        if (n == job_end - 1) {
+          clear_rest(stage);
+        } else if (Tile::kTurns) {
+          ptx::bar_sync(kTurn + group, 256);
+          ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+        }
+        ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+        __syncwarp();
+        arrive(&shared.values_free[stage.index]);
+      };
+
+      int n = job_end - 1;
+      for (; n >= seen.end; --n) leave_out(n);
+      if (n >= seen.begin) {
         {
           const Stage stage = stage_of<Tile::kStages>(turn);
+          const bool in_turn = Tile::kTurns && n < job_end - 1;
+          ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          if (in_turn) ptx::bar_sync(kTurn + group, 256);
+          issue_scores(aQ, stage.index);
+          if (in_turn) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
-          if (n == job_end - 1) clear_rest(stage, job);
+          if (n == job_end - 1) clear_rest(stage);
           if (seen.half) {
             softmax(n, Keys<kN / 2>{});
 #pragma unroll
@@ -376,124 +347,109 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         give_back_queries();
         wait_for_room();
       }
-      for (; n >= job_begin; --n) leave_out(n, job);
+      for (; n >= job_begin; --n) leave_out(n);
 
-      const auto results_leave = [&] {
-        float total[2] = {sum[0], sum[1]}, inverse[2];
+      float total[2] = {sum[0], sum[1]}, inverse[2];
 #pragma unroll
-        for (int lanes = 1; lanes <= 2; lanes *= 2) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            total[half] += __shfl_xor_sync(~0u, total[half], lanes);
-          }
-        }
-        bool nothing[2];  // seen, or to be computed
+      for (int lanes = 1; lanes <= 2; lanes *= 2) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
-          // Sums are 1 at least, or 0: nothing here that division is slow for.
-          const float about = ptx::rcp_approx(total[half]);
-          inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+          total[half] += __shfl_xor_sync(~0u, total[half], lanes);
         }
-        if (nothing[0] || nothing[1]) {
+      }
+      bool nothing[2];  // seen, or to be computed
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            if (nothing[half]) inverse[half] = 0.0f;
+      for (int half = 0; half < 2; ++half) {
+        nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
+        // Sums are 1 at least, or 0: nothing here that division is slow for.
+        const float about = ptx::rcp_approx(total[half]);
+        inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+      }
+      if (nothing[0] || nothing[1]) {
 #pragma unroll
-            for (int c = 0; c < kDv / 8; ++c) {
+        for (int half = 0; half < 2; ++half) {
+          if (nothing[half]) inverse[half] = 0.0f;
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float& o = rO[c * 4 + half * 2 + e];
-                o = nothing[half] ? 0.0f : o;
-              }
+          for (int c = 0; c < kDv / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& o = rO[c * 4 + half * 2 + e];
+              o = nothing[half] ? 0.0f : o;
             }
           }
         }
-        const int rows = min((job.stored << pack) - group * 64, 64);
-        const bool packed = p.f.lengths.start_q;
-        const int warp = thread / 32;
-        const auto place = [&](int r) {  // of the r-th row of the warpgroup
-          return p.f.out.at(packed ? 0 : job.b, job.first_q + job.i0 + ((group * 64 + r) >> pack),
-                            job.h + (r & ((1 << pack) - 1)));
-        };
-        // Of column tile c and the row eight `half`s below, two results.
-        const auto results = [&](int c, int half) {
-          const float* const o = rO + c * 4 + half * 2;
-          return ptx::pack_2(o[0] * inverse[half], o[1] * inverse[half], T{});
-        };
-        if constexpr (!Tile::kShared) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int r = row_of(half) - group * 64;
-            char* const to = place(r);
-#pragma unroll
-            for (int c = 0; c < kDv / 8; c += 4) {
-              const std::uint32_t words[4] = {results(c, half), results(c + 1, half),
-                                              results(c + 2, half), results(c + 3, half)};
-              const uint4 chunk = transposed_4(words, lane);
-              if (r < rows && (c + pair) * 8 < p.f.dv) {
-                *reinterpret_cast<uint4*>(to + (c + pair) * 16) = chunk;
-              }
-            }
-          }
-        } else {
-          const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
-          if (rows > 0) {
-            const int to_row = anew(warp * 16 + lane % 16);
-#pragma unroll
-            for (int c = 0; c < kDv / 8; c += 2) {
-              const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
-                                              results(c + 1, 1)};
-              const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-              ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16,
-                              words);
-            }
-            if (packed && rows < 64) {
-              // The rows after these are another sequence's. A warp stores what it has computed.
-              __syncwarp();
-              const char* const from = shared.out + group * (64 * kPanelRow);
-              for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
-                const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
-                if (r >= rows || chunk * 8 >= p.f.dv) continue;
-                const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
-                                       ((chunk % 8) ^ (r % 8)) * 16;
-                *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
-                    *reinterpret_cast<const uint4*>(at);
-              }
-            } else {
-              ptx::fence_async();
-              ptx::bar_sync(kGroup + group, 128);
-              if (thread == 0) {
-                for (int panel = 0; panel < panels_of(kDv); ++panel) {
-                  const int at = job.first_q + job.i0 + (group * 64 >> pack);
-                  ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
-                                 packed ? 0 : job.b, aO + panel * (kM * kPanelRow));
-                }
-                ptx::bulk_commit();
-              }
-            }
-          }
-        }
-        if (pair == 0) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int at = query_of(half);
-            if (at >= job.stored) continue;
-            p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-                nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
-          }
-        }
+      }
+      const int rows = min((job.stored << pack) - group * 64, 64);
+      const bool packed = p.f.lengths.start_q;
+      const int warp = thread / 32;
+      const auto place = [&](int r) {  // of the r-th row of the warpgroup
+        return p.f.out.at(packed ? 0 : job.b, job.first_q + job.i0 + ((group * 64 + r) >> pack),
+                          job.h + (r & ((1 << pack) - 1)));
       };
-      if (!kEarly) {
-        results_leave();
+      // Of column tile c and the row eight `half`s below, two results.
+      const auto results = [&](int c, int half) {
+        const float* const o = rO + c * 4 + half * 2;
+        return ptx::pack_2(o[0] * inverse[half], o[1] * inverse[half], T{});
+      };
+      if constexpr (!Tile::kShared) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = row_of(half) - group * 64;
+          char* const to = place(r);
+#pragma unroll
+          for (int c = 0; c < kDv / 8; c += 4) {
+            const std::uint32_t words[4] = {results(c, half), results(c + 1, half),
+                                            results(c + 2, half), results(c + 3, half)};
+            const uint4 chunk = transposed_4(words, lane);
+            if (r < rows && (c + pair) * 8 < p.f.dv) {
+              *reinterpret_cast<uint4*>(to + (c + pair) * 16) = chunk;
+            }
+          }
+        }
       } else {
-        more = begin_tile(t + 1);
-        if (more && n >= seen.begin) {
-          issue_first_scores(t + 1);
-          results_leave();
-          wait_for_scores();
-        } else {
-          results_leave();
+        const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+        if (rows > 0) {
+          const int to_row = anew(warp * 16 + lane % 16);
+#pragma unroll
+          for (int c = 0; c < kDv / 8; c += 2) {
+            const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
+                                            results(c + 1, 1)};
+            const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+            ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+          }
+          if (packed && rows < 64) {
+            // The rows after these are another sequence's. A warp stores what it has computed.
+            __syncwarp();
+            const char* const from = shared.out + group * (64 * kPanelRow);
+            for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
+              const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
+              if (r >= rows || chunk * 8 >= p.f.dv) continue;
+              const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
+                                     ((chunk % 8) ^ (r % 8)) * 16;
+              *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
+                  *reinterpret_cast<const uint4*>(at);
+            }
+          } else {
+            ptx::fence_async();
+            ptx::bar_sync(kGroup + group, 128);
+            if (thread == 0) {
+              for (int panel = 0; panel < panels_of(kDv); ++panel) {
+                const int at = job.first_q + job.i0 + (group * 64 >> pack);
+                ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                               packed ? 0 : job.b, aO + panel * (kM * kPanelRow));
+              }
+              ptx::bulk_commit();
+            }
+          }
+        }
+      }
+      if (pair == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = query_of(half);
+          if (at >= job.stored) continue;
+          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
         }
       }
     }
