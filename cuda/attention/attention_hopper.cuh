@@ -18,15 +18,13 @@ inline constexpr int kPanelRow = 128;
 /// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
 /// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
-/// their products in turn. kSoftmaxFirst: exponentials before results are waited for. (nvcc 13.0
-/// takes no values of classes as template arguments of kernels.)
+/// their products in turn. (nvcc 13.0 takes no values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kExponentialsFirst = false>
+          int kQueryBlocks, bool kThroughShared, bool kInTurn>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
-  static constexpr bool kShared = kThroughShared, kTurns = kInTurn,
-                        kSoftmaxFirst = kExponentialsFirst;
+  static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
@@ -73,8 +71,9 @@ struct HopperShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
   static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
-  // A job is written when all have begun the one so many tiles before, and is looked at to its end.
-  static constexpr int kJobs = 2 * Tile::kQueries;
+  // Planned two ahead of what is fetched, which is two ahead of what is computed at most, and
+  // looked at to its end: five, in a power of two.
+  static constexpr int kJobs = 8;
 
   alignas(1024) char query[Tile::kQueries][kQuery];
   alignas(1024) char keys[Tile::kStages][kKeys];
@@ -83,6 +82,7 @@ struct HopperShared {
   std::uint64_t query_there[Tile::kQueries], query_free[Tile::kQueries];
   std::uint64_t keys_there[Tile::kStages], keys_free[Tile::kStages];
   std::uint64_t values_there[Tile::kStages], values_free[Tile::kStages];
+  std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
 };

@@ -13,6 +13,8 @@
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
 //            while this one is computed. A warpgroup leaves out blocks that its queries do not see
 //   sync     barrier         who arrives              who waits
+//            job_there       warp that plans          thread that fetches
+//            job_free        thread that fetches      warp that plans, two tiles later
 //            query_there     copy engine, producer    all that compute: queries and the job
 //            query_free      they, a warp each, after producer
 //                            the last product q k
@@ -61,6 +63,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.values_there[s], 1);
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
     }
+    for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(&shared.job_there[s], 1);
+      ptx::mbarrier_init(&shared.job_free[s], 1);
+    }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -69,20 +75,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::registers_give_back<Tile::kOtherRegisters>();
-    if (threadIdx.x < 32) {
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+    if (threadIdx.x == 0) {
       HopperProducer<Tile> producer{p, shared};
-      int t = 0;
-      for (int round = 0;; ++round) {
-        const int id = hopper_tile(round);
-        if (round * static_cast<int>(gridDim.x) >= p.schedule.tiles) break;
-        if (id >= p.schedule.tiles) continue;
-        const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);
-        if (job.b < 0) continue;
-        if (threadIdx.x == 0) producer.run(job, t, hopper_tile(round + 1));
-        __syncwarp();
-        ++t;
+      for (int t = 0; producer.run(t); ++t) {
       }
-      if (threadIdx.x == 0) producer.finish(t);
+    } else if (warp == 1) {
+      hopper_plan<Tile>(p, shared);
     }
   } else {
     ptx::registers_take<Tile::kRegisters>();
@@ -99,7 +98,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     float rS[kScores], rO[kResults];
     std::uint32_t rP[kN / 16][4];
     const auto issue_scores = [&](ptx::SharedAddress aQ, int stage) {
-      aQ = anew(aQ);
       const ptx::MatrixDescriptor dQ = ptx::matrix_descriptor(aQ);
       const ptx::MatrixDescriptor dK = ptx::matrix_descriptor(aK + stage * Shared::kKeys);
       ptx::wgmma_fence();
@@ -136,6 +134,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
+      // What stages follow from stays in registers that all of a warp share; where ptxas takes turn
+      // and t for different in each, products wait for their descriptors.
+      turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
       const Stage tile = stage_of<Tile::kQueries>(t);
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
@@ -150,18 +151,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const auto query_of = [&](int half) { return row_of(half) >> pack; };
       const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
       // In units of what the products are; a sink is a key of its own, counted by one thread.
-      float top[2], sum[2], alpha[2];
+      float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, alpha[2];
+      if (p.f.sinks.data) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
-        top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
-        sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+        for (int half = 0; half < 2; ++half) {
+          const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
+          top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+          sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+        }
       }
       bool grown = false;
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      const HopperSeen& seen = shared.seen[t % Shared::kJobs][group];
+      // In registers: read from memory for each block, they are waited for behind its scores.
+      const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
+      const int job_begin = job.begin, job_end = job.end;
 
       // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
       // are multiplied with, if any of the warp's queries has `grown`.
@@ -190,18 +195,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
+        // Four chains side by side: an instruction takes as long as four are issued.
+        float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
+#pragma unroll
+        for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], rS[i]);
         float most[2];
         grown = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float& m = most[half];
-          m = fmaxf(rS[half * 2], rS[half * 2 + 1]);
+          most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
+        }
 #pragma unroll
-          for (int c = 1; c < kCount / 8; ++c) {
-            m = fmaxf(m, fmaxf(rS[c * 4 + half * 2], rS[c * 4 + half * 2 + 1]));
+        for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
           }
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-          m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& m = most[half];
           // Powers of two by which scores may exceed what they are measured against, before
           // results so far are measured anew (Zadouri et al., FlashAttention-4).
           if ((m - top[half]) * unit <= 8.0f) {
@@ -221,28 +234,31 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             sum[half] *= alpha[half];
           }
         }
+        float base[2], more[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float base = top[half] == -INFINITY ? 0.0f : top[half] * unit;
-          float more[2] = {};
-#pragma unroll
-          for (int c = 0; c < kCount / 8; ++c) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& s = rS[c * 4 + half * 2 + e];
-              s = ptx::exp2_approx(fmaf(s, unit, -base));
-              more[e] += s;
-            }
-          }
-          sum[half] += more[0] + more[1];
+          base[half] = top[half] == -INFINITY ? 0.0f : top[half] * unit;
         }
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+          rS[i] = ptx::exp2_approx(fmaf(rS[i], unit, -base[i / 2 % 2]));
+          more[i % 4] += rS[i];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
       };
 
+      // The copy engine has read the results before.
+      const auto wait_for_room = [&] {
+        if (!Tile::kShared) return;
+        if (thread == 0) ptx::bulk_wait_read<0>();
+        ptx::bar_sync(kGroup + group, 128);
+      };
       const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
       // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
       // the tile's first block.
       const auto clear_rest = [&](const Stage& stage) {
-        const int rows = job.end * kN - job.sight.keys;
+        const int rows = job_end * kN - job.sight.keys;
         if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         const int all = panels_of(kDv) * rows * 8;
@@ -261,7 +277,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
         __syncwarp();
         arrive(&shared.keys_free[stage.index]);
-        if (n == job.end - 1) {
+        if (n == job_end - 1) {
           clear_rest(stage);
         } else if (Tile::kTurns) {
           ptx::bar_sync(kTurn + group, 256);
@@ -272,12 +288,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.values_free[stage.index]);
       };
 
-      int n = job.end - 1;
+      int n = job_end - 1;
       for (; n >= seen.end; --n) leave_out(n);
       if (n >= seen.begin) {
         {
           const Stage stage = stage_of<Tile::kStages>(turn);
-          const bool in_turn = Tile::kTurns && n < job.end - 1;
+          const bool in_turn = Tile::kTurns && n < job_end - 1;
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (in_turn) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -286,7 +302,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
-          if (n == job.end - 1) clear_rest(stage);
+          if (n == job_end - 1) clear_rest(stage);
           if (seen.half) {
             softmax(n, Keys<kN / 2>{});
 #pragma unroll
@@ -310,7 +326,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
           softmax(n, Keys<kN>{});
-          if (Tile::kSoftmaxFirst) ptx::computed(fminf(sum[0], sum[1]));
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
@@ -323,31 +338,45 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
+        wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
       } else {
         __syncwarp();
         give_back_queries();
+        wait_for_room();
       }
-      for (; n >= job.begin; --n) leave_out(n);
+      for (; n >= job_begin; --n) leave_out(n);
 
-      float inverse[2];
+      float total[2] = {sum[0], sum[1]}, inverse[2];
+#pragma unroll
+      for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          total[half] += __shfl_xor_sync(~0u, total[half], lanes);
+        }
+      }
+      bool nothing[2];  // seen, or to be computed
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float total = sum[half];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        const int at = query_of(half);
-        const bool nothing = total == 0.0f || job.i0 + at >= job.i1;  // seen, or to be computed
-        inverse[half] = nothing ? 0.0f : 1.0f / total;
-        if (nothing) {
+        nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
+        // Sums are 1 at least, or 0: nothing here that division is slow for.
+        const float about = ptx::rcp_approx(total[half]);
+        inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+      }
+      if (nothing[0] || nothing[1]) {
 #pragma unroll
-          for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
-        }
-        if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-              nothing ? -INFINITY : fmaf(top[half], p.f.scale, logf(total));
+        for (int half = 0; half < 2; ++half) {
+          if (nothing[half]) inverse[half] = 0.0f;
+#pragma unroll
+          for (int c = 0; c < kDv / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& o = rO[c * 4 + half * 2 + e];
+              o = nothing[half] ? 0.0f : o;
+            }
+          }
         }
       }
       const int rows = min((job.stored << pack) - group * 64, 64);
@@ -378,10 +407,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
       } else {
-        // Once the copy engine has read those before.
         const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
-        if (thread == 0) ptx::bulk_wait_read<0>();
-        ptx::bar_sync(kGroup + group, 128);
         if (rows > 0) {
           const int to_row = anew(warp * 16 + lane % 16);
 #pragma unroll
@@ -415,6 +441,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
               ptx::bulk_commit();
             }
           }
+        }
+      }
+      if (pair == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = query_of(half);
+          if (at >= job.stored) continue;
+          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
         }
       }
     }

@@ -51,15 +51,12 @@ struct HopperProducer {
           &shared.values_there[stage.index], ptx::Keep::long_);
   }
 
-  /// Queries of the job with number t, and the job.
+  /// Queries of the job with number t.
   __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t) {
     const Stage stage = stage_of<Tile::kQueries>(t);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    shared.jobs[t % Shared::kJobs] = job;
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      shared.seen[t % Shared::kJobs][group] = hopper_seen<Tile>(job, group, p.schedule.pack);
-    }
-    if (job.begin == job.end) {
+    ptx::mbarrier_arrive(&shared.job_free[t & 1]);
+    if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
     }
@@ -69,53 +66,82 @@ struct HopperProducer {
     fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, pack ? job.h : row,
           pack ? row : job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
   }
-  /// What tile `id` begins with comes to L2, where nobody has to wait for it later.
-  __device__ __forceinline__ void ask_for(int id) {
-    if (id >= p.schedule.tiles || p.f.lengths.start_q) return;
-    const HopperJob next = hopper_job<Tile>(p.f, p.schedule, id);
-    if (Tile::kQueries == 1) {
-      const bool pack = p.schedule.pack > 0;
-      for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-        ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : next.i0, pack ? next.i0 : next.h,
-                          next.b);
-      }
-    }
-    const int head = next.h / p.f.group;
-    for (int n = next.end - 1; n >= max(next.begin, next.end - p.schedule.ahead); --n) {
-      for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-        ptx::tma_prefetch(&p.k, panel * 64, n * Tile::kN, head, next.b);
-      }
-      for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
-        ptx::tma_prefetch(&p.v, panel * 64, n * Tile::kN, head, next.b);
-      }
-    }
-  }
 
-  /// Everything of the job with number t; `next`: the tile after it.
-  __device__ __forceinline__ void run(const HopperJob& job, int t, int next) {
+  /// Everything of the job with number t; whether there was one.
+  __device__ __forceinline__ bool run(int t) {
+    const Stage planned = stage_of<2>(t);
+    ptx::mbarrier_wait(&shared.job_there[planned.index], planned.parity);
+    const HopperJob& job = shared.jobs[t % Shared::kJobs];
     const int entry = p.f.lengths.start_q ? 0 : job.b, head = job.h / p.f.group;
-    int row = job.first_k + (job.end - 1) * Tile::kN;
-    const bool any = job.begin < job.end;
+    const int begin = job.begin, end = job.end;
+    int row = job.first_k + (end - 1) * Tile::kN;
+    const bool is_one = job.b >= 0, any = is_one && begin < end;
     // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
     if (Tile::kQueries > 1) queries(job, entry, t);
     if (any) keys(row, head, entry);
     if (Tile::kQueries == 1) queries(job, entry, t);
-    ask_for(next);
-    if (!any) return;
-    for (int n = job.end - 1; n > job.begin; --n) {
+    if (!any) return is_one;
+    for (int n = end - 1; n > begin; --n) {
       const int before = turn++;
       keys(row - Tile::kN, head, entry);
       values(before, row, head, entry);
       row -= Tile::kN;
     }
     values(turn++, row, head, entry);
-  }
-  __device__ __forceinline__ void finish(int t) {
-    const Stage stage = stage_of<Tile::kQueries>(t);
-    ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    shared.jobs[t % Shared::kJobs].b = -1;
-    ptx::mbarrier_arrive(&shared.query_there[stage.index]);
+    return true;
   }
 };
+
+/// What a tile begins with comes to L2, where nobody has to wait for it later.
+template <class Tile>
+__device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJob& next) {
+  if (p.f.lengths.start_q) return;
+  const bool pack = p.schedule.pack > 0;
+  for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+    ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : next.i0, pack ? next.i0 : next.h, next.b);
+  }
+  const int head = next.h / p.f.group;
+  for (int n = next.end - 1; n >= max(next.begin, next.end - p.schedule.ahead); --n) {
+    for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+      ptx::tma_prefetch(&p.k, panel * 64, n * Tile::kN, head, next.b);
+    }
+    for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
+      ptx::tma_prefetch(&p.v, panel * 64, n * Tile::kN, head, next.b);
+    }
+  }
+}
+
+/// What the thread that fetches does not have to find out itself: a warp plans the tiles, one or
+/// two ahead.
+template <class Tile>
+__device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared<Tile>& shared) {
+  using Shared = HopperShared<Tile>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  bool more = true;
+  for (int round = 0, t = 0; more; ++round) {
+    const int id = hopper_tile(round);
+    more = round * static_cast<int>(gridDim.x) < p.schedule.tiles;
+    HopperJob job{};
+    job.b = -1;
+    if (more) {
+      if (id >= p.schedule.tiles) continue;
+      job = hopper_job<Tile>(p.f, p.schedule, id);
+      if (job.b < 0) continue;
+    }
+    const Stage stage = stage_of<2>(t);
+    // Queries of the job two before have been asked for: nobody looks at those before it.
+    ptx::mbarrier_wait(&shared.job_free[stage.index], stage.parity ^ 1);
+    if (lane == 0) shared.jobs[t % Shared::kJobs] = job;
+    if (lane < Tile::kGroups) {
+      shared.seen[t % Shared::kJobs][lane] = hopper_seen<Tile>(job, lane, p.schedule.pack);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      ptx::mbarrier_arrive(&shared.job_there[stage.index]);
+      if (Tile::kQueries == 1 && more) bring_near<Tile>(p, job);
+    }
+    ++t;
+  }
+}
 
 }  // namespace fastkern::cuda::attention_detail
