@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::fence_async();
         __syncwarp();
         arrive(&shared.ds_there[stage]);
-        ptx::bar_sync(kGroup + group, 128);  // dk takes what this warpgroup wrote
+        ptx::bar_sync(kWarpgroup + group, 128);  // dk takes what this warpgroup wrote
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDv);
       }

@@ -76,7 +76,7 @@ struct HopperBwdShared {
 };
 
 /// Barriers besides those: of all that compute, of each warpgroup.
-enum HopperBwdBarrier : int { kBoth = 1, kGroup = 2 };
+enum HopperBwdBarrier : int { kBoth = 1, kWarpgroup = 2 };
 
 /// What a block of keys and a block of queries are to each other.
 struct HopperMeeting {
