@@ -244,6 +244,38 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                  reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
+    // dk or dv of this warp's keys. Straight from registers a store has a few bytes of each of
+    // eight rows, and takes as long as eight.
+    const auto store_keys = [&](const View& to, const KeyJob& job, int width, float scale,
+                                const float (&v)[kD / 2]) {
+      const int row = job.first_k + job.j0, first = (ptx::thread_number() / 32 - 4) * 16;
+      if (!p.fours) {
+        return store_rows(to, false, job.job.b, row, job.g, first, job.stored, 0, width, scale,
+                          reinterpret_cast<const float (&)[kD / 8][4]>(v), T{});
+      }
+      __syncwarp();
+#pragma unroll
+      for (int c = 0; c < kD / 8; c += 2) {
+        std::uint32_t words[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          words[e] = ptx::pack_2(v[c * 4 + e * 2] * scale, v[c * 4 + e * 2 + 1] * scale, T{});
+        const int chunk = (c % 8 + ds_chunk) ^ (ds_row % 8);
+        ptx::stmatrix_4(aDs + c / 8 * Shared::kDs + ds_row * kPanelRow + chunk * 16, words);
+      }
+      __syncwarp();
+      constexpr int kFours = kD / 4;
+#pragma unroll 4
+      for (int e = lane; e < 16 * kFours; e += 32) {
+        const int at = first + e / kFours, x = e % kFours;
+        const uint2 four = *reinterpret_cast<const uint2*>(
+            shared.ds[x / 16] + at * kPanelRow + ((x / 2 % 8) ^ (at % 8)) * 16 + x % 2 * 8);
+        if (at < job.stored && x * 4 < width) {
+          *reinterpret_cast<uint2*>(to.at(job.job.b, row + at, job.g) + x * 8) = four;
+        }
+      }
+    };
+
     int turn = 0;  // blocks of queries before
     each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
       const KeyJob& job = found.job;
@@ -422,11 +454,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.keys_free);
         give_dq(found, end - 1);
       }
-      const int row = job.first_k + job.j0, first = (ptx::thread_number() / 32 - 4) * 16;
-      store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,
-                 reinterpret_cast<const float (&)[kD / 8][4]>(rDv), T{});
-      store_rows(p.dk, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.d, p.f.scale,
-                 reinterpret_cast<const float (&)[kD / 8][4]>(rDk), T{});
+      // ds is read by the other warpgroup, too: once it has been, results leave through its rows.
+      ptx::mbarrier_wait(&shared.ds_free[ring_stage(end - 2)], ring_parity(end - 2));
+      ptx::mbarrier_wait(&shared.ds_free[ring_stage(end - 1)], ring_parity(end - 1));
+      store_keys(p.dv, job, p.f.dv, 1.0f, rDv);
+      store_keys(p.dk, job, p.f.d, p.f.scale, rDk);
     });
   }
 }

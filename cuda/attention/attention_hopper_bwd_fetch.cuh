@@ -166,6 +166,11 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   };
   HopperMeetings<Tile> next(p, found);
   const int count = next.count();
+  // In L2 when the tile before is done with the room for them.
+  for (int panel = 0; count > 0 && panel < panels_of(Tile::kD); ++panel) {
+    ptx::tma_prefetch(&all.v, panel * 64, job.first_k + job.j0, job.g, entry);
+    ptx::tma_prefetch(&all.k, panel * 64, job.first_k + job.j0, job.g, entry);
+  }
   for (int t = 0; t < count; ++t, ++next) {
     const int turn = shared.turn + t, stage = ring_stage(turn),
               row = job.job.first_q + next.m * Tile::kM;
@@ -253,9 +258,11 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
   const ptx::SharedAddress own = ptx::shared_address(shared.dq[stage]);
   const int n = found.job.j0 / Tile::kN;
   HopperMeetings<Tile> next(p, found);
-  for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
-    if (ring_stage(turn) != stage) continue;
-    const HopperMeeting at = *next;
+  const int end = turn + next.count();
+  if (turn < end && ring_stage(turn) != stage) ++next, ++turn;
+  HopperMeeting at{};
+  if (turn < end) at = *next;
+  while (turn < end) {
     int* const turns = p.turns + at.block;
     float* const sums = p.dq_sums + at.block * (2 * Tile::kDq);
     const bool fetches = n == at.last && n > at.first;
@@ -274,17 +281,26 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
       ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[stage]);
     }
     ptx::mbarrier_wait(&shared.dq_ours[stage], ring_parity(turn));
-    if (n == at.last) continue;
-    if (n == at.first) {
-      ptx::bulk_store(sums, own, kBytes);
-    } else {
-      ptx::bulk_add(sums, own, kBytes);
+    const bool adds = n < at.last;
+    if (adds) {
+      if (n == at.first) {
+        ptx::bulk_store(sums, own, kBytes);
+      } else {
+        ptx::bulk_add(sums, own, kBytes);
+      }
+      ptx::bulk_commit();
     }
-    ptx::bulk_commit();
+    turn += 2;
+    if (turn < end) {
+      ++next, ++next;
+      at = *next;  // while the other arrives
+    }
+    if (!adds) continue;
     ptx::bulk_wait<0>();
     ptx::fence_async_global();
     ptx::pass_on(turns);
   }
+  turn = end;
 }
 
 }  // namespace fastkern::cuda::attention_detail
