@@ -25,7 +25,6 @@ struct Backward {
 };
 
 inline constexpr int kFirstThreads = 256;
-inline constexpr int kFirstRows = 2;  // of a thread, all on their way at once
 
 /// How many threads a row of dout takes, wherever it lies: the order of its sum depends on it.
 template <class T>
@@ -36,91 +35,54 @@ __host__ __device__ int first_width(const Forward& f) {
   return width;
 }
 
-/// Blocks of an entry: rows, of all queries and heads, in the order they have in memory.
+/// rows; turns = 0; dq = 0 where no block of keys may write it. A block has queries of one head.
 template <class T>
-__host__ __device__ std::int64_t first_blocks(const Forward& f) {
-  const int rows = kFirstThreads / first_width<T>(f) * kFirstRows;
-  return (static_cast<std::int64_t>(f.queries) * f.heads + rows - 1) / rows;
-}
-
-/// rows; turns = 0; dq = 0 where no block of keys may write it.
-template <class T>
-__global__ void __launch_bounds__(kFirstThreads, 4)
+__global__ void __launch_bounds__(kFirstThreads)
     attention_bwd_first_kernel(const __grid_constant__ Backward p) {
   const Forward& f = p.f;
   constexpr int kPack = 16 / sizeof(T);
   const int width = first_width<T>(f), lane = static_cast<int>(threadIdx.x) % width;
-  const int at_once = kFirstThreads / width;
-  const std::int64_t blocks = first_blocks<T>(f);
-  const int b = static_cast<int>(blockIdx.x / blocks);  // packed tensors are one entry
-  // A query's heads lie side by side, or a head's queries.
-  const bool by_query = f.out.row > f.out.head;
-  const int inner = by_query ? f.heads : f.queries, outer = by_query ? f.queries : f.heads;
-  const std::int64_t first =
-      (blockIdx.x - b * blocks) * (at_once * kFirstRows) + static_cast<int>(threadIdx.x) / width;
-  int x = static_cast<int>(first / inner), y = static_cast<int>(first % inner);
+  const int rows = kFirstThreads / width, blocks = (f.queries + rows - 1) / rows;
+  const int head = static_cast<int>(blockIdx.x) / blocks;
+  const int row =
+      static_cast<int>(blockIdx.x) % blocks * rows + static_cast<int>(threadIdx.x) / width;
+  const int b = head / f.heads, h = head % f.heads;  // packed tensors are one entry
+  const std::int64_t at = static_cast<std::int64_t>(head) * f.queries + row;
   ptx::grid_wait();
   ptx::grid_launch_next();
   for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kFirstThreads + threadIdx.x;
        e < p.turn_count; e += static_cast<std::int64_t>(gridDim.x) * kFirstThreads)
     p.turns[e] = 0;
-  float lse[kFirstRows], sum[kFirstRows];
-  int rows[kFirstRows], heads[kFirstRows];
-  const int step_x = at_once / inner, step_y = at_once % inner;
-#pragma unroll
-  for (int k = 0; k < kFirstRows; ++k) {
-    rows[k] = x < outer ? (by_query ? x : y) : -1, heads[k] = by_query ? y : x;
-    x += step_x, y += step_y;
-    if (y >= inner) y -= inner, ++x;
-    sum[k] = 0.0f;
-    if (rows[k] >= 0)
-      lse[k] = f.lse[(static_cast<std::int64_t>(b) * f.heads + heads[k]) * f.queries + rows[k]];
-  }
-  const auto add = [&](int k, T u, T v) {
-    sum[k] = fmaf(static_cast<float>(u), static_cast<float>(v), sum[k]);
-  };
-  for (int c = lane * kPack; c < f.dv; c += width * kPack) {
-    const auto out = [&](int k) {
-      return reinterpret_cast<const T*>(f.out.at(b, rows[k], heads[k])) + c;
+  const bool there = row < f.queries;
+  float sum = 0.0f;
+  if (there) {
+    const T* const out = reinterpret_cast<const T*>(f.out.at(b, row, h));
+    const T* const dout = reinterpret_cast<const T*>(p.dout.at(b, row, h));
+    const auto add = [&](T x, T y) {
+      sum = fmaf(static_cast<float>(x), static_cast<float>(y), sum);
     };
-    const auto dout = [&](int k) {
-      return reinterpret_cast<const T*>(p.dout.at(b, rows[k], heads[k])) + c;
-    };
-    if (f.vectors) {
-      uint4 u[kFirstRows], v[kFirstRows];
+    for (int c = lane * kPack; c < f.dv; c += width * kPack) {
+      if (f.vectors) {
+        const uint4 x = ptx::ld_global_nc(out + c), y = ptx::ld_global_nc(dout + c);
+        const T* const xs = reinterpret_cast<const T*>(&x);
+        const T* const ys = reinterpret_cast<const T*>(&y);
 #pragma unroll
-      for (int k = 0; k < kFirstRows; ++k) {
-        if (rows[k] >= 0) u[k] = ptx::ld_global_nc(out(k)), v[k] = ptx::ld_global_nc(dout(k));
-      }
-#pragma unroll
-      for (int k = 0; k < kFirstRows; ++k) {
-#pragma unroll
-        for (int e = 0; e < kPack; ++e)
-          add(k, reinterpret_cast<const T*>(&u[k])[e], reinterpret_cast<const T*>(&v[k])[e]);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kFirstRows; ++k) {
-        for (int e = 0; rows[k] >= 0 && e < min(kPack, f.dv - c); ++e)
-          add(k, out(k)[e], dout(k)[e]);
+        for (int e = 0; e < kPack; ++e) add(xs[e], ys[e]);
+      } else {
+        for (int e = c; e < min(c + kPack, f.dv); ++e) add(out[e], dout[e]);
       }
     }
   }
-#pragma unroll
-  for (int k = 0; k < kFirstRows; ++k) {
-    for (int step = width / 2; step > 0; step /= 2) sum[k] += __shfl_xor_sync(~0u, sum[k], step);
-    if (rows[k] < 0) continue;
-    const std::int64_t at =
-        (static_cast<std::int64_t>(b) * f.heads + heads[k]) * f.queries + rows[k];
-    const bool nothing = lse[k] == -INFINITY;  // seen: what comes in does not matter
-    if (lane == 0) {
-      p.rows[at] = nothing ? make_float2(INFINITY, 0.0f)
-                           : make_float2(lse[k] * kLog2e, p.dlse ? sum[k] - p.dlse[at] : sum[k]);
-    }
-    if (p.dq.data && (f.sinks.data || nothing)) {
-      T* const dq = reinterpret_cast<T*>(p.dq.at(b, rows[k], heads[k]));
-      for (int c = lane; c < f.d; c += width) dq[c] = T(0.0f);
-    }
+  for (int step = width / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (!there) return;
+  const bool nothing = f.lse[at] == -INFINITY;  // seen: what comes in does not matter
+  if (lane == 0) {
+    p.rows[at] = nothing ? make_float2(INFINITY, 0.0f)
+                         : make_float2(f.lse[at] * kLog2e, p.dlse ? sum - p.dlse[at] : sum);
+  }
+  if (p.dq.data && (f.sinks.data || nothing)) {
+    T* const dq = reinterpret_cast<T*>(p.dq.at(b, row, h));
+    for (int c = lane; c < f.d; c += width) dq[c] = T(0.0f);
   }
 }
 

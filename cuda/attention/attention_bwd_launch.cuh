@@ -78,9 +78,11 @@ void launch_bwd_as(Backward& p, Stream stream, const char* op) {
 
 template <class T>
 void launch_bwd_first(const Backward& p, Stream stream, const char* op) {
+  const std::int64_t heads =
+      p.f.heads * static_cast<std::int64_t>(p.f.lengths.start_q ? 1 : p.f.batch);
   launch(attention_bwd_first_kernel<T>,
          {.op = op,
-          .grid = (p.f.lengths.start_q ? 1 : p.f.batch) * first_blocks<T>(p.f),
+          .grid = heads * ceil_div(p.f.queries, kFirstThreads / first_width<T>(p.f)),
           .block = kFirstThreads,
           .overlap = true},
          stream, p);

@@ -7,13 +7,13 @@
 //            the last ones first, the queries that see them
 //   memory   keys and values stay in shared memory; queries and dout go through a ring of two
 //            stages that the copy engine fills. Scores are transposed, keys x queries, so that p
-//            is in registers what the product with dout takes as its left side; ds goes through
-//            shared memory, two stages, for dk and dq. dk and dv stay in registers. dq is summed in
-//            f32 in global memory, by additions of the copy engine in L2
-//   overlap  products are issued one step ahead of what a warpgroup computes: dq of two blocks of
-//            queries before, scores, and dk of the block before run while that dq leaves; dp while
-//            exponentials are computed; dv while ds is. Nothing is under way where the loop begins
-//            anew, which ptxas does not follow
+//            and ds are in registers what the products with dout and q take as their left side; ds
+//            goes through shared memory, two stages, for dq. dk and dv stay in registers. dq is
+//            summed in f32 in global memory, by additions of the copy engine in L2
+//   overlap  dq of a block of queries is computed with dk and dv of the next, when both warpgroups
+//            have long written their ds; scores and dp of a block are issued behind dk and dv of
+//            the one before. The warpgroups issue all of that in turn: p and ds of one are computed
+//            during products of the other
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
 //            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
@@ -26,14 +26,13 @@
 //            keys_free, ...   who computes            warp 0
 //            query_there,     copy engine, warp 0     who computes, warp 3
 //            dout_there
-//            rows_there       warp 3                  who computes: lse and delta, which block it
-//                                                     is, and rows that saw nothing are zeros
+//            rows_there       warp 3                  who computes: lse and delta, and rows that
+//                                                     saw nothing are zeros
 //            free             who computes            warps 0 and 3: queries, dout, lse, delta
 //            ds_there         who computes            who computes, before dq
 //            ds_free          who computes, after dq  who computes, before ds of two blocks on
-//            dq_theirs        warp 1 or 2             who computes: where dq goes; it may be
-//                                                     written or, for the last keys, the sums
-//                                                     before are there
+//            dq_theirs        warp 1 or 2             who computes: dq may be written or, for the
+//                                                     last keys, the sums before are there
 //            dq_ours          who computes            warp 1 or 2: dq was written, or read
 //   cost     10 * S * T * D flops where all is seen; 4 bytes of dq added for 1280 flops
 #pragma once
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         HopperBwdJob& next = shared.jobs[ring_stage(n)];
         ptx::mbarrier_wait(&shared.job_free[ring_stage(n)], ring_parity(n) ^ 1);
         __syncwarp();  // all of its lanes have seen that it is free
-        if (threadIdx.x == 0) next.number = n, next.tile = shared.tile;
+        if (threadIdx.x == 0) next.number = n;
         find_hopper_bwd_job<Tile>(p, next);
         if (threadIdx.x == 0) ptx::mbarrier_arrive(&shared.job_there[ring_stage(next.number)]);
         __syncwarp();
@@ -149,11 +148,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // Where this lane's rows of ds begin, and which of the first two chunks of 16 bytes is its own.
     const int ds_row = group * 64 + warp * 16 + lane % 16, ds_chunk = lane / 16;
 
-    // Of a block's steps of dv, those that are issued before ds is computed: for more there are no
-    // registers.
-    constexpr int kEarly = 4;
     float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2], rDq[kDqRegisters];
-    std::uint32_t rP[kM / 16][4];
+    std::uint32_t rP[kM / 16][4], rDs[kM / 16][4];
 
     // d (64 keys x queries) = own keys or values times rows.
     const auto issue_transposed = [&](float (&d)[kM / 2], ptx::SharedAddress of_keys,
@@ -169,34 +165,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    // dk += ds times queries; ds from shared memory: carried in registers from one block to the
-    // next there would be none for the scores.
-    const auto issue_dk = [&](int stage, ptx::SharedAddress rows, bool add) {
-      const ptx::MatrixDescriptor dA =
-          ptx::matrix_descriptor(aDs + stage * Shared::kDs + group * (64 * kPanelRow));
+    // d (64 keys x columns) += p or ds times rows.
+    const auto issue_gradient = [&](float (&d)[kD / 2], const std::uint32_t (&a)[kM / 16][4],
+                                    ptx::SharedAddress rows) {
       const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(rows, kM * kPanelRow);
 #pragma unroll
       for (int kk = 0; kk < kM / 16; ++kk) {
-        ptx::wgmma<ptx::Major::k, ptx::Major::mn>(
-            rDk, ptx::matrix_right(dA, kk / 4 * (kN * kPanelRow) + kk % 4 * 32),
-            ptx::matrix_right(dB, kk * (16 * kPanelRow)), kk > 0 || add, T{});
-      }
-    };
-    // dv += p times dout, of steps from `from` to `to`.
-    const auto issue_dv = [&](int from, int to, ptx::SharedAddress rows) {
-      const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(rows, kM * kPanelRow);
-#pragma unroll
-      for (int kk = 0; kk < kM / 16; ++kk) {
-        if (kk < from || kk >= to) continue;
-        ptx::wgmma<ptx::Major::mn>(rDv, rP[kk], ptx::matrix_right(dB, kk * (16 * kPanelRow)), true,
+        ptx::wgmma<ptx::Major::mn>(d, a[kk], ptx::matrix_right(dB, kk * (16 * kPanelRow)), true,
                                    T{});
       }
-    };
-    // To 16 bits, what a step of a product takes as its left side.
-    const auto pack = [&](std::uint32_t (&to)[4], const float (&from)[kM / 2], int kk) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        to[e] = ptx::pack_2(from[kk * 8 + e * 2], from[kk * 8 + e * 2 + 1], T{});
     };
     // dq (64 queries x columns) = ds transposed times keys.
     const auto issue_dq = [&](int stage) {
@@ -210,14 +187,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             rDq, ptx::matrix_right(dA, kk * (16 * kPanelRow)),
             ptx::matrix_right(dB, kk * (16 * kPanelRow)), kk > 0, T{});
       }
+      ptx::wgmma_commit();
+    };
+    const auto my_turn = [&] {
+      if (Tile::kTurns != HopperTurns::none) ptx::bar_sync(kIssues + group, 256);
+    };
+    const auto others_turn = [&] {
+      if (Tile::kTurns != HopperTurns::none) ptx::bar_arrive(kIssues + 1 - group, 256);
     };
     // dq of a block, with number t, has arrived in registers.
-    const auto give_dq = [&](const HopperBwdJob& found, int t) {
+    const auto give_dq = [&](const HopperMeetings<Tile>& of, int t) {
+      const HopperMeeting at = *of;
+      const KeyJob& job = of.all.job;
+      const int n = job.j0 / kN;
       const int stage = ring_stage(t);
       float4* const own = reinterpret_cast<float4*>(shared.dq[stage][group]) + threadIdx.x % 128;
       ptx::mbarrier_wait(&shared.dq_theirs[stage], ring_parity(t));
-      const int rows = shared.places[stage].rows;
-      if (rows == 0) {
+      if (n < at.last) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           own[i * 128] = make_float4(rDq[i * 4], rDq[i * 4 + 1], rDq[i * 4 + 2], rDq[i * 4 + 3]);
@@ -227,8 +213,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.dq_ours[stage]);
         return;
       }
-      const HopperDqPlace at = shared.places[stage];
-      if (at.sums) {
+      if (n > at.first) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           const float4 before = own[i * 128];
@@ -238,62 +223,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.dq_ours[stage]);
-      store_rows(p.dq, p.fours, found.job.job.b, found.job.job.first_q + at.i0, at.h,
-                 (ptx::thread_number() / 32 - 4) % (kM == 64 ? 4 : 8) * 16, rows,
+      const int i0 = at.m * kM, i1 = min(i0 + kM, job.queries);
+      store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
+                 warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
                  kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
                  reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
-    // dk or dv of this warp's keys. Straight from registers a store has a few bytes of each of
-    // eight rows, and takes as long as eight.
-    const auto store_keys = [&](const View& to, const KeyJob& job, int width, float scale,
-                                const float (&v)[kD / 2]) {
-      const int row = job.first_k + job.j0, first = (ptx::thread_number() / 32 - 4) * 16;
-      if (!p.fours) {
-        return store_rows(to, false, job.job.b, row, job.g, first, job.stored, 0, width, scale,
-                          reinterpret_cast<const float (&)[kD / 8][4]>(v), T{});
-      }
-      __syncwarp();
-#pragma unroll
-      for (int c = 0; c < kD / 8; c += 2) {
-        std::uint32_t words[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          words[e] = ptx::pack_2(v[c * 4 + e * 2] * scale, v[c * 4 + e * 2 + 1] * scale, T{});
-        const int chunk = (c % 8 + ds_chunk) ^ (ds_row % 8);
-        ptx::stmatrix_4(aDs + c / 8 * Shared::kDs + ds_row * kPanelRow + chunk * 16, words);
-      }
-      __syncwarp();
-      constexpr int kFours = kD / 4;
-#pragma unroll 4
-      for (int e = lane; e < 16 * kFours; e += 32) {
-        const int at = first + e / kFours, x = e % kFours;
-        const uint2 four = *reinterpret_cast<const uint2*>(
-            shared.ds[x / 16] + at * kPanelRow + ((x / 2 % 8) ^ (at % 8)) * 16 + x % 2 * 8);
-        if (at < job.stored && x * 4 < width) {
-          *reinterpret_cast<uint2*>(to.at(job.job.b, row + at, job.g) + x * 8) = four;
-        }
-      }
-    };
-
-    int turn = 0;  // blocks of queries before
+    if (Tile::kTurns != HopperTurns::none && group == 0) ptx::bar_arrive(kIssues, 256);
+    int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
     each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
       const KeyJob& job = found.job;
       const int own_keys = job.j0 + group * 64;
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
-#pragma unroll
-      for (int kk = 0; kk < kM / 16; ++kk) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) rP[kk][e] = 0;
-      }
       ptx::registers_arrived(rDk);  // zeros are there before products are issued
       ptx::registers_arrived(rDv);
-      const int begin = turn, end = turn + (found.m_end - found.m_begin) * p.f.group;
+      HopperMeetings<Tile> next(p, found), before = next;
+      const int begin = turn, end = turn + next.count();
       if (begin < end) {
         // Rows of keys and values beyond the sequence are of others: make them zeros.
-        ptx::mbarrier_wait(&shared.keys_there, found.tile & 1);
-        ptx::mbarrier_wait(&shared.values_there, found.tile & 1);
+        ptx::mbarrier_wait(&shared.keys_there, tile & 1);
+        ptx::mbarrier_wait(&shared.values_there, tile & 1);
         if (const int rows = job.j0 + kN - job.j1;
             rows > 0 && (p.f.lengths.start_q || p.f.lengths.used_k)) {
           for (int e = static_cast<int>(threadIdx.x) - 128; e < panels_of(kD) * rows * 8;
@@ -306,43 +257,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::fence_async();
           ptx::bar_sync(kBoth, 256);
         }
+        ++tile;
       }
+      const auto await_queries = [&](int t) {
+        ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
+        ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
+      };
       for (; turn < end; ++turn) {
         const int stage = ring_stage(turn), other = stage ^ 1;
-        ptx::mbarrier_wait(&shared.rows_there[stage], ring_parity(turn));
-        ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(turn));
-        // Products of blocks before the first are issued too, as a branch would have ptxas put one
-        // after the other: dv of zeros times its own rows, dk and dq that none takes.
-        const int last = turn > begin ? other : stage;
-        if (turn == begin) ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        if (turn > begin + 1) ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(turn - 2));
-        ptx::wgmma_fence();
-        issue_dq(stage);
-        ptx::wgmma_commit();
+        const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
+        if (turn == begin) await_queries(turn);
+        if (Tile::kTurns == HopperTurns::products || turn == begin) my_turn();
         issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
-        issue_dv(kEarly, kM / 16, aDout + last * Shared::kQueries);
-        issue_dk(other, aQ + last * Shared::kQueries, turn > begin + 1);
-        ptx::wgmma_commit();
-        const HopperBwdBlock& block = shared.blocks[stage];
-        const bool whole = block.whole >> group & 1;
+        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
+        others_turn();
+        const AttentionSight<int> sight = job.job.sight;
+        const bool whole = sight.all(i0, i1, own_keys, own_keys + 64);
         float slope = 0.0f;
         if constexpr (kChanges) {
-          slope = all.over_scale *
-                  p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + block.h,
-                                0.0f);
+          slope =
+              all.over_scale *
+              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
         }
-        ptx::wgmma_wait<2>();
-        ptx::registers_arrived(rDq);
-        if (turn > begin + 1) {
-          arrive(&shared.ds_free[stage]);
-          give_dq(found, turn - 2);
-        }
-        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDk);
-        ptx::registers_arrived(rDv);
-        if (turn > begin) arrive(&shared.free[other]);
-        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
+        ptx::wgmma_wait<1>();
         ptx::registers_arrived(rS);
         const auto minus_delta = [&] {
 #pragma unroll
@@ -357,8 +295,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rDp);
           minus_delta();
-          const int distance =
-              block.i0 + pair * 2 + job.job.sight.shift - own_keys - warp * 16 - quad;
+          const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
@@ -370,11 +307,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
         if (!whole) {
-          const AttentionSight<int> sight = job.job.sight;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // Of the thread's queries, each so far from its first, key j is seen by these.
-            const int j = own_keys + warp * 16 + quad + half * 8, first = block.i0 + pair * 2;
+            const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
             const int from = j - sight.window_end + 1 - first;
             const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
 #pragma unroll
@@ -399,66 +335,79 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         // branch between.
         ptx::registers_arrived(rS);
         ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
-#pragma unroll
-        for (int kk = 0; kk < kEarly; ++kk) pack(rP[kk], rS, kk);
-        ptx::wgmma_fence();
-        issue_dv(0, kEarly, aDout + stage * Shared::kQueries);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
+        ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDp);
         if (turn + 1 == end) arrive(&shared.values_free);
         if constexpr (!kChanges) minus_delta();
 #pragma unroll
         for (int i = 0; i < kM / 2; ++i) rDp[i] *= rS[i];
+#pragma unroll
+        for (int kk = 0; kk < kM / 16; ++kk) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int from = kk * 8 + e * 2;
+            rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+            rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
+          }
+        }
         const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
-          if (kk >= kEarly) pack(rP[kk], rS, kk);
-          std::uint32_t ds[4];
-          pack(ds, rDp, kk);
           const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
-          ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, ds);
+          ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
         }
         ptx::fence_async();
         __syncwarp();
         arrive(&shared.ds_there[stage]);
-        ptx::bar_sync(kWarpgroup + group, 128);  // dk takes what this warpgroup wrote
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDv);
-      }
-      if (begin < end) {
-        const int stage = ring_stage(end - 1), other = stage ^ 1;
-        if (end - begin > 1) ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(end - 2));
-        ptx::wgmma_fence();
-        issue_dq(other);
-        ptx::wgmma_commit();
-        issue_dv(kEarly, kM / 16, aDout + stage * Shared::kQueries);
-        issue_dk(stage, aQ + stage * Shared::kQueries, end - begin > 1);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
-        ptx::registers_arrived(rDq);
-        if (end - begin > 1) {
+
+        const auto issue_gradients = [&] {
+          issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+          issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
+          ptx::wgmma_commit();
+          if (Tile::kTurns == HopperTurns::products) others_turn();
+        };
+        if (turn > begin) {
+          ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
+          my_turn();
+          ptx::wgmma_fence();
+          issue_dq(other);
+          issue_gradients();
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rDq);
           arrive(&shared.ds_free[other]);
-          give_dq(found, end - 2);
+          give_dq(before, turn - 1);
+        } else {
+          my_turn();
+          ptx::wgmma_fence();
+          issue_gradients();
         }
-        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
-        ptx::wgmma_fence();
-        issue_dq(stage);
-        ptx::wgmma_commit();
+        before.h = next.h, before.m = next.m;
+        ++next;
+        // Those of the next block while products are under way: after these its own are issued at
+        // once.
+        if (turn + 1 < end) await_queries(turn + 1);
         ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDq);
         ptx::registers_arrived(rDv);
         ptx::registers_arrived(rDk);
         arrive(&shared.free[stage]);
+      }
+      if (begin < end) {
+        if (Tile::kTurns == HopperTurns::blocks) others_turn();
+        const int stage = ring_stage(end - 1);
+        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
+        ptx::wgmma_fence();
+        issue_dq(stage);
+        ptx::wgmma_wait<0>();
+        ptx::registers_arrived(rDq);
         arrive(&shared.ds_free[stage]);
         arrive(&shared.keys_free);
-        give_dq(found, end - 1);
+        give_dq(before, end - 1);
       }
-      // ds is read by the other warpgroup, too: once it has been, results leave through its rows.
-      ptx::mbarrier_wait(&shared.ds_free[ring_stage(end - 2)], ring_parity(end - 2));
-      ptx::mbarrier_wait(&shared.ds_free[ring_stage(end - 1)], ring_parity(end - 1));
-      store_keys(p.dv, job, p.f.dv, 1.0f, rDv);
-      store_keys(p.dk, job, p.f.d, p.f.scale, rDk);
+      const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
+      store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,
+                 reinterpret_cast<const float (&)[kD / 8][4]>(rDv), T{});
+      store_rows(p.dk, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.d, p.f.scale,
+                 reinterpret_cast<const float (&)[kD / 8][4]>(rDk), T{});
     });
   }
 }

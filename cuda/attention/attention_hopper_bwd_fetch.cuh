@@ -10,10 +10,15 @@
 
 namespace fastkern::cuda::attention_detail {
 
+/// Whether the warpgroups issue their products in turn: gradients of a block and scores and dp of
+/// the next together, or apart.
+enum class HopperTurns { none, products, blocks };
+
 /// kD columns, kM queries at a time.
-template <int kColumns, int kQueries>
+template <int kColumns, int kQueries, HopperTurns kInTurn>
 struct HopperBwdTile {
   static constexpr int kD = kColumns, kM = kQueries, kN = 128, kThreads = 384;
+  static constexpr HopperTurns kTurns = kInTurn;
   // Of the 168 of each that a launch of so many threads gets, and no more: else it waits for ever.
   static constexpr int kRegisters = 240, kOtherRegisters = 24;
   static_assert(256 * kRegisters + 128 * kOtherRegisters <= 168 * kThreads);
@@ -34,20 +39,7 @@ struct HopperBackward {
 struct HopperBwdJob {
   KeyJob job;
   int m_begin, m_end;
-  // Of the job in this block of threads, and of those that met queries: here, as registers are few.
-  int number, tile;
-};
-
-/// What who computes has to know of a block of queries: which it is, and bit g: warpgroup g has no
-/// score to mask.
-struct HopperBwdBlock {
-  int i0, h, whole;
-};
-
-/// Where dq of a block of queries goes: to where it is summed, or, of `rows` rows from i0 on, with
-/// the sums so far if `sums`, to dq.
-struct HopperDqPlace {
-  int rows, sums, i0, h;
+  int number;  // of the job in this block of threads: here, as registers are few
 };
 
 template <class Tile>
@@ -70,13 +62,12 @@ struct HopperBwdShared {
   std::uint64_t ds_there[2], ds_free[2];
   std::uint64_t dq_theirs[2], dq_ours[2];
   HopperBwdJob jobs[2];
-  HopperBwdBlock blocks[2];
-  HopperDqPlace places[2];
   int turn, tile;  // of the thread that fetches: blocks of queries before, tiles that met some
 };
 
-/// Barriers besides those: of all that compute, of each warpgroup.
-enum HopperBwdBarrier : int { kBoth = 1, kWarpgroup = 2 };
+/// Barriers besides those: of the warpgroup whose turn it is to issue (one each), of all that
+/// compute.
+enum HopperBwdBarrier : int { kIssues = 1, kBoth = 3 };
 
 /// What a block of keys and a block of queries are to each other.
 struct HopperMeeting {
@@ -166,11 +157,6 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   };
   HopperMeetings<Tile> next(p, found);
   const int count = next.count();
-  // In L2 when the tile before is done with the room for them.
-  for (int panel = 0; count > 0 && panel < panels_of(Tile::kD); ++panel) {
-    ptx::tma_prefetch(&all.v, panel * 64, job.first_k + job.j0, job.g, entry);
-    ptx::tma_prefetch(&all.k, panel * 64, job.first_k + job.j0, job.g, entry);
-  }
   for (int t = 0; t < count; ++t, ++next) {
     const int turn = shared.turn + t, stage = ring_stage(turn),
               row = job.job.first_q + next.m * Tile::kM;
@@ -212,9 +198,6 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
   HopperMeetings<Tile> next(p, found);
   for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
     const int stage = ring_stage(turn);
-    const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-    const int whole = job.job.sight.all(i0, i1, job.j0, job.j0 + 64) |
-                      job.job.sight.all(i0, i1, job.j0 + 64, job.j0 + 128) << 1;
     const std::int64_t head =
         p.f.lengths.start_q ? next.h : static_cast<std::int64_t>(job.job.b) * p.f.heads + next.h;
     const float2* const from = p.rows + (head * p.f.queries + job.job.first_q + next.m * kM);
@@ -228,7 +211,6 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
       dead |= row[k].x == INFINITY;
     }
     ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
-    if (lane == 0) shared.blocks[stage] = {next.m * kM, next.h, whole};
 #pragma unroll
     for (int k = 0; k < kM / 32; ++k) {
       shared.lse[stage][lane + k * 32] = row[k].x, shared.delta[stage][lane + k * 32] = row[k].y;
@@ -258,17 +240,12 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
   const ptx::SharedAddress own = ptx::shared_address(shared.dq[stage]);
   const int n = found.job.j0 / Tile::kN;
   HopperMeetings<Tile> next(p, found);
-  const int end = turn + next.count();
-  if (turn < end && ring_stage(turn) != stage) ++next, ++turn;
-  HopperMeeting at{};
-  if (turn < end) at = *next;
-  while (turn < end) {
+  for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
+    if (ring_stage(turn) != stage) continue;
+    const HopperMeeting at = *next;
     int* const turns = p.turns + at.block;
     float* const sums = p.dq_sums + at.block * (2 * Tile::kDq);
     const bool fetches = n == at.last && n > at.first;
-    const int i0 = at.m * Tile::kM;
-    shared.places[stage] = {n == at.last ? min(Tile::kM, found.job.queries - i0) : 0, fetches, i0,
-                            at.h};
     if (!fetches) ptx::mbarrier_arrive(&shared.dq_theirs[stage]);
     if (n > at.first) {
       while (ptx::ld_global_relaxed(turns) < n - at.first) {
@@ -281,26 +258,17 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
       ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[stage]);
     }
     ptx::mbarrier_wait(&shared.dq_ours[stage], ring_parity(turn));
-    const bool adds = n < at.last;
-    if (adds) {
-      if (n == at.first) {
-        ptx::bulk_store(sums, own, kBytes);
-      } else {
-        ptx::bulk_add(sums, own, kBytes);
-      }
-      ptx::bulk_commit();
+    if (n == at.last) continue;
+    if (n == at.first) {
+      ptx::bulk_store(sums, own, kBytes);
+    } else {
+      ptx::bulk_add(sums, own, kBytes);
     }
-    turn += 2;
-    if (turn < end) {
-      ++next, ++next;
-      at = *next;  // while the other arrives
-    }
-    if (!adds) continue;
+    ptx::bulk_commit();
     ptx::bulk_wait<0>();
     ptx::fence_async_global();
     ptx::pass_on(turns);
   }
-  turn = end;
 }
 
 }  // namespace fastkern::cuda::attention_detail

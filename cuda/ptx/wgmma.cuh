@@ -75,13 +75,6 @@ __device__ __forceinline__ void registers_arrived(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-/// threadIdx.x, read here: what is made of it elsewhere takes no registers that products need.
-__device__ __forceinline__ int thread_number() {
-  int number;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
-  return number;
-}
-
 /// Traps below 0: what a number depends on that is never there is computed before the next wait.
 /// ptxas moves exponentials behind it otherwise.
 __device__ __forceinline__ void computed(float x) {

@@ -41,8 +41,6 @@ inline void wgmma_wait() {
 template <int kCount>
 inline void registers_arrived(float (&)[kCount]) {}
 
-inline int thread_number() { return static_cast<int>(threadIdx.x); }
-
 inline void computed(float x) {
   if (x < 0.0f) emulator::fault("a trap");
 }
