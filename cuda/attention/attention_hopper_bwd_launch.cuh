@@ -12,9 +12,27 @@
 namespace fastkern::cuda::attention_detail {
 
 /// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
-using HopperBwd64 = HopperBwdTile<64, 128, HopperTurns::blocks>;
-using HopperBwd128 = HopperBwdTile<128, 64, HopperTurns::blocks>;
-static_assert(HopperBwd128::kD == kHopperBwdColumns);
+using HopperBwd64 = HopperBwdTile<64, 128, HopperTurns::none>;
+// With a soft cap or ALiBi 128 columns have none for products that are issued as they come.
+template <bool kChanges>
+using HopperBwd128 = HopperBwdTile<128, 64, kChanges ? HopperTurns::blocks : HopperTurns::none>;
+static_assert(HopperBwd128<false>::kD == kHopperBwdColumns);
+
+/// Heads whose blocks of keys are among each other. What all of them read and add to is to stay in
+/// L2, half of which is another's copy; with fewer than these, blocks of one head wait for each
+/// other's additions. Under a mask with a limit, where blocks of keys have few of queries, that is
+/// what counts: each begins so many blocks of queries after the one before.
+inline int hopper_heads_together(const Backward& p, int columns, int rows, Stream stream,
+                                 const char* op) {
+  const int most = device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
+  const std::int64_t blocks = ceil_div(p.f.queries, rows) * p.f.group;
+  if (p.f.mask.left >= 0 || p.f.mask.right >= 0)
+    return static_cast<int>(std::clamp<std::int64_t>(5 * most / (blocks + 1), most / 4 + 1, most));
+  const std::int64_t l2 = device_attribute(cudaDevAttrL2CacheSize, stream.device, op);
+  const std::int64_t head =
+      static_cast<std::int64_t>(p.f.queries) * p.f.group * columns * (2 + 2 + 4);
+  return static_cast<int>(std::clamp<std::int64_t>(l2 / 3 / head, std::min(6, most), most));
+}
 
 template <class T>
 void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
@@ -26,7 +44,7 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
     const int entries = packed ? 1 : f.batch, more = packed ? f.batch : 0;
     p.blocks = static_cast<int>(ceil_div(f.queries, Tile::kM)) + more;
     p.key_blocks = static_cast<int>(ceil_div(f.keys, Tile::kN)) + more;
-    p.together = heads_together(p, Tile::kD, stream, op);
+    p.together = hopper_heads_together(p, Tile::kD, Tile::kM, stream, op);
     const HopperBackward all{
         .q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, Tile::kM, op),
         .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, Tile::kN, op),
@@ -50,7 +68,7 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
     if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) {
       with.template operator()<HopperBwd64, kChanges>();
     } else {
-      with.template operator()<HopperBwd128, kChanges>();
+      with.template operator()<HopperBwd128<kChanges>, kChanges>();
     }
   });
 }
