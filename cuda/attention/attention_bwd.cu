@@ -67,8 +67,6 @@ struct BwdRefusal {
 };
 /// What the kernel for Hopper leaves to the others besides what forward does.
 constexpr BwdRefusal kHopperBwdRefusals[] = {
-    {"head dimension above 128",
-     [](const Backward& p) { return std::max(p.f.d, p.f.dv) > kHopperBwdColumns; }},
     {"not all of dq, dk and dv",
      [](const Backward& p) { return !p.dq.data || !p.dk.data || !p.dv.data; }},
     {"expanded dout",
@@ -145,7 +143,11 @@ void launch_all(Backward& p, const AttentionBwd& args, Stream stream) {
     launch_bwd_f32(p, stream, op);
   } else if (!bwd_portable_because(args.fwd, p, stream)) {
 #if FASTKERN_HAS_SM90
-    launch_hopper_bwd_as<T>(p, stream, op);
+    if (std::max(p.f.d, p.f.dv) <= kHopperBwdColumns) {
+      launch_hopper_bwd_as<T>(p, stream, op);
+    } else {
+      launch_hopper_bwd_wide_as<T>(p, stream, op);
+    }
 #endif
   } else if (p.dq.data || p.dk.data || p.dv.data) {
     dispatch_bool(has_extras(p.f),

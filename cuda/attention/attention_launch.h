@@ -37,6 +37,9 @@ void launch_bwd_f32(Backward& p, Stream stream, const char* op);
 /// Where bwd_portable_because() has nothing to say.
 template <class T>
 void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op);
+/// The same above kHopperBwdColumns.
+template <class T>
+void launch_hopper_bwd_wide_as(Backward& p, Stream stream, const char* op);
 template <class T>
 void launch_bwd_first(const Backward& p, Stream stream, const char* op);
 template <class T>
@@ -79,7 +82,7 @@ bool fits(int bytes, Stream stream, const char* op) {
 
 /// Of the tiles of backward: memory between launches does not depend on which is taken.
 inline constexpr int kLeastQueries = 32, kMostQueries = 128;
-/// Of the kernel for Hopper: the most columns.
+/// Of the kernel for Hopper that adds up dq: the most columns.
 inline constexpr int kHopperBwdColumns = 128;
 
 /// The gradient of 16-bit attention, for the head dimensions there are kernels for.

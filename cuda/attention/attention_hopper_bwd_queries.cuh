@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention, backward, on Hopper (sm_90a), above 128 columns: dq.
+//
+//   work     a block of threads per 128 queries of one head, 64 a warpgroup, against the keys that
+//            they see, 64 at a time; under a causal mask the longest ones first
+//   memory   queries and dout stay in shared memory, keys and values go through rings; dq stays in
+//            registers, and so does ds, the left side of the product with keys
+//   overlap  a warpgroup computes p and ds during products of the other
+//   warps    the first one has everything fetched
+//   sync     barrier          who arrives             who waits
+//            query_there,     copy engine, warp 0     the warpgroup whose they are
+//            dout_there
+//            keys_there, ...  copy engine, warp 0     who computes
+//            keys_free, ...   who computes            warp 0
+//   cost     6 * S * T * D flops where all is seen
+#pragma once
+
+#include "attention/attention_hopper_bwd_wide.cuh"
+
+namespace fastkern::cuda::attention_detail {
+
+template <int kColumns, int kValueColumns, int kKeyBlocks, int kValueBlocks>
+struct HopperQueriesTile {
+  static constexpr int kD = kColumns, kDv = kValueColumns, kM = 128, kN = 64, kGroups = 2;
+  static constexpr int kKeyStages = kKeyBlocks, kValueStages = kValueBlocks;
+  static constexpr int kThreads = 384, kRegisters = 240, kOtherRegisters = 24;
+};
+
+template <class Tile>
+struct HopperQueriesShared {
+  static constexpr int kKeys = panels_of(Tile::kD) * kWidePanel;
+  static constexpr int kValues = panels_of(Tile::kDv) * kWidePanel;
+
+  alignas(1024) char query[2][kKeys];  // of each warpgroup
+  alignas(1024) char dout[2][kValues];
+  alignas(1024) char keys[Tile::kKeyStages][kKeys];
+  alignas(1024) char values[Tile::kValueStages][kValues];
+  std::uint64_t query_there[2], dout_there[2];
+  std::uint64_t keys_there[Tile::kKeyStages], keys_free[Tile::kKeyStages];
+  std::uint64_t values_there[Tile::kValueStages], values_free[Tile::kValueStages];
+  HopperJob job;
+};
+
+template <class Tile>
+__device__ __forceinline__ void fetch_hopper_queries(const HopperBwdWide& all,
+                                                     HopperQueriesShared<Tile>& shared) {
+  const HopperJob& job = shared.job;
+  const Forward& f = all.p.f;
+  const int entry = f.lengths.start_q ? 0 : job.b, g = job.h / f.group;
+  const int row = job.first_q + job.i0;
+  const auto fetch_keys = [&](int t) {
+    const int stage = t % Tile::kKeyStages;
+    ptx::mbarrier_wait(&shared.keys_free[stage], (t / Tile::kKeyStages & 1) ^ 1);
+    fetch_wide<Tile::kD>(shared.keys[stage], &all.k, job.first_k + (job.begin + t) * Tile::kN, g,
+                         entry, &shared.keys_there[stage], ptx::Keep::long_);
+  };
+  const auto fetch_values = [&](int t) {
+    const int stage = t % Tile::kValueStages;
+    ptx::mbarrier_wait(&shared.values_free[stage], (t / Tile::kValueStages & 1) ^ 1);
+    fetch_wide<Tile::kDv>(shared.values[stage], &all.v, job.first_k + (job.begin + t) * Tile::kN, g,
+                          entry, &shared.values_there[stage], ptx::Keep::long_);
+  };
+  const int count = job.end - job.begin;
+  for (int t = 0; t < count; ++t) {
+    if (t == 0) {
+      fetch_wide<Tile::kD>(shared.query[0], &all.q, row, job.h, entry, &shared.query_there[0],
+                           ptx::Keep::shortly);
+    }
+    fetch_keys(t);
+    if (t == 0) {
+      fetch_wide<Tile::kDv>(shared.dout[0], &all.dout, row, job.h, entry, &shared.dout_there[0],
+                            ptx::Keep::shortly);
+    }
+    fetch_values(t);
+    if (t == 0) {
+      fetch_wide<Tile::kD>(shared.query[1], &all.q, row + 64, job.h, entry, &shared.query_there[1],
+                           ptx::Keep::shortly);
+      fetch_wide<Tile::kDv>(shared.dout[1], &all.dout, row + 64, job.h, entry,
+                            &shared.dout_there[1], ptx::Keep::shortly);
+    }
+  }
+}
+
+/// kChanges: there is a soft cap or ALiBi.
+template <class T, class Tile, bool kChanges>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    attention_hopper_bwd_queries_kernel(const __grid_constant__ HopperBwdWide all) {
+  using Shared = HopperQueriesShared<Tile>;
+  constexpr int kD = Tile::kD, kDv = Tile::kDv, kN = Tile::kN;
+  constexpr int kKeyStages = Tile::kKeyStages, kValueStages = Tile::kValueStages;
+  extern __shared__ __align__(1024) char hopper_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
+  const Backward& p = all.p;
+
+  const int block_warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warpgroup = block_warp / 4;
+  if (threadIdx.x == 32) {
+    ptx::prefetch_map(&all.q);
+    ptx::prefetch_map(&all.k);
+    ptx::prefetch_map(&all.v);
+    ptx::prefetch_map(&all.dout);
+    for (int g = 0; g < 2; ++g) {
+      ptx::mbarrier_init(&shared.query_there[g], 1);
+      ptx::mbarrier_init(&shared.dout_there[g], 1);
+    }
+    for (int s = 0; s < kKeyStages; ++s) {
+      ptx::mbarrier_init(&shared.keys_there[s], 1);
+      ptx::mbarrier_init(&shared.keys_free[s], 8);
+    }
+    for (int s = 0; s < kValueStages; ++s) {
+      ptx::mbarrier_init(&shared.values_there[s], 1);
+      ptx::mbarrier_init(&shared.values_free[s], 8);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  ptx::grid_wait();
+  ptx::grid_launch_next();
+  if (block_warp == 0) {
+    const HopperJob found = hopper_job<Tile>(p.f, all.schedule, static_cast<int>(blockIdx.x));
+    if (threadIdx.x == 0) shared.job = found;
+  }
+  __syncthreads();
+  const HopperJob& job = shared.job;
+  if (job.b < 0 || job.i1 <= job.i0) return;
+
+  if (warpgroup == 0) {
+    ptx::registers_give_back<Tile::kOtherRegisters>();
+    if (threadIdx.x == 0) fetch_hopper_queries<Tile>(all, shared);
+    return;
+  }
+  ptx::registers_take<Tile::kRegisters>();
+  const int group = warpgroup - 1;
+  const int thread = static_cast<int>(threadIdx.x % 128u), lane = thread % 32, warp = thread / 32;
+  const int quad = lane / 4, pair = lane % 4;
+  const auto arrive = [&](std::uint64_t* barrier) {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+  };
+  const ptx::SharedAddress aQ = ptx::shared_address(shared.query[group]);
+  const ptx::SharedAddress aDout = ptx::shared_address(shared.dout[group]);
+  const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
+  const ptx::SharedAddress aV = ptx::shared_address(shared.values);
+  const float scale_log2 = p.f.scale_log2;
+  const int first = job.i0 + group * 64, own = first + warp * 16 + quad;
+  const HopperSeen seen = hopper_seen<Tile>(job, group, 0);
+  const AttentionSight<int> sight = job.sight;
+  const bool clears = p.f.lengths.start_q || p.f.lengths.used_k;
+  float slope = 0.0f;
+  if constexpr (kChanges) {
+    slope = all.over_scale *
+            p.f.slopes.at(static_cast<std::int64_t>(job.b) * p.f.slopes_batch + job.h, 0.0f);
+  }
+  float lse[2], delta[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float2 row = own + half * 8 < job.i1 ? p.rows[job.lse_at + own + half * 8 - job.i0]
+                                               : make_float2(INFINITY, 0.0f);
+    lse[half] = row.x, delta[half] = row.y;
+  }
+
+  float rDq[kD / 2], rS[kN / 2], rDp[kN / 2];
+  std::uint32_t rDs[kN / 16][4];
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) rDq[i] = 0.0f;
+  ptx::registers_arrived(rDq);
+  if (job.end > job.begin) {
+    ptx::mbarrier_wait(&shared.query_there[group], 0);
+    ptx::mbarrier_wait(&shared.dout_there[group], 0);
+  }
+  for (int n = job.begin; n < job.end; ++n) {
+    const int t = n - job.begin, stage = t % kKeyStages, of_values = t % kValueStages;
+    const std::uint32_t parity = t / kKeyStages & 1, values_parity = t / kValueStages & 1;
+    ptx::mbarrier_wait(&shared.keys_there[stage], parity);
+    const bool sees = n >= seen.begin && n < seen.end;
+    if (!sees) {
+      ptx::mbarrier_wait(&shared.values_there[of_values], values_parity);
+      arrive(&shared.values_free[of_values]);
+      arrive(&shared.keys_free[stage]);
+      continue;
+    }
+    const int j0 = n * kN;
+    if (clears && j0 + kN > sight.keys) {
+      // Rows of keys and values beyond the sequence are of others: make them zeros. Either
+      // warpgroup does, as neither waits for the other.
+      ptx::mbarrier_wait(&shared.values_there[of_values], values_parity);
+      clear_wide_rows<kD>(shared.keys[stage], sight.keys - j0, thread, 128);
+      clear_wide_rows<kDv>(shared.values[of_values], sight.keys - j0, thread, 128);
+      ptx::fence_async();
+      ptx::bar_sync(kIssues + group, 128);
+    }
+    issue_wide_scores<kD>(rS, aQ, aK + stage * Shared::kKeys, T{});
+    ptx::mbarrier_wait(&shared.values_there[of_values], values_parity);
+    issue_wide_scores<kDv>(rDp, aDout, aV + of_values * Shared::kValues, T{});
+    const bool whole = n >= seen.whole_begin && n < seen.whole_end;
+    ptx::wgmma_wait<1>();
+    ptx::registers_arrived(rS);
+    const auto minus_delta = [&] {
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) rDp[i] -= delta[i / 2 % 2];
+    };
+    if constexpr (kChanges) {
+      ptx::wgmma_wait<0>();
+      ptx::registers_arrived(rDp);
+      minus_delta();
+      const int distance = own + sight.shift - j0 - pair * 2;
+#pragma unroll
+      for (int i = 0; i < kN / 2; ++i) {
+        rS[i] = hopper_bwd_score(all, slope, rS[i], distance + i / 2 % 2 * 8 - i / 4 * 8 - i % 2,
+                                 rDp[i]);
+      }
+    }
+    if (!whole) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Of the thread's keys, each so far from its first, these are seen.
+        const int i = own + half * 8;
+        const int from = sight.low(i) - j0 - pair * 2, to = sight.high(i) - j0 - pair * 2;
+#pragma unroll
+        for (int c = 0; c < kN / 8; ++c) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      rS[i] = ptx::exp2_approx(fmaf(rS[i], scale_log2, -lse[i / 2 % 2]));
+    }
+    // Exponentials are computed while dp is: ptxas would move them behind its end, but for a branch
+    // between.
+    ptx::registers_arrived(rS);
+    ptx::mbarrier_wait(&shared.keys_there[stage], parity);
+    ptx::wgmma_wait<0>();
+    ptx::registers_arrived(rDp);
+    arrive(&shared.values_free[of_values]);
+    if constexpr (!kChanges) minus_delta();
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) rDp[i] *= rS[i];
+    pack_wide(rDs, rDp, T{});
+    issue_wide_gradient(rDq, rDs, aK + stage * Shared::kKeys, T{});
+    ptx::wgmma_wait<0>();
+    ptx::registers_arrived(rDq);
+    arrive(&shared.keys_free[stage]);
+  }
+  // A query that saw nothing may be anything.
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) {
+    if (lse[i / 2 % 2] == INFINITY) rDq[i] = 0.0f;
+  }
+  store_rows(p.dq, p.fours, job.b, job.first_q + job.i0, job.h, group * 64 + warp * 16,
+             job.i1 - job.i0, 0, p.f.d, p.f.scale,
+             reinterpret_cast<const float (&)[kD / 8][4]>(rDq), T{});
+}
+
+}  // namespace fastkern::cuda::attention_detail
