@@ -27,8 +27,9 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template <int kColumns, int kValueColumns, int kBlocks>
+template <int kColumns, int kValueColumns, int kBlocks, bool kIssueAhead>
 struct HopperKeysTile {
+  static constexpr bool kAhead = kIssueAhead;
   static constexpr int kD = kColumns, kDv = kValueColumns, kStages = kBlocks, kM = 64, kN = 64;
   static constexpr int kThreads = 384, kRegisters = 240, kOtherRegisters = 24;
 };
@@ -208,36 +209,40 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) rDv[i] = 0.0f;
     ptx::registers_arrived(rDv);
-    if (count > 0) ptx::mbarrier_wait(&shared.keys_there, 0);
-    for (int t = 0; t < count; ++t, ++next) {
+    const auto issue_scores = [&](int t) {
       const int stage = t % kStages;
-      const std::uint32_t parity = t / kStages & 1;
-      const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-      ptx::mbarrier_wait(&shared.rows_there[stage], parity);
-      ptx::mbarrier_wait(&shared.query_there[stage], parity);
+      ptx::mbarrier_wait(&shared.rows_there[stage], t / kStages & 1);
+      ptx::mbarrier_wait(&shared.query_there[stage], t / kStages & 1);
       issue_wide_scores<kD>(rS, aK, aQ + stage * Shared::kQuery, T{});
-      const AttentionSight<int> sight = job.job.sight;
-      const bool whole = sight.all(i0, i1, job.j0, job.j0 + Tile::kN);
+    };
+    const auto issue_dv = [&](int t) {
+      const int stage = t % kStages;
+      ptx::mbarrier_wait(&shared.dout_there[stage], t / kStages & 1);
+      issue_wide_gradient(rDv, rP, aDout + stage * Shared::kDout, T{});
+      ptx::wgmma_commit();
+    };
+    const auto complete_dv = [&](int t) {
       ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rS);
-      float rCap[kChanges ? kM / 2 : 1];
+      ptx::registers_arrived(rDv);
+      arrive(&shared.dout_free[t % kStages]);
+    };
+    float rCap[kChanges ? kM / 2 : 1];
+    const auto make_p = [&](int t) {
+      const int stage = t % kStages, i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
+      const AttentionSight<int> sight = job.job.sight;
       if constexpr (kChanges) {
         const float slope =
             all.over_scale *
             p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
         const int distance = i0 + pair * 2 + sight.shift - job.j0 - warp * 16 - quad;
 #pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& s = rS[c * 4 + e];
-            rCap[c * 4 + e] = 1.0f;
-            s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
-                                 rCap[c * 4 + e]);
-          }
+        for (int i = 0; i < kM / 2; ++i) {
+          rCap[i] = 1.0f;
+          rS[i] = hopper_bwd_score(all, slope, rS[i], distance + i / 4 * 8 + i % 2 - i / 2 % 2 * 8,
+                                   rCap[i]);
         }
       }
-      if (!whole) {
+      if (!sight.all(i0, i1, job.j0, job.j0 + Tile::kN)) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           // Of the thread's queries, each so far from its first, key j is seen by these.
@@ -262,9 +267,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
         }
       }
-      pack_wide(rP, rS, T{});
-      ptx::mbarrier_wait(&shared.dout_there[stage], parity);
-      issue_wide_gradient(rDv, rP, aDout + stage * Shared::kDout, T{});
+      ++next;
+    };
+    const auto give_p = [&](int t) {
       ptx::mbarrier_wait(&shared.p_free[t & 1], (t >> 1 & 1) ^ 1);
       float4* const own = reinterpret_cast<float4*>(shared.p[t & 1]) + thread;
 #pragma unroll
@@ -279,10 +284,42 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.p_there[t & 1]);
-      arrive(&shared.query_free[stage]);
+      arrive(&shared.query_free[t % kStages]);
+    };
+    if (count > 0) {
+      ptx::mbarrier_wait(&shared.keys_there, 0);
+      issue_scores(0);
       ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rDv);
-      arrive(&shared.dout_free[stage]);
+      ptx::registers_arrived(rS);
+      make_p(0);
+      if constexpr (Tile::kAhead) {
+        give_p(0);
+        pack_wide(rP, rS, T{});
+        for (int t = 1; t < count; ++t) {
+          issue_scores(t);
+          issue_dv(t - 1);
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rS);
+          make_p(t);
+          give_p(t);
+          complete_dv(t - 1);
+          pack_wide(rP, rS, T{});
+        }
+        issue_dv(count - 1);
+        complete_dv(count - 1);
+      } else {
+        for (int t = 0;; ++t) {
+          pack_wide(rP, rS, T{});
+          issue_dv(t);
+          give_p(t);
+          complete_dv(t);
+          if (t + 1 == count) break;
+          issue_scores(t + 1);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          make_p(t + 1);
+        }
+      }
     }
     store(rDv, p.dv, p.f.dv, 1.0f);
   } else {
@@ -292,17 +329,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) rDk[i] = 0.0f;
     ptx::registers_arrived(rDk);
-    if (count > 0) ptx::mbarrier_wait(&shared.values_there, 0);
-    for (int t = 0; t < count; ++t) {
+    const auto issue_dp = [&](int t) {
       const int stage = t % kStages;
-      const std::uint32_t parity = t / kStages & 1;
-      ptx::mbarrier_wait(&shared.rows_there[stage], parity);
-      ptx::mbarrier_wait(&shared.dout_there[stage], parity);
+      ptx::mbarrier_wait(&shared.rows_there[stage], t / kStages & 1);
+      ptx::mbarrier_wait(&shared.dout_there[stage], t / kStages & 1);
       issue_wide_scores<kDv>(rDp, aV, aDout + stage * Shared::kDout, T{});
-      ptx::mbarrier_wait(&shared.p_there[t & 1], t >> 1 & 1);
-      ptx::wgmma_wait<0>();
-      ptx::registers_arrived(rDp);
+    };
+    const auto make_ds = [&](int t) {
+      const int stage = t % kStages;
       arrive(&shared.dout_free[stage]);
+      ptx::mbarrier_wait(&shared.p_there[t & 1], t >> 1 & 1);
       const float4* const its = reinterpret_cast<const float4*>(shared.p[t & 1]) + thread;
 #pragma unroll
       for (int c = 0; c < kM / 8; ++c) {
@@ -316,12 +352,45 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.p_free[t & 1]);
-      pack_wide(rDs, rDp, T{});
-      ptx::mbarrier_wait(&shared.query_there[stage], parity);
+    };
+    const auto issue_dk = [&](int t) {
+      const int stage = t % kStages;
+      ptx::mbarrier_wait(&shared.query_there[stage], t / kStages & 1);
       issue_wide_gradient(rDk, rDs, aQ + stage * Shared::kQuery, T{});
+      ptx::wgmma_commit();
+    };
+    const auto complete_dk = [&](int t) {
       ptx::wgmma_wait<0>();
       ptx::registers_arrived(rDk);
-      arrive(&shared.query_free[stage]);
+      arrive(&shared.query_free[t % kStages]);
+    };
+    if (count > 0) {
+      ptx::mbarrier_wait(&shared.values_there, 0);
+      issue_dp(0);
+      ptx::wgmma_wait<0>();
+      ptx::registers_arrived(rDp);
+      make_ds(0);
+      pack_wide(rDs, rDp, T{});
+      for (int t = 1; t < count; ++t) {
+        if constexpr (Tile::kAhead) {
+          issue_dp(t);
+          issue_dk(t - 1);
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rDp);
+          make_ds(t);
+          complete_dk(t - 1);
+        } else {
+          issue_dk(t - 1);
+          complete_dk(t - 1);
+          issue_dp(t);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDp);
+          make_ds(t);
+        }
+        pack_wide(rDs, rDp, T{});
+      }
+      issue_dk(count - 1);
+      complete_dk(count - 1);
     }
     store(rDk, p.dk, p.f.d, p.f.scale);
   }

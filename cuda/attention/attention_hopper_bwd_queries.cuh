@@ -19,8 +19,9 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template <int kColumns, int kValueColumns, int kKeyBlocks, int kValueBlocks>
+template <int kColumns, int kValueColumns, int kKeyBlocks, int kValueBlocks, bool kIssueAhead, bool kInTurn>
 struct HopperQueriesTile {
+  static constexpr bool kAhead = kIssueAhead, kTurns = kInTurn;
   static constexpr int kD = kColumns, kDv = kValueColumns, kM = 128, kN = 64, kGroups = 2;
   static constexpr int kKeyStages = kKeyBlocks, kValueStages = kValueBlocks;
   static constexpr int kThreads = 384, kRegisters = 240, kOtherRegisters = 24;
@@ -39,6 +40,7 @@ struct HopperQueriesShared {
   std::uint64_t keys_there[Tile::kKeyStages], keys_free[Tile::kKeyStages];
   std::uint64_t values_there[Tile::kValueStages], values_free[Tile::kValueStages];
   HopperJob job;
+  HopperSeen seen[2];  // by each warpgroup
 };
 
 template <class Tile>
@@ -118,6 +120,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (block_warp == 0) {
     const HopperJob found = hopper_job<Tile>(p.f, all.schedule, static_cast<int>(blockIdx.x));
     if (threadIdx.x == 0) shared.job = found;
+    if (threadIdx.x < 2) shared.seen[threadIdx.x] = hopper_seen<Tile>(found, threadIdx.x, 0);
   }
   __syncthreads();
   const HopperJob& job = shared.job;
@@ -140,10 +143,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
   const ptx::SharedAddress aV = ptx::shared_address(shared.values);
   const float scale_log2 = p.f.scale_log2;
-  const int first = job.i0 + group * 64, own = first + warp * 16 + quad;
-  const HopperSeen seen = hopper_seen<Tile>(job, group, 0);
-  const AttentionSight<int> sight = job.sight;
-  const bool clears = p.f.lengths.start_q || p.f.lengths.used_k;
+  const int own = job.i0 + group * 64 + warp * 16 + quad;
+  // There, as registers are few.
+  const HopperSeen& seen = shared.seen[group];
+  const AttentionSight<int>& sight = job.sight;
   float slope = 0.0f;
   if constexpr (kChanges) {
     slope = all.over_scale *
@@ -166,54 +169,75 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_wait(&shared.query_there[group], 0);
     ptx::mbarrier_wait(&shared.dout_there[group], 0);
   }
-  for (int n = job.begin; n < job.end; ++n) {
-    const int t = n - job.begin, stage = t % kKeyStages, of_values = t % kValueStages;
-    const std::uint32_t parity = t / kKeyStages & 1, values_parity = t / kValueStages & 1;
-    ptx::mbarrier_wait(&shared.keys_there[stage], parity);
-    const bool sees = n >= seen.begin && n < seen.end;
-    if (!sees) {
-      ptx::mbarrier_wait(&shared.values_there[of_values], values_parity);
+  const auto my_turn = [&] {
+    if (Tile::kTurns) {
+      ptx::bar_sync(kIssues + group, 256);
+    } else {
+      ptx::bar_sync(kBoth + group, 128);
+    }
+  };
+  const auto others_turn = [&] {
+    if (Tile::kTurns) ptx::bar_arrive(kIssues + 1 - group, 256);
+  };
+  if (Tile::kTurns && group == 0) ptx::bar_arrive(kIssues, 256);
+  const auto skip = [&](int from, int to) {
+    for (int t = from - job.begin; t < to - job.begin; ++t) {
+      const int stage = t % kKeyStages, of_values = t % kValueStages;
+      ptx::mbarrier_wait(&shared.keys_there[stage], t / kKeyStages & 1);
+      ptx::mbarrier_wait(&shared.values_there[of_values], t / kValueStages & 1);
+      my_turn();
+      others_turn();
       arrive(&shared.values_free[of_values]);
       arrive(&shared.keys_free[stage]);
-      continue;
     }
-    const int j0 = n * kN;
-    if (clears && j0 + kN > sight.keys) {
+  };
+  const auto issue_scores = [&](int n) {
+    const int t = n - job.begin, stage = t % kKeyStages, of_values = t % kValueStages;
+    ptx::mbarrier_wait(&shared.keys_there[stage], t / kKeyStages & 1);
+    if (const int rows = sight.keys - n * kN; rows < kN && (p.f.lengths.start_q || p.f.lengths.used_k)) {
       // Rows of keys and values beyond the sequence are of others: make them zeros. Either
       // warpgroup does, as neither waits for the other.
-      ptx::mbarrier_wait(&shared.values_there[of_values], values_parity);
-      clear_wide_rows<kD>(shared.keys[stage], sight.keys - j0, thread, 128);
-      clear_wide_rows<kDv>(shared.values[of_values], sight.keys - j0, thread, 128);
+      ptx::mbarrier_wait(&shared.values_there[of_values], t / kValueStages & 1);
+      clear_wide_rows<kD>(shared.keys[stage], rows, thread, 128);
+      clear_wide_rows<kDv>(shared.values[of_values], rows, thread, 128);
       ptx::fence_async();
-      ptx::bar_sync(kIssues + group, 128);
+      ptx::bar_sync(kBoth + group, 128);
     }
+    my_turn();
     issue_wide_scores<kD>(rS, aQ, aK + stage * Shared::kKeys, T{});
-    ptx::mbarrier_wait(&shared.values_there[of_values], values_parity);
+  };
+  const auto issue_dp = [&](int n) {
+    const int t = n - job.begin, of_values = t % kValueStages;
+    ptx::mbarrier_wait(&shared.values_there[of_values], t / kValueStages & 1);
     issue_wide_scores<kDv>(rDp, aDout, aV + of_values * Shared::kValues, T{});
-    const bool whole = n >= seen.whole_begin && n < seen.whole_end;
-    ptx::wgmma_wait<1>();
-    ptx::registers_arrived(rS);
-    const auto minus_delta = [&] {
+    others_turn();
+  };
+  const auto issue_dq = [&](int n) {
+    issue_wide_gradient(rDq, rDs, aK + (n - job.begin) % kKeyStages * Shared::kKeys, T{});
+    ptx::wgmma_commit();
+  };
+  const auto minus_delta = [&] {
 #pragma unroll
-      for (int i = 0; i < kN / 2; ++i) rDp[i] -= delta[i / 2 % 2];
-    };
+    for (int i = 0; i < kN / 2; ++i) rDp[i] -= delta[i / 2 % 2];
+  };
+  const auto make_p = [&](int n) {
     if constexpr (kChanges) {
       ptx::wgmma_wait<0>();
       ptx::registers_arrived(rDp);
       minus_delta();
-      const int distance = own + sight.shift - j0 - pair * 2;
+      const int distance = own + sight.shift - n * kN - pair * 2;
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
         rS[i] = hopper_bwd_score(all, slope, rS[i], distance + i / 2 % 2 * 8 - i / 4 * 8 - i % 2,
                                  rDp[i]);
       }
     }
-    if (!whole) {
+    if (n < seen.whole_begin || n >= seen.whole_end) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Of the thread's keys, each so far from its first, these are seen.
-        const int i = own + half * 8;
-        const int from = sight.low(i) - j0 - pair * 2, to = sight.high(i) - j0 - pair * 2;
+        const int i = own + half * 8, first_key = n * kN + pair * 2;
+        const int from = sight.low(i) - first_key, to = sight.high(i) - first_key;
 #pragma unroll
         for (int c = 0; c < kN / 8; ++c) {
 #pragma unroll
@@ -230,19 +254,57 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // Exponentials are computed while dp is: ptxas would move them behind its end, but for a branch
     // between.
     ptx::registers_arrived(rS);
-    ptx::mbarrier_wait(&shared.keys_there[stage], parity);
+    const int t = n - job.begin;
+    ptx::mbarrier_wait(&shared.keys_there[t % kKeyStages], t / kKeyStages & 1);
+  };
+  const auto make_ds = [&](int n) {
     ptx::wgmma_wait<0>();
     ptx::registers_arrived(rDp);
-    arrive(&shared.values_free[of_values]);
+    arrive(&shared.values_free[(n - job.begin) % kValueStages]);
     if constexpr (!kChanges) minus_delta();
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) rDp[i] *= rS[i];
     pack_wide(rDs, rDp, T{});
-    issue_wide_gradient(rDq, rDs, aK + stage * Shared::kKeys, T{});
-    ptx::wgmma_wait<0>();
+  };
+  const auto complete_dq = [&](int n) {
     ptx::registers_arrived(rDq);
-    arrive(&shared.keys_free[stage]);
+    arrive(&shared.keys_free[(n - job.begin) % kKeyStages]);
+  };
+  skip(job.begin, seen.begin);
+  if (seen.begin < seen.end) {
+    issue_scores(seen.begin);
+    issue_dp(seen.begin);
+    ptx::wgmma_wait<1>();
+    ptx::registers_arrived(rS);
+    make_p(seen.begin);
+    make_ds(seen.begin);
+    for (int n = seen.begin + 1; n < seen.end; ++n) {
+      if constexpr (Tile::kAhead) {
+        issue_scores(n);
+        issue_dq(n - 1);
+        issue_dp(n);
+        ptx::wgmma_wait<2>();
+        ptx::registers_arrived(rS);
+        make_p(n);
+        ptx::wgmma_wait<1>();
+        complete_dq(n - 1);
+      } else {
+        issue_dq(n - 1);
+        ptx::wgmma_wait<0>();
+        complete_dq(n - 1);
+        issue_scores(n);
+        issue_dp(n);
+        ptx::wgmma_wait<1>();
+        ptx::registers_arrived(rS);
+        make_p(n);
+      }
+      make_ds(n);
+    }
+    issue_dq(seen.end - 1);
+    ptx::wgmma_wait<0>();
+    complete_dq(seen.end - 1);
   }
+  skip(seen.end, job.end);
   // A query that saw nothing may be anything.
 #pragma unroll
   for (int i = 0; i < kD / 2; ++i) {

@@ -31,7 +31,7 @@ __device__ __forceinline__ void issue_wide_scores(float (&d)[32], ptx::SharedAdd
   ptx::wgmma_commit();
 }
 
-/// d (64 rows x columns) += a (64 x 64) times 64 rows.
+/// d (64 rows x columns) += a (64 x 64) times 64 rows. Not yet committed.
 template <int kR, class T>
 __device__ __forceinline__ void issue_wide_gradient(float (&d)[kR], const std::uint32_t (&a)[4][4],
                                                     ptx::SharedAddress rows, T) {
@@ -41,7 +41,6 @@ __device__ __forceinline__ void issue_wide_gradient(float (&d)[kR], const std::u
   for (int kk = 0; kk < 4; ++kk) {
     ptx::wgmma<ptx::Major::mn>(d, a[kk], ptx::matrix_right(dB, kk * (16 * kPanelRow)), true, T{});
   }
-  ptx::wgmma_commit();
 }
 
 /// Scores or their gradients as left sides.

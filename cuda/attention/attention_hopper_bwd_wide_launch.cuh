@@ -13,11 +13,20 @@
 namespace fastkern::cuda::attention_detail {
 
 /// The first with room for the head dimensions is taken.
+#ifndef KEYS_AHEAD
+#define KEYS_AHEAD false
+#endif
+#ifndef QUERIES_AHEAD
+#define QUERIES_AHEAD false
+#endif
+#ifndef QUERIES_TURNS
+#define QUERIES_TURNS false
+#endif
 template <int kColumns, int kValueColumns, int kStages, int kKeyStages, int kValueStages>
 struct HopperBwdTiles {
   static constexpr int kD = kColumns, kDv = kValueColumns;
-  using Keys = HopperKeysTile<kD, kDv, kStages>;
-  using Queries = HopperQueriesTile<kD, kDv, kKeyStages, kValueStages>;
+  using Keys = HopperKeysTile<kD, kDv, kStages, KEYS_AHEAD>;
+  using Queries = HopperQueriesTile<kD, kDv, kKeyStages, kValueStages, QUERIES_AHEAD, QUERIES_TURNS>;
 };
 using HopperBwd192x128 = HopperBwdTiles<192, 128, 3, 3, 3>;
 using HopperBwd192 = HopperBwdTiles<192, 192, 3, 3, 2>;
