@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention, backward, on Hopper (sm_90a), above 128 columns: dk and dv.
 //
-//   work     a block of threads per 64 keys of one key head, against the query heads that share them
+//   work     a block of threads per 64 keys of one key head, against the query heads that share
+//   them
 //            and, 64 at a time and the last ones first, the queries that see them
 //   split    the first warpgroup that computes has dv, from the scores, which it computes; the
 //            second has dk, from dp, which it computes, and p, which the first one leaves in shared
@@ -14,7 +15,8 @@
 //            keys_there, ...  copy engine, warp 0     the warpgroup that takes them
 //            query_there,     copy engine, warp 0     who computes, warp 3
 //            dout_there
-//            rows_there       warp 3                  who computes: lse and delta, and rows that saw
+//            rows_there       warp 3                  who computes: lse and delta, and rows that
+//            saw
 //                                                     nothing are zeros
 //            query_free       who computes            warps 0 and 3: queries, lse, delta
 //            dout_free        who computes            warp 0

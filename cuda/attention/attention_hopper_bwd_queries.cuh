@@ -19,9 +19,9 @@
 
 namespace fastkern::cuda::attention_detail {
 
-template <int kColumns, int kValueColumns, int kKeyBlocks, int kValueBlocks, bool kIssueAhead, bool kInTurn>
+template <int kColumns, int kValueColumns, int kKeyBlocks, int kValueBlocks, bool kIssueAhead>
 struct HopperQueriesTile {
-  static constexpr bool kAhead = kIssueAhead, kTurns = kInTurn;
+  static constexpr bool kAhead = kIssueAhead;  // in turn, then
   static constexpr int kD = kColumns, kDv = kValueColumns, kM = 128, kN = 64, kGroups = 2;
   static constexpr int kKeyStages = kKeyBlocks, kValueStages = kValueBlocks;
   static constexpr int kThreads = 384, kRegisters = 240, kOtherRegisters = 24;
@@ -169,17 +169,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_wait(&shared.query_there[group], 0);
     ptx::mbarrier_wait(&shared.dout_there[group], 0);
   }
+  // Without turns it is for ptxas, which has no registers to spare but between barriers.
   const auto my_turn = [&] {
-    if (Tile::kTurns) {
-      ptx::bar_sync(kIssues + group, 256);
-    } else {
-      ptx::bar_sync(kBoth + group, 128);
-    }
+    ptx::bar_sync(Tile::kAhead ? kIssues + group : kBoth + group, Tile::kAhead ? 256 : 128);
   };
   const auto others_turn = [&] {
-    if (Tile::kTurns) ptx::bar_arrive(kIssues + 1 - group, 256);
+    if (Tile::kAhead) ptx::bar_arrive(kIssues + 1 - group, 256);
   };
-  if (Tile::kTurns && group == 0) ptx::bar_arrive(kIssues, 256);
+  if (Tile::kAhead && group == 0) ptx::bar_arrive(kIssues, 256);
   const auto skip = [&](int from, int to) {
     for (int t = from - job.begin; t < to - job.begin; ++t) {
       const int stage = t % kKeyStages, of_values = t % kValueStages;
@@ -194,7 +191,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const auto issue_scores = [&](int n) {
     const int t = n - job.begin, stage = t % kKeyStages, of_values = t % kValueStages;
     ptx::mbarrier_wait(&shared.keys_there[stage], t / kKeyStages & 1);
-    if (const int rows = sight.keys - n * kN; rows < kN && (p.f.lengths.start_q || p.f.lengths.used_k)) {
+    if (const int rows = sight.keys - n * kN;
+        rows < kN && (p.f.lengths.start_q || p.f.lengths.used_k)) {
       // Rows of keys and values beyond the sequence are of others: make them zeros. Either
       // warpgroup does, as neither waits for the other.
       ptx::mbarrier_wait(&shared.values_there[of_values], t / kValueStages & 1);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention, backward, on Hopper, above 128 columns: what its two kernels share. One has dk and dv
-// of 64 keys in registers and goes through the queries, the other dq of 128 queries and goes through
-// the keys. Scores and dp are computed in both: seven products instead of five, but nothing is added
-// up in memory, in whatever order.
+// of 64 keys in registers and goes through the queries, the other dq of 128 queries and goes
+// through the keys. Scores and dp are computed in both: seven products instead of five, but nothing
+// is added up in memory, in whatever order.
 #pragma once
 
 #include "attention/attention_hopper_bwd.cuh"

@@ -12,25 +12,18 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// The first with room for the head dimensions is taken.
-#ifndef KEYS_AHEAD
-#define KEYS_AHEAD false
-#endif
-#ifndef QUERIES_AHEAD
-#define QUERIES_AHEAD false
-#endif
-#ifndef QUERIES_TURNS
-#define QUERIES_TURNS false
-#endif
-template <int kColumns, int kValueColumns, int kStages, int kKeyStages, int kValueStages>
+/// The first with room for the head dimensions is taken. kAhead: where there are stages for it,
+/// scores of a block are issued with gradients of the one before.
+template <int kColumns, int kValueColumns, int kStages, int kKeyStages, int kValueStages,
+          bool kAhead>
 struct HopperBwdTiles {
   static constexpr int kD = kColumns, kDv = kValueColumns;
-  using Keys = HopperKeysTile<kD, kDv, kStages, KEYS_AHEAD>;
-  using Queries = HopperQueriesTile<kD, kDv, kKeyStages, kValueStages, QUERIES_AHEAD, QUERIES_TURNS>;
+  using Keys = HopperKeysTile<kD, kDv, kStages, kAhead>;
+  using Queries = HopperQueriesTile<kD, kDv, kKeyStages, kValueStages, kAhead>;
 };
-using HopperBwd192x128 = HopperBwdTiles<192, 128, 3, 3, 3>;
-using HopperBwd192 = HopperBwdTiles<192, 192, 3, 3, 2>;
-using HopperBwd256 = HopperBwdTiles<256, 256, 2, 2, 1>;
+using HopperBwd192x128 = HopperBwdTiles<192, 128, 3, 3, 3, true>;
+using HopperBwd192 = HopperBwdTiles<192, 192, 3, 3, 2, true>;
+using HopperBwd256 = HopperBwdTiles<256, 256, 2, 2, 1, false>;
 
 template <class T, class Tiles, bool kChanges>
 void launch_hopper_bwd_tiles(Backward& p, Stream stream, const char* op) {
@@ -53,22 +46,21 @@ void launch_hopper_bwd_tiles(Backward& p, Stream stream, const char* op) {
         l2 / std::max<std::int64_t>(rows * (Tiles::kD + Tiles::kDv) * 4, 1), 1, multiprocessors));
   };
   p.together = together(f.queries);
-  const HopperBwdWide all{
-      {.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, 64, op),
-       .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, 64, op),
-       .v = hopper_map<T>(f.v, f.dv, f.keys, p.kv_heads, entries, 64, op),
-       .dout = hopper_map<T>(p.dout, f.dv, f.queries, f.heads, entries, 64, op),
-       .p = p,
-       .to_cap = f.softcap > 0.0f ? 2.0f * kLog2e * f.scale / f.softcap : 0.0f,
-       .from_cap = f.softcap / f.scale,
-       .over_scale = 1.0f / f.scale},
-      {.tiles = f.blocks * units,
-       .units = units,
-       .section = std::min(together(f.keys), units),
-       .heads = f.heads,
-       .pack = 0,
-       .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-       .ahead = 0}};
+  const HopperBwdWide all{{.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, 64, op),
+                           .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, 64, op),
+                           .v = hopper_map<T>(f.v, f.dv, f.keys, p.kv_heads, entries, 64, op),
+                           .dout = hopper_map<T>(p.dout, f.dv, f.queries, f.heads, entries, 64, op),
+                           .p = p,
+                           .to_cap = f.softcap > 0.0f ? 2.0f * kLog2e * f.scale / f.softcap : 0.0f,
+                           .from_cap = f.softcap / f.scale,
+                           .over_scale = 1.0f / f.scale},
+                          {.tiles = f.blocks * units,
+                           .units = units,
+                           .section = std::min(together(f.keys), units),
+                           .heads = f.heads,
+                           .pack = 0,
+                           .longest_first = f.mask.right >= 0 && f.mask.left < 0,
+                           .ahead = 0}};
   launch(attention_hopper_bwd_keys_kernel<T, Keys, kChanges>,
          {.op = op,
           .grid = static_cast<std::int64_t>(p.key_blocks) * p.kv_heads * entries,

@@ -294,5 +294,6 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
 }  // namespace fastkern
 
 int main(int argc, char** argv) {
-  return fastkern::test::tests_or_rates(argc, argv, {64, 128, 192, 256}, ", backward", fastkern::bench_case);
+  return fastkern::test::tests_or_rates(argc, argv, {64, 128, 192, 256}, ", backward",
+                                        fastkern::bench_case);
 }
