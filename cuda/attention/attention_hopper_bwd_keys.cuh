@@ -26,6 +26,7 @@
 #pragma once
 
 #include "attention/attention_hopper_bwd_wide.cuh"
+#include "attention/attention_hopper_scores.cuh"
 
 namespace fastkern::cuda::attention_detail {
 
@@ -130,8 +131,8 @@ __device__ __forceinline__ void fetch_hopper_keys_rows(const Backward& p,
   }
 }
 
-/// kChanges: there is a soft cap or ALiBi.
-template <class T, class Tile, bool kChanges>
+/// kChanges: there is a soft cap or ALiBi. kStores: ds is left in memory, for dq.
+template <class T, class Tile, bool kChanges, bool kStores>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_bwd_keys_kernel(const __grid_constant__ HopperBwdWide all) {
   using Shared = HopperKeysShared<Tile>;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   ptx::grid_wait();
   ptx::grid_launch_next();
   if (block_warp == 0) {
-    const KeyJob found = key_job_of<Tile::kN>(p, static_cast<int>(blockIdx.x));
+    const KeyJob found = key_job_of<Tile::kN>(p, static_cast<int>(blockIdx.x) + all.first_key_tile);
     if (threadIdx.x == 0) {
       shared.job.job = found;
       find_hopper_bwd_queries<Tile>(shared.job);
@@ -355,6 +356,29 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       __syncwarp();
       arrive(&shared.p_free[t & 1]);
     };
+    char* to_ds = nullptr;  // this lane's part of the first block of queries that this thread meets
+    if constexpr (kStores) {
+      const int head = job.job.b * p.f.heads + next.h - all.first_head;
+      to_ds = wide_ds_tile(all, head, 0, job.j0 / Tile::kN) + (warp * 16 + quad) * kPanelRow;
+    }
+    const auto store_ds = [&] {
+      if constexpr (kStores) {
+        char* const to = to_ds + next.m * all.ds_row;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const std::uint32_t words[4] = {rDs[c * 2][half], rDs[c * 2][half + 2],
+                                            rDs[c * 2 + 1][half], rDs[c * 2 + 1][half + 2]};
+            ptx::st_global(to + half * (8 * kPanelRow) + ((c * 4 + pair) ^ quad) * 16,
+                           transposed_4(words, lane));
+          }
+        }
+        const int h = next.h;
+        ++next;
+        if (next.h != h) to_ds += all.ds_head;
+      }
+    };
     const auto issue_dk = [&](int t) {
       const int stage = t % kStages;
       ptx::mbarrier_wait(&shared.query_there[stage], t / kStages & 1);
@@ -373,6 +397,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::registers_arrived(rDp);
       make_ds(0);
       pack_wide(rDs, rDp, T{});
+      store_ds();
       for (int t = 1; t < count; ++t) {
         if constexpr (Tile::kAhead) {
           issue_dp(t);
@@ -390,6 +415,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           make_ds(t);
         }
         pack_wide(rDs, rDp, T{});
+        store_ds();
       }
       issue_dk(count - 1);
       complete_dk(count - 1);

@@ -11,7 +11,18 @@ namespace fastkern::cuda::attention_detail {
 
 struct HopperBwdWide : HopperBackward {
   HopperSchedule schedule;  // of dq
+  // Where ds is left in memory: tiles of 64 keys x 64 queries, those of the same queries side by
+  // side; in bytes from a block of queries to the next, from a head to the next.
+  char* ds;
+  std::int64_t ds_row, ds_head;
+  // That is done for some of the heads of all entries at a time: from this one on, in these tiles.
+  int first_head, first_key_tile, first_query_tile;
 };
+inline constexpr int kWideDsTile = 64 * kPanelRow;
+
+__device__ __forceinline__ char* wide_ds_tile(const HopperBwdWide& all, int head, int m, int n) {
+  return all.ds + head * all.ds_head + m * all.ds_row + n * kWideDsTile;
+}
 
 /// Of operands in panels of 64 rows.
 inline constexpr int kWidePanel = 64 * kPanelRow;

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "attention/attention_bwd_launch.cuh"
+#include "attention/attention_hopper_bwd_dq.cuh"
 #include "attention/attention_hopper_bwd_keys.cuh"
 #include "attention/attention_hopper_bwd_queries.cuh"
 #include "attention/attention_hopper_map.cuh"
@@ -19,6 +20,8 @@ template <int kColumns, int kValueColumns, int kStages, int kKeyStages, int kVal
 struct HopperBwdTiles {
   static constexpr int kD = kColumns, kDv = kValueColumns;
   using Keys = HopperKeysTile<kD, kDv, kStages, kAhead>;
+
+  using Dq = HopperDqTile<kD, kD <= 192 ? 5 : 4>;
   using Queries = HopperQueriesTile<kD, kDv, kKeyStages, kValueStages, kAhead>;
 };
 using HopperBwd192x128 = HopperBwdTiles<192, 128, 3, 3, 3, true>;
@@ -45,36 +48,58 @@ void launch_hopper_bwd_tiles(Backward& p, Stream stream, const char* op) {
     return static_cast<int>(std::clamp<std::int64_t>(
         l2 / std::max<std::int64_t>(rows * (Tiles::kD + Tiles::kDv) * 4, 1), 1, multiprocessors));
   };
-  p.together = together(f.queries);
-  const HopperBwdWide all{{.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, 64, op),
-                           .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, 64, op),
-                           .v = hopper_map<T>(f.v, f.dv, f.keys, p.kv_heads, entries, 64, op),
-                           .dout = hopper_map<T>(p.dout, f.dv, f.queries, f.heads, entries, 64, op),
-                           .p = p,
-                           .to_cap = f.softcap > 0.0f ? 2.0f * kLog2e * f.scale / f.softcap : 0.0f,
-                           .from_cap = f.softcap / f.scale,
-                           .over_scale = 1.0f / f.scale},
-                          {.tiles = f.blocks * units,
-                           .units = units,
-                           .section = std::min(together(f.keys), units),
-                           .heads = f.heads,
-                           .pack = 0,
-                           .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-                           .ahead = 0}};
-  launch(attention_hopper_bwd_keys_kernel<T, Keys, kChanges>,
-         {.op = op,
-          .grid = static_cast<std::int64_t>(p.key_blocks) * p.kv_heads * entries,
-          .block = Keys::kThreads,
-          .shared = kKeysBytes,
-          .overlap = true},
-         stream, all);
-  launch(attention_hopper_bwd_queries_kernel<T, Queries, kChanges>,
-         {.op = op,
-          .grid = all.schedule.tiles,
-          .block = Queries::kThreads,
-          .shared = kQueriesBytes,
-          .overlap = true},
-         stream, all);
+  HopperBwdWide all{{.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, 64, op),
+                     .k = hopper_map<T>(f.k, f.d, f.keys, p.kv_heads, entries, 64, op),
+                     .v = hopper_map<T>(f.v, f.dv, f.keys, p.kv_heads, entries, 64, op),
+                     .dout = hopper_map<T>(p.dout, f.dv, f.queries, f.heads, entries, 64, op),
+                     .p = p,
+                     .to_cap = f.softcap > 0.0f ? 2.0f * kLog2e * f.scale / f.softcap : 0.0f,
+                     .from_cap = f.softcap / f.scale,
+                     .over_scale = 1.0f / f.scale}};
+  all.schedule = {.tiles = f.blocks * units,
+                  .units = units,
+                  .section = std::min(together(f.keys), units),
+                  .heads = f.heads,
+                  .pack = 0,
+                  .longest_first = f.mask.right >= 0 && f.mask.left < 0,
+                  .ahead = 0};
+  const int kv_units = p.kv_heads * entries;
+  const auto launch_as = [&](auto kernel, std::int64_t grid, int threads, int bytes) {
+    launch(kernel,
+           {.op = op,
+            .grid = grid,
+            .block = threads,
+            .shared = static_cast<std::size_t>(bytes),
+            .overlap = true},
+           stream, all);
+  };
+  all.ds_row = static_cast<std::int64_t>(p.key_blocks) * kWideDsTile;
+  all.ds_head = all.ds_row * p.blocks;
+  if (p.ds_bytes == 0) {
+    all.p.together = together(f.queries);
+    launch_as(attention_hopper_bwd_keys_kernel<T, Keys, kChanges, false>,
+              static_cast<std::int64_t>(p.key_blocks) * kv_units, Keys::kThreads, kKeysBytes);
+    launch_as(attention_hopper_bwd_queries_kernel<T, Queries, kChanges>, all.schedule.tiles,
+              Queries::kThreads, kQueriesBytes);
+    return;
+  }
+  int at_a_time = static_cast<int>(p.ds_bytes / (all.ds_head * f.group));
+  all.ds = p.ds;
+  all.p.together = std::min(together(f.queries), at_a_time);
+  all.schedule.section = all.p.together * f.group;
+  at_a_time -= at_a_time % all.p.together;
+  all.p.f.blocks = static_cast<int>(ceil_div(f.queries, Tiles::Dq::kM));
+  for (int first = 0; first < kv_units; first += at_a_time) {
+    const int some = std::min(at_a_time, kv_units - first);
+    all.first_head = first * f.group;
+    all.first_key_tile = first * p.key_blocks;
+    all.first_query_tile = all.first_head * all.p.f.blocks;
+    launch_as(attention_hopper_bwd_keys_kernel<T, Keys, kChanges, true>,
+              static_cast<std::int64_t>(p.key_blocks) * some, Keys::kThreads, kKeysBytes);
+    launch_as(attention_hopper_bwd_dq_kernel<T, typename Tiles::Dq>,
+              static_cast<std::int64_t>(all.p.f.blocks) * some * f.group, Tiles::Dq::kThreads,
+              sizeof(HopperDqShared<typename Tiles::Dq>));
+  }
 }
 
 /// dq in one kernel, dk and dv in another.

@@ -2,6 +2,8 @@
 // Between the files of attention on CUDA.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/attention_bwd_bias.cuh"
 #include "attention/attention_scores.cuh"
 #include "dispatch.h"
@@ -84,6 +86,19 @@ bool fits(int bytes, Stream stream, const char* op) {
 inline constexpr int kLeastQueries = 32, kMostQueries = 128;
 /// Of the kernel for Hopper that adds up dq: the most columns.
 inline constexpr int kHopperBwdColumns = 128;
+/// Of those above, that leave ds in memory: in how many bytes at most.
+inline constexpr std::int64_t kMostDs = std::int64_t{1} << 29;
+/// How many of so many bytes they take: for as many key heads at a time as have room; 0: for none.
+inline std::int64_t wide_ds_bytes(const Forward& f, int kv_heads, std::int64_t bytes) {
+  const AttentionLengths& lengths = f.lengths;
+  if (lengths.start_q || lengths.used_q || lengths.used_k) return 0;
+  const auto blocks = [](std::int64_t rows) { return (rows + 63) / 64; };
+  const std::int64_t head = f.group * blocks(f.queries) * blocks(f.keys) * (64 * 64 * 2);
+  const std::int64_t heads = static_cast<std::int64_t>(f.batch) * kv_heads;
+  if (head == 0 || heads == 0 || head > bytes) return 0;
+  const std::int64_t turns = (heads - 1) / std::min(heads, bytes / head) + 1;
+  return (heads + turns - 1) / turns * head;
+}
 
 /// The gradient of 16-bit attention, for the head dimensions there are kernels for.
 template <class F>
