@@ -20,7 +20,6 @@ template <int kColumns, int kValueColumns, int kStages, int kKeyStages, int kVal
 struct HopperBwdTiles {
   static constexpr int kD = kColumns, kDv = kValueColumns;
   using Keys = HopperKeysTile<kD, kDv, kStages, kAhead>;
-
   using Dq = HopperDqTile<kD, kD <= 192 ? 5 : 4>;
   using Queries = HopperQueriesTile<kD, kDv, kKeyStages, kValueStages, kAhead>;
 };
