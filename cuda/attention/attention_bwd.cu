@@ -187,7 +187,7 @@ std::size_t attention_bwd_workspace(const AttentionBwd& args, Stream stream) {
   if (std::max(p.f.d, p.f.dv) <= kHopperBwdColumns || bwd_portable_because(args.fwd, p, stream)) {
     return parts.end;
   }
-  const std::int64_t ds = wide_ds_bytes(p.f, p.kv_heads, kMostDs);
+  const std::int64_t ds = wide_ds_bytes(p.f, p.kv_heads, 2 * kMostDs);
   return std::max(parts.end, parts.sums + static_cast<std::size_t>(ds));
 }
 

@@ -311,17 +311,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         issue_dv(count - 1);
         complete_dv(count - 1);
       } else {
-        for (int t = 0;; ++t) {
+        for (int t = 0; t + 1 < count; ++t) {
           pack_wide(rP, rS, T{});
           issue_dv(t);
           give_p(t);
-          complete_dv(t);
-          if (t + 1 == count) break;
           issue_scores(t + 1);
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rDv);
+          arrive(&shared.dout_free[t % kStages]);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
           make_p(t + 1);
         }
+        pack_wide(rP, rS, T{});
+        issue_dv(count - 1);
+        give_p(count - 1);
+        complete_dv(count - 1);
       }
     }
     store(rDv, p.dv, p.f.dv, 1.0f);
@@ -408,8 +413,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           complete_dk(t - 1);
         } else {
           issue_dk(t - 1);
-          complete_dk(t - 1);
           issue_dp(t);
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rDk);
+          arrive(&shared.query_free[(t - 1) % kStages]);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rDp);
           make_ds(t);

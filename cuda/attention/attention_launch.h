@@ -86,7 +86,8 @@ bool fits(int bytes, Stream stream, const char* op) {
 inline constexpr int kLeastQueries = 32, kMostQueries = 128;
 /// Of the kernel for Hopper that adds up dq: the most columns.
 inline constexpr int kHopperBwdColumns = 128;
-/// Of those above, that leave ds in memory: in how many bytes at most.
+/// Of those above, that leave ds in memory: in how many bytes at most; where that holds one key
+/// head but not two, in twice as many: of one, blocks of a causal mask are too unequal.
 inline constexpr std::int64_t kMostDs = std::int64_t{1} << 29;
 /// How many of so many bytes they take: for as many key heads at a time as have room; 0: for none.
 inline std::int64_t wide_ds_bytes(const Forward& f, int kv_heads, std::int64_t bytes) {
@@ -95,7 +96,8 @@ inline std::int64_t wide_ds_bytes(const Forward& f, int kv_heads, std::int64_t b
   const auto blocks = [](std::int64_t rows) { return (rows + 63) / 64; };
   const std::int64_t head = f.group * blocks(f.queries) * blocks(f.keys) * (64 * 64 * 2);
   const std::int64_t heads = static_cast<std::int64_t>(f.batch) * kv_heads;
-  if (head == 0 || heads == 0 || head > bytes) return 0;
+  if (head == 0 || heads == 0 || head > std::min(bytes, kMostDs)) return 0;
+  bytes = std::min(bytes, std::max(kMostDs, 2 * head));
   const std::int64_t turns = (heads - 1) / std::min(heads, bytes / head) + 1;
   return (heads + turns - 1) / turns * head;
 }
