@@ -253,7 +253,7 @@ TEST_P(AttentionHopperBwd, WideSameBitsAgain) { same_bits_again(kWide); }
 
 double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   constexpr std::int64_t kTokens = 16384, kWidth = 2048, kCount = kTokens * kWidth;
-  constexpr std::size_t kMemory = kCount * 5 + (std::size_t{1} << 29);
+  constexpr std::size_t kMemory = kCount * 5 + (std::size_t{1} << 30);
   const std::int64_t b = kTokens / s, h = kWidth / d;
   static DeviceArray<std::uint16_t>* memory[8] = {};
   static DeviceArray<float>* lse = nullptr;
