@@ -102,7 +102,7 @@ Gradients backward(const char* op, const Tensor& dout, MaybeTensor dlse, const T
     launch(
         call.device(), [&] { cpu::attention_bwd(args); },
         [&](Stream stream) {
-          args.workspace_size = cuda::attention_bwd_workspace(args);
+          args.workspace_size = cuda::attention_bwd_workspace(args, stream);
           const Tensor workspace = new_bytes(args.workspace_size, call.device());
           args.workspace = data_of(workspace);
           cuda::attention_bwd(args, stream);

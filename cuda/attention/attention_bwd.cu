@@ -67,8 +67,6 @@ struct BwdRefusal {
 };
 /// What the kernel for Hopper leaves to the others besides what forward does.
 constexpr BwdRefusal kHopperBwdRefusals[] = {
-    {"head dimension above 128",
-     [](const Backward& p) { return std::max(p.f.d, p.f.dv) > kHopperBwdColumns; }},
     {"not all of dq, dk and dv",
      [](const Backward& p) { return !p.dq.data || !p.dk.data || !p.dv.data; }},
     {"expanded dout",
@@ -145,7 +143,11 @@ void launch_all(Backward& p, const AttentionBwd& args, Stream stream) {
     launch_bwd_f32(p, stream, op);
   } else if (!bwd_portable_because(args.fwd, p, stream)) {
 #if FASTKERN_HAS_SM90
-    launch_hopper_bwd_as<T>(p, stream, op);
+    if (std::max(p.f.d, p.f.dv) <= kHopperBwdColumns) {
+      launch_hopper_bwd_as<T>(p, stream, op);
+    } else {
+      launch_hopper_bwd_wide_as<T>(p, stream, op);
+    }
 #endif
   } else if (p.dq.data || p.dk.data || p.dv.data) {
     dispatch_bool(has_extras(p.f),
@@ -178,9 +180,15 @@ const char* attention_bwd_portable_because(const AttentionBwd& args, Stream stre
   return bwd_portable_because(args.fwd, backward_params(args), stream);
 }
 
-std::size_t attention_bwd_workspace(const AttentionBwd& args) {
+std::size_t attention_bwd_workspace(const AttentionBwd& args, Stream stream) {
   using namespace attention_detail;
-  return parts_of(forward_params(args.fwd), args).end;
+  const Backward p = backward_params(args);
+  const Parts parts = parts_of(p.f, args);
+  if (std::max(p.f.d, p.f.dv) <= kHopperBwdColumns || bwd_portable_because(args.fwd, p, stream)) {
+    return parts.end;
+  }
+  const std::int64_t ds = wide_ds_bytes(p.f, p.kv_heads, 2 * kMostDs);
+  return std::max(parts.end, parts.sums + static_cast<std::size_t>(ds));
 }
 
 void attention_bwd(const AttentionBwd& args, Stream stream) {
@@ -205,6 +213,9 @@ void attention_bwd(const AttentionBwd& args, Stream stream) {
   p.turns = reinterpret_cast<int*>(workspace + parts.turns);
   p.dq_sums = reinterpret_cast<float*>(workspace + parts.sums);
   p.turn_count = parts.turn_count;
+  p.ds = workspace + parts.sums;
+  p.ds_bytes =
+      wide_ds_bytes(p.f, p.kv_heads, static_cast<std::int64_t>(args.workspace_size - parts.sums));
   dispatch(args.fwd.q.dtype, [&]<class T>() { launch_all<T>(p, args, stream); });
 }
 

@@ -22,6 +22,9 @@ struct Backward {
   int blocks;      // of queries, an entry or, packed, at most in all
   std::int64_t turn_count;
   bool fours;  // rows of dq, dk and dv lie in 8 bytes, four elements each
+  // On Hopper above 128 columns, instead of dq_sums: gradients of scores, in so many bytes.
+  char* ds;
+  std::int64_t ds_bytes;
 };
 
 inline constexpr int kFirstThreads = 256;

@@ -104,10 +104,26 @@ struct HopperMeetings {
 __device__ __forceinline__ int ring_stage(int turn) { return turn & 1; }
 __device__ __forceinline__ std::uint32_t ring_parity(int turn) { return turn >> 1 & 1; }
 
+/// Which queries meet the keys of a job.
+template <class Tile>
+__device__ __forceinline__ void find_hopper_bwd_queries(HopperBwdJob& next) {
+  constexpr int kM = Tile::kM;
+  const KeyJob& job = next.job;
+  const AttentionSight<int>& sight = job.job.sight;
+  int begin = 0, end = 0;
+  if (job.j1 > job.j0) {
+    begin = sight.first_query(job.j0) / kM;
+    end = (sight.last_query(job.j1, job.queries) + kM - 1) / kM;
+    // Behind the last query there may be none that sees these keys.
+    while (begin < end && sight.end(min(begin * kM + kM, job.queries)) <= job.j0) ++begin;
+  }
+  next.m_begin = begin, next.m_end = max(end, begin);
+}
+
 /// What comes next, b < 0 when nothing does; for a whole warp.
 template <class Tile>
 __device__ __forceinline__ void find_hopper_bwd_job(const Backward& p, HopperBwdJob& next) {
-  constexpr int kM = Tile::kM, kN = Tile::kN;
+  constexpr int kN = Tile::kN;
   const int tiles = p.key_blocks * p.kv_heads * (p.f.lengths.start_q ? 1 : p.f.batch);
   for (;;) {
     const int id = draw_key_block(p);
@@ -120,17 +136,7 @@ __device__ __forceinline__ void find_hopper_bwd_job(const Backward& p, HopperBwd
     if (threadIdx.x == 0) next.job = found;
     break;
   }
-  if (threadIdx.x > 0) return;
-  const KeyJob& job = next.job;
-  const AttentionSight<int>& sight = job.job.sight;
-  int begin = 0, end = 0;
-  if (job.j1 > job.j0) {
-    begin = sight.first_query(job.j0) / kM;
-    end = (sight.last_query(job.j1, job.queries) + kM - 1) / kM;
-    // Behind the last query there may be none that sees these keys.
-    while (begin < end && sight.end(min(begin * kM + kM, job.queries)) <= job.j0) ++begin;
-  }
-  next.m_begin = begin, next.m_end = max(end, begin);
+  if (threadIdx.x == 0) find_hopper_bwd_queries<Tile>(next);
 }
 
 /// Everything that is fetched by boxes; one thread.

@@ -2,6 +2,8 @@
 // Between the files of attention on CUDA.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/attention_bwd_bias.cuh"
 #include "attention/attention_scores.cuh"
 #include "dispatch.h"
@@ -37,6 +39,9 @@ void launch_bwd_f32(Backward& p, Stream stream, const char* op);
 /// Where bwd_portable_because() has nothing to say.
 template <class T>
 void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op);
+/// The same above kHopperBwdColumns.
+template <class T>
+void launch_hopper_bwd_wide_as(Backward& p, Stream stream, const char* op);
 template <class T>
 void launch_bwd_first(const Backward& p, Stream stream, const char* op);
 template <class T>
@@ -79,8 +84,23 @@ bool fits(int bytes, Stream stream, const char* op) {
 
 /// Of the tiles of backward: memory between launches does not depend on which is taken.
 inline constexpr int kLeastQueries = 32, kMostQueries = 128;
-/// Of the kernel for Hopper: the most columns.
+/// Of the kernel for Hopper that adds up dq: the most columns.
 inline constexpr int kHopperBwdColumns = 128;
+/// Of those above, that leave ds in memory: in how many bytes at most; where that holds one key
+/// head but not two, in twice as many: of one, blocks of a causal mask are too unequal.
+inline constexpr std::int64_t kMostDs = std::int64_t{1} << 29;
+/// How many of so many bytes they take: for as many key heads at a time as have room; 0: for none.
+inline std::int64_t wide_ds_bytes(const Forward& f, int kv_heads, std::int64_t bytes) {
+  const AttentionLengths& lengths = f.lengths;
+  if (lengths.start_q || lengths.used_q || lengths.used_k) return 0;
+  const auto blocks = [](std::int64_t rows) { return (rows + 63) / 64; };
+  const std::int64_t head = f.group * blocks(f.queries) * blocks(f.keys) * (64 * 64 * 2);
+  const std::int64_t heads = static_cast<std::int64_t>(f.batch) * kv_heads;
+  if (head == 0 || heads == 0 || head > std::min(bytes, kMostDs)) return 0;
+  bytes = std::min(bytes, std::max(kMostDs, 2 * head));
+  const std::int64_t turns = (heads - 1) / std::min(heads, bytes / head) + 1;
+  return (heads + turns - 1) / turns * head;
+}
 
 /// The gradient of 16-bit attention, for the head dimensions there are kernels for.
 template <class F>

@@ -14,7 +14,7 @@ AttentionOutputs attention_on_cuda(AttentionProblem p, bool gradients = true) {
   cuda::attention(attention_fwd(p, out, place), {});
   if (gradients) {
     AttentionBwd bwd = attention_bwd(p, out, place);
-    bwd.workspace_size = cuda::attention_bwd_workspace(bwd);
+    bwd.workspace_size = cuda::attention_bwd_workspace(bwd, {});
     DeviceTensor workspace(Tensor(DType::f32, {static_cast<std::int64_t>(bwd.workspace_size / 4)}));
     bwd.workspace = workspace.ref().data;
     cuda::attention_bwd(bwd, {});

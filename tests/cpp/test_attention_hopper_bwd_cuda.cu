@@ -2,6 +2,9 @@
 // Gradients of attention on Hopper: against plain double loops, and against the kernel that runs on
 // every GPU, which a prefix of 0 asks for. out and lse are those of that kernel. Skipped elsewhere.
 // `--bench` prints rates instead.
+#include <array>
+#include <span>
+
 #include "attention_cases.h"
 #include "attention_hopper_support.cuh"
 
@@ -20,7 +23,7 @@ AttentionOutputs backward(AttentionProblem p, bool portable, int repeats = 1) {
   cuda_ok(cudaDeviceSynchronize());
   AttentionBwd call = other;
   if (!portable) call.fwd.mask.prefix = nullptr;
-  call.workspace_size = cuda::attention_bwd_workspace(call);
+  call.workspace_size = cuda::attention_bwd_workspace(call, {});
   DeviceTensor workspace(Tensor(DType::f32, {static_cast<std::int64_t>(call.workspace_size / 4)}));
   call.workspace = workspace.ref().data;
   const char* const why = cuda::attention_bwd_portable_because(call, {});
@@ -82,6 +85,14 @@ class AttentionHopperBwd : public HopperAttentionTest {
     EXPECT_TRUE(agree("dv", found.dv, expected.dv));
     expect_same(found, expected, {"dsinks"});
   }
+
+  void one_block(std::span<const std::int64_t> columns);
+  void columns(std::span<const std::int64_t> columns, std::int64_t other);
+  void options(std::span<const std::pair<std::int64_t, std::int64_t>> columns);
+  void sizes(std::span<const std::int64_t> columns);
+  void many_blocks(std::span<const std::int64_t> columns);
+  void packed(std::span<const std::int64_t> columns);
+  void same_bits_again(std::span<const std::int64_t> columns);
 };
 
 INSTANTIATE_TEST_SUITE_P(Types, AttentionHopperBwd, testing::Values(DType::bf16, DType::f16),
@@ -100,9 +111,13 @@ AttentionCase sized(std::int64_t queries, std::int64_t keys, std::int64_t d) {
           .dv = d};
 }
 
+/// Head dimensions that dq is added up for in memory, and those that have a kernel for it.
+constexpr std::int64_t kNarrow[] = {128, 64}, kWide[] = {256, 192};
+using Columns = std::span<const std::int64_t>;
+
 /// From the least that can go wrong upwards: a block, several of queries, several of keys.
-TEST_P(AttentionHopperBwd, OneBlock) {
-  for (const std::int64_t d : {128, 64}) {
+void AttentionHopperBwd::one_block(Columns columns) {
+  for (const std::int64_t d : columns) {
     AttentionCase c = sized(64, 64, d);
     c.heads = 1;
     expect_right(c);
@@ -117,36 +132,52 @@ TEST_P(AttentionHopperBwd, OneBlock) {
     if (HasFailure()) return;
   }
 }
+TEST_P(AttentionHopperBwd, OneBlock) { one_block(kNarrow); }
+TEST_P(AttentionHopperBwd, WideOneBlock) { one_block(kWide); }
 
-TEST_P(AttentionHopperBwd, Columns) {
-  for (const std::int64_t d : {8, 24, 40, 64, 72, 96, 104, 128}) {
+void AttentionHopperBwd::columns(Columns columns, std::int64_t other) {
+  for (const std::int64_t d : columns) {
     AttentionCase c = sized(131, 197, d);
     expect_right(c);
-    c.dv = 40, c.right = 0;
+    c.dv = other, c.right = 0;
     expect_right(c);
-    c.d = 24, c.dv = d, c.right = -1;
+    c.d = other - 16, c.dv = d, c.right = -1;
     expect_right(c);
   }
 }
+TEST_P(AttentionHopperBwd, Columns) {
+  columns(std::to_array<std::int64_t>({8, 24, 40, 64, 72, 96, 104, 128}), 40);
+}
+TEST_P(AttentionHopperBwd, WideColumns) {
+  columns(std::to_array<std::int64_t>({136, 192, 200, 256}), 40);
+  columns(std::to_array<std::int64_t>({168, 192}), 128);
+}
 
 /// Those of the portable kernel's cases that this one takes.
-TEST_P(AttentionHopperBwd, Options) {
+void AttentionHopperBwd::options(std::span<const std::pair<std::int64_t, std::int64_t>> columns) {
   for (AttentionCase c : attention_cases()) {
     const bool taken =
         c.scale >= 0.0 && c.prefix.empty() && !c.bias && c.block_size == 0 && c.dropout == 0.0;
     if (!taken) continue;
-    expect_right(c);
-    c.d = 72, c.dv = 104;
-    expect_right(c);
+    for (const auto& [d, dv] : columns) {
+      if (d > 0) c.d = d, c.dv = dv;
+      expect_right(c);
+    }
   }
 }
+TEST_P(AttentionHopperBwd, Options) {
+  options(std::to_array<std::pair<std::int64_t, std::int64_t>>({{0, 0}, {72, 104}}));
+}
+TEST_P(AttentionHopperBwd, WideOptions) {
+  options(std::to_array<std::pair<std::int64_t, std::int64_t>>({{192, 128}, {184, 240}}));
+}
 
-TEST_P(AttentionHopperBwd, Sizes) {
+void AttentionHopperBwd::sizes(Columns columns) {
   const std::int64_t sizes[] = {1, 63, 64, 65, 127, 129, 191, 193, 1000};
-  int n = 0;
+  std::size_t n = 0;
   for (const std::int64_t queries : sizes) {
     for (const std::int64_t keys : sizes) {
-      AttentionCase c = sized(queries, keys, n++ % 2 ? 64 : 128);
+      AttentionCase c = sized(queries, keys, columns[n++ % columns.size()]);
       expect_agrees(c);
       c.right = 0;
       expect_agrees(c);
@@ -158,10 +189,12 @@ TEST_P(AttentionHopperBwd, Sizes) {
     }
   }
 }
+TEST_P(AttentionHopperBwd, Sizes) { sizes(kNarrow); }
+TEST_P(AttentionHopperBwd, WideSizes) { sizes(kWide); }
 
 /// More blocks than multiprocessors, which wait for each other's turns.
-TEST_P(AttentionHopperBwd, ManyBlocks) {
-  for (const std::int64_t d : {128, 64}) {
+void AttentionHopperBwd::many_blocks(Columns columns) {
+  for (const std::int64_t d : columns) {
     AttentionCase c = sized(500, 900, d);
     c.batch = 2, c.heads = 24, c.kv_heads = 12;
     expect_agrees(c);
@@ -177,9 +210,11 @@ TEST_P(AttentionHopperBwd, ManyBlocks) {
     if (HasFailure()) return;
   }
 }
+TEST_P(AttentionHopperBwd, ManyBlocks) { many_blocks(kNarrow); }
+TEST_P(AttentionHopperBwd, WideManyBlocks) { many_blocks(kWide); }
 
-TEST_P(AttentionHopperBwd, Packed) {
-  for (const std::int64_t d : {128, 64, 96}) {
+void AttentionHopperBwd::packed(Columns columns) {
+  for (const std::int64_t d : columns) {
     AttentionCase c = sized(0, 0, d);
     c.heads = 6, c.kv_heads = 2, c.batch = 40;
     c.start_q = {3}, c.start_k = {0};
@@ -197,10 +232,12 @@ TEST_P(AttentionHopperBwd, Packed) {
     if (HasFailure()) return;
   }
 }
+TEST_P(AttentionHopperBwd, Packed) { packed(std::to_array<std::int64_t>({128, 64, 96})); }
+TEST_P(AttentionHopperBwd, WidePacked) { packed(kWide); }
 
 /// A race would show in the bits, sooner or later.
-TEST_P(AttentionHopperBwd, SameBitsAgain) {
-  for (const std::int64_t d : {128, 64}) {
+void AttentionHopperBwd::same_bits_again(Columns columns) {
+  for (const std::int64_t d : columns) {
     AttentionCase c = sized(1500, 1500, d);
     c.batch = 2, c.heads = 8, c.kv_heads = 4, c.right = 0;
     const AttentionProblem p = announced(c);
@@ -211,9 +248,12 @@ TEST_P(AttentionHopperBwd, SameBitsAgain) {
     }
   }
 }
+TEST_P(AttentionHopperBwd, SameBitsAgain) { same_bits_again(kNarrow); }
+TEST_P(AttentionHopperBwd, WideSameBitsAgain) { same_bits_again(kWide); }
 
 double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   constexpr std::int64_t kTokens = 16384, kWidth = 2048, kCount = kTokens * kWidth;
+  constexpr std::size_t kMemory = kCount * 5 + (std::size_t{1} << 30);
   const std::int64_t b = kTokens / s, h = kWidth / d;
   static DeviceArray<std::uint16_t>* memory[8] = {};
   static DeviceArray<float>* lse = nullptr;
@@ -222,7 +262,7 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   if (!lse) {
     lse = new DeviceArray<float>(kCount / 8);
     zeros = new DeviceArray<std::int32_t>(kTokens);
-    workspace = new DeviceArray<char>(kCount * 5);
+    workspace = new DeviceArray<char>(kMemory);
     for (int i = 0; i < 8; ++i) {
       memory[i] = new DeviceArray<std::uint16_t>(static_cast<std::size_t>(kCount));
       fill_normal<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(memory[i]->data()), kCount, i);
@@ -245,8 +285,8 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
   cuda::attention(call.fwd, {});
   if (!portable) call.fwd.mask.prefix = nullptr;
   call.workspace = workspace->data();
-  call.workspace_size = cuda::attention_bwd_workspace(call);
-  if (call.workspace_size > kCount * 5) return 0.0;
+  call.workspace_size = cuda::attention_bwd_workspace(call, {});
+  if (call.workspace_size > kMemory) return 0.0;
   const double ms = median_ms([&] { cuda::attention_bwd(call, {}); });
   return 10.0 * b * h * s * s * d * (causal ? 0.5 : 1.0) / (ms * 1e9);
 }
@@ -255,5 +295,6 @@ double bench_case(std::int64_t d, std::int64_t s, bool causal, bool portable) {
 }  // namespace fastkern
 
 int main(int argc, char** argv) {
-  return fastkern::test::tests_or_rates(argc, argv, {64, 128}, ", backward", fastkern::bench_case);
+  return fastkern::test::tests_or_rates(argc, argv, {64, 128, 192, 256}, ", backward",
+                                        fastkern::bench_case);
 }

@@ -114,7 +114,7 @@ FASTKERN_API const char* attention_portable_because(const AttentionFwd& args, St
 FASTKERN_API void attention_bwd(const AttentionBwd& args, Stream stream);
 /// The same of a backward call.
 FASTKERN_API const char* attention_bwd_portable_because(const AttentionBwd& args, Stream stream);
-FASTKERN_API std::size_t attention_bwd_workspace(const AttentionBwd& args);
+FASTKERN_API std::size_t attention_bwd_workspace(const AttentionBwd& args, Stream stream);
 FASTKERN_API void merge_attention(const MergeFwd& args, Stream stream);
 FASTKERN_API void merge_attention_bwd(const MergeBwd& args, Stream stream);
 FASTKERN_API void attention_dropout_mask(const TensorRef& mask, const AttentionDropout& dropout,
