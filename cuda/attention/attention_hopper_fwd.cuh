@@ -135,8 +135,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     int turn = 0;  // blocks of keys seen
     for (int t = 0;; ++t) {
       // What stages follow from stays in registers that all of a warp share; where ptxas takes turn
-      // and t for different in each, products wait for their descriptors.
-      turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
+      // and t for different in each, products wait for their descriptors. (With changes of scores
+      // it has no register for that at 256 columns.)
+      if constexpr (!kChanges) turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
       const Stage tile = stage_of<Tile::kQueries>(t);
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
