@@ -12,8 +12,8 @@
 //            summed in f32 in global memory, by additions of the copy engine in L2
 //   overlap  dq of a block of queries is computed with dk and dv of the next, when both warpgroups
 //            have long written their ds; scores and dp of a block are issued behind dk and dv of
-//            the one before. The warpgroups issue all of that in turn: p and ds of one are computed
-//            during products of the other
+//            the one before. The warpgroups issue all of that as they come, or in turn: p and ds of
+//            one are computed during products of the other
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
 //            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
