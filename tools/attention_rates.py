@@ -179,10 +179,8 @@ def other_calls() -> Iterator[Call]:
             what = f"causal, window {left}, S {TOKENS} | {D}"
             yield Call(what, H * windowed(TOKENS, left), q, k, v, causal=True, left=left)
         many = lengths(64, 8192)
-        edges, what = (
-            torch.tensor([0, *many]).cumsum(0).int().cuda(),
-            f"causal, 64 packed sequences of 16 to 8192 | {D}",
-        )
+        edges = torch.tensor([0, *many]).cumsum(0).int().cuda()
+        what = f"causal, 64 packed sequences of 16 to 8192 | {D}"
         pairs = H * sum(n * (n + 1) // 2 for n in many)
         q, k, v = (random(sum(many), H, D) for _ in "qkv")
         yield Call(what, pairs, q, k, v, causal=True, edges=edges, most=max(many))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkern.ops._gated_linear import gated_linear
+from fastkern.ops._gated_linear import GATED, gated_linear
 from fastkern.ops.norm import layer_norm, rms_norm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -158,11 +158,15 @@ class Mlp:
     forward = MlpForward
 
     @property
+    def kind(self) -> str:
+        """Among those of ``gated_linear``."""
+        return {"silu": "swiglu", "relu": "reglu", "gelu_tanh": "geglu_tanh"}.get(self.act, "geglu")
+
+    @property
     def by(self) -> str:
-        return f"fastkern.{ {'silu': 'swiglu', 'relu': 'reglu'}.get(self.act, 'geglu') }"
+        return f"fastkern.{GATED[self.kind][0]}"
 
     def __call__(self, module: Any, x: Tensor) -> Any:
         gate = getattr(module, self.gate)(x)
         up = None if self.up is None else getattr(module, self.up)(x)
-        name = {"silu": "swiglu", "relu": "reglu", "gelu_tanh": "geglu_tanh"}.get(self.act, "geglu")
-        return gated_linear(name, gate, up, getattr(module, self.down))
+        return gated_linear(self.kind, gate, up, getattr(module, self.down))

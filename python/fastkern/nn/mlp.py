@@ -90,10 +90,10 @@ class GatedMLP(nn.Module):
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The result without the last bias, and that bias, for who adds it in another kernel."""
-        gate_up, down = self.gate_up_proj(x), self.down_proj
-        if type(down) is not nn.Linear:  # adds its own
-            return gated_linear(self.activation, gate_up, None, down), None
-        return gated_linear(self.activation, gate_up, None, down, with_bias=False), down.bias
+        down = self.down_proj
+        adds_its_own = type(down) is not nn.Linear
+        y = gated_linear(self.activation, self.gate_up_proj(x), None, down, with_bias=adds_its_own)
+        return y, None if adds_its_own else down.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of x."""
