@@ -97,7 +97,7 @@ enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5 };
 struct HopperSchedule {
   int tiles, units, section, heads, pack;
   bool longest_first;
-  int ahead;  // blocks of keys and values of the next tile that are brought to L2
+  int* given;  // tiles given out after everyone's first one, 0 at first; none: in a fixed order
 };
 
 struct HopperForward {
@@ -106,10 +106,12 @@ struct HopperForward {
   HopperSchedule schedule;
 };
 
-/// The `turn`th tile of this block of threads. Every other round goes backwards: whoever had the
-/// longest has the shortest next.
-__device__ __forceinline__ int hopper_tile(int turn) {
+/// The `turn`th tile of this block of threads in a fixed order. Longest first, every other round
+/// goes backwards: whoever had the longest has the shortest next. Else rounds are shifted against
+/// each other, so that nobody always has the last queries of a head, of which there may be few.
+__device__ __forceinline__ int hopper_fixed_tile(const HopperSchedule& s, int turn) {
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  if (!s.longest_first) return turn * grid + (block + turn) % grid;
   return turn * grid + (turn & 1 ? grid - 1 - block : block);
 }
 

@@ -64,7 +64,7 @@ HopperForward hopper_forward(Forward& f, int multiprocessors, const char* op) {
               .heads = heads,
               .pack = pack,
               .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-              .ahead = 0}};
+              .given = nullptr}};
 }
 
 template <class T, class Tile, bool kChanges = false>
