@@ -97,7 +97,6 @@ enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5 };
 struct HopperSchedule {
   int tiles, units, section, heads, pack;
   bool longest_first;
-  int* given;  // tiles given out after everyone's first one, 0 at first; none: in a fixed order
 };
 
 struct HopperForward {

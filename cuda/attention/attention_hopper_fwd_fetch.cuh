@@ -61,7 +61,7 @@ struct HopperProducer {
   __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t) {
     const Stage stage = stage_of<Tile::kQueries>(t);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    if (!p.schedule.given) plan_after(t);
+    if (!p.f.given) plan_after(t);
     if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
@@ -89,10 +89,10 @@ struct HopperProducer {
     // Who gives tiles out as they are asked for does so late: what is taken early is not there for
     // others who are done before.
     const int late = end - begin > kLate + 1 ? begin + kLate : -1;
-    if (p.schedule.given && late < 0) plan_after(t - 1);
+    if (p.f.given && late < 0) plan_after(t - 1);
     if (!any) return is_one;
     for (int n = end - 1; n > begin; --n) {
-      if (p.schedule.given && n == late) plan_after(t - 1);
+      if (p.f.given && n == late) plan_after(t - 1);
       const int before = turn++;
       keys(row - Tile::kN, head, entry);
       values(before, row, head, entry);
@@ -114,11 +114,11 @@ __device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJ
 }
 
 /// The tile of the round, for a whole warp: of those that are left, or in a fixed order.
-__device__ __forceinline__ int hopper_tile(const HopperSchedule& s, int round) {
-  if (!s.given) return hopper_fixed_tile(s, round);
+__device__ __forceinline__ int hopper_tile(const HopperForward& p, int round) {
+  if (!p.f.given) return hopper_fixed_tile(p.schedule, round);
   int id = static_cast<int>(blockIdx.x);
   if (round > 0) {
-    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + atomicAdd(s.given, 1);
+    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + atomicAdd(p.f.given, 1);
     id = __shfl_sync(~0u, id, 0);
   }
   return id;
@@ -132,8 +132,8 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
   const int lane = static_cast<int>(threadIdx.x) % 32;
   bool more = true;
   for (int round = 0, t = 0; more; ++round) {
-    const int id = hopper_tile(p.schedule, round);
-    more = (p.schedule.given ? id : round * static_cast<int>(gridDim.x)) < p.schedule.tiles;
+    const int id = hopper_tile(p, round);
+    more = (p.f.given ? id : round * static_cast<int>(gridDim.x)) < p.schedule.tiles;
     HopperJob job{};
     job.b = -1;
     if (more) {

@@ -63,8 +63,7 @@ HopperForward hopper_forward(Forward& f, int multiprocessors, const char* op) {
               .section = units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
               .heads = heads,
               .pack = pack,
-              .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-              .given = nullptr}};
+              .longest_first = f.mask.right >= 0 && f.mask.left < 0}};
 }
 
 template <class T, class Tile, bool kChanges = false>
