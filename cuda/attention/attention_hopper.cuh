@@ -5,6 +5,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "attention/attention_scores.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
@@ -98,6 +100,20 @@ struct HopperSchedule {
   int tiles, units, section, heads, pack;
   bool longest_first;
 };
+/// f.blocks is set.
+inline HopperSchedule hopper_schedule(const Forward& f, int units, int section, int pack = 0) {
+  return {.tiles = f.blocks * units,
+          .units = units,
+          .section = std::min(section, units),
+          .heads = f.heads >> pack,
+          .pack = pack,
+          .longest_first = f.mask.right >= 0 && f.mask.left < 0};
+}
+/// Of how many heads tiles are computed at a time: four blocks of queries of each, which share its
+/// keys in L2, or more where there are few heads.
+inline int hopper_section(int units, int multiprocessors) {
+  return units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1);
+}
 
 struct HopperForward {
   CUtensorMap q, k, v, out;
