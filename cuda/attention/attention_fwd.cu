@@ -139,7 +139,7 @@ namespace {
 /// Whether tiles of the kernel for Hopper are better given out as they are asked for: where they
 /// are many, of sequences that may differ in length or of such size that setting a counter to zero
 /// takes no time in comparison.
-bool gives_out(const Forward& p) {
+bool gains_from_counter(const Forward& p) {
   const std::int64_t heads = std::int64_t{p.heads} * p.queries / 128;
   if (p.lengths.start_q) return heads > 256;
   return p.mask.right >= 0 && p.mask.left < 0 && p.d > 128 && p.keys >= 2048;
@@ -201,14 +201,15 @@ const char* attention_portable_because(const AttentionFwd& args, Stream stream) 
 std::size_t attention_workspace(const AttentionFwd& args, Stream stream) {
   using namespace attention_detail;
   const Forward p = forward_params(args);
-  return gives_out(p) && !portable_because(args, p, stream) ? sizeof(int) : 0;
+  return gains_from_counter(p) && !portable_because(args, p, stream) ? sizeof(int) : 0;
 }
 
 void attention(const AttentionFwd& args, Stream stream) {
   using namespace attention_detail;
   Forward p = forward_params(args);
   if (p.heads == 0 || p.queries == 0) return;
-  if (args.workspace_size >= sizeof(int) && gives_out(p)) p.given = static_cast<int*>(args.workspace);
+  const bool hopper = p.batch > 0 && !portable_because(args, p, stream);
+  if (hopper && args.workspace_size >= sizeof(int)) p.given = static_cast<int*>(args.workspace);
   if (p.lengths.start_q) {
     launch_rest(p, args.q.dtype, stream, args.op);
   } else if (p.given) {
@@ -216,7 +217,7 @@ void attention(const AttentionFwd& args, Stream stream) {
     check(cudaMemsetAsync(p.given, 0, sizeof(int), static_cast<cudaStream_t>(stream.handle)),
           args.op, "cudaMemsetAsync");
   }
-  if (p.batch > 0 && !portable_because(args, p, stream)) {
+  if (hopper) {
 #if FASTKERN_HAS_SM90
     dispatch_bool(p.softcap > 0.0f || p.slopes.data, [&]<bool kChanges>() {
       args.q.dtype == DType::f16

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
     }
     for (int s = 0; s < 2; ++s) {
-      ptx::mbarrier_init(&shared.job_there[s], kGroups);
+      ptx::mbarrier_init(&shared.job_there[s], 32);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
     ptx::mbarrier_init_fence();

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/attention_hopper.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/tma.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -118,7 +119,7 @@ __device__ __forceinline__ int hopper_tile(const HopperForward& p, int round) {
   if (!p.f.given) return hopper_fixed_tile(p.schedule, round);
   int id = static_cast<int>(blockIdx.x);
   if (round > 0) {
-    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + atomicAdd(p.f.given, 1);
+    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + ptx::draw_number(p.f.given);
     id = __shfl_sync(~0u, id, 0);
   }
   return id;
@@ -132,6 +133,12 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
   const int lane = static_cast<int>(threadIdx.x) % 32;
   bool more = true;
   for (int round = 0, t = 0; more; ++round) {
+    const Stage stage = stage_of<2>(t);
+    // Queries of the job two before have been asked for: nobody looks at those before it.
+    const auto wait_for_room = [&] {
+      ptx::mbarrier_wait(&shared.job_free[stage.index], stage.parity ^ 1);
+    };
+    if (p.f.given) wait_for_room();  // a tile is taken when it can be begun soon
     const int id = hopper_tile(p, round);
     more = (p.f.given ? id : round * static_cast<int>(gridDim.x)) < p.schedule.tiles;
     HopperJob job{};
@@ -141,14 +148,12 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
       job = hopper_job<Tile>(p.f, p.schedule, id);
       if (job.b < 0) continue;
     }
-    const Stage stage = stage_of<2>(t);
-    // Queries of the job two before have been asked for: nobody looks at those before it.
-    ptx::mbarrier_wait(&shared.job_free[stage.index], stage.parity ^ 1);
+    wait_for_room();
     if (lane == 0) shared.jobs[t % Shared::kJobs] = job;
     if (lane < Tile::kGroups) {
       shared.seen[t % Shared::kJobs][lane] = hopper_seen<Tile>(job, lane, p.schedule.pack);
-      ptx::mbarrier_arrive(&shared.job_there[stage.index]);  // who has written, for racecheck
     }
+    ptx::mbarrier_arrive(&shared.job_there[stage.index]);  // every lane: each may have written
     if (Tile::kQueries == 1 && more && lane == 0) bring_near<Tile>(p, job);
     ++t;
   }
