@@ -77,7 +77,8 @@ def test_tiles_given_out(sizes: tuple[int, ...], packed: bool) -> None:
             t.fill_(float("nan"))
         graph.replay()
         for got, again, want in zip(captured, call(slice(0, H)), expected, strict=True):
-            assert torch.equal(got, want) and torch.equal(again, want)
+            assert torch.equal(got, want)
+            assert torch.equal(again, want)
 
 
 @pytest.mark.parametrize("repeats", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
