@@ -37,9 +37,12 @@
 //   cost     10 * S * T * D flops where all is seen; 4 bytes of dq added for 1280 flops
 #pragma once
 
+#include <type_traits>
+
 #include "attention/attention_hopper_bwd_fetch.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/wgmma.cuh"
+#include "tile/pack.cuh"
 
 namespace fastkern::cuda::attention_detail {
 
@@ -56,13 +59,34 @@ __device__ __forceinline__ float hopper_bwd_score(const HopperBackward& all, flo
   return fmaf(-slope, fabsf(static_cast<float>(distance)), s);
 }
 
+/// Of 16 columns of dq, from `column` on, and rows from `row` on, what products of a warp have left
+/// transposed: d[4 c + 2 half + e] is row 8 c + 2 (lane % 4) + e, column lane / 4 + 8 half.
+template <int kCount, class T>
+__device__ __forceinline__ void store_columns(const View& to, int b, int row, int h, int rows,
+                                              int column, int width, float scale,
+                                              const float (&d)[kCount], T) {
+  const int lane = threadIdx.x % 32, at = column + lane % 4 * 2;
+#pragma unroll
+  for (int c = 0; c < kCount / 4; ++c) {
+    const int i = c * 8 + lane / 4;
+    char* const line = to.at(b, row + i, h);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::uint32_t two = ptx::transposed_matrix(
+          ptx::pack_2(d[c * 4 + half * 2] * scale, d[c * 4 + half * 2 + 1] * scale, T{}));
+      if (i < rows && at + half * 8 < width)
+        *reinterpret_cast<std::uint32_t*>(line + (at + half * 8) * 2) = two;
+    }
+  }
+}
+
 /// kChanges: there is a soft cap or ALiBi.
 template <class T, class Tile, bool kChanges>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_bwd_kernel(const __grid_constant__ HopperBackward all) {
   using Shared = HopperBwdShared<Tile>;
   constexpr int kD = Tile::kD, kM = Tile::kM, kN = Tile::kN;
-  constexpr int kDqRegisters = Tile::kDqColumns / 2;
+  constexpr int kDqRegisters = Tile::kDq / 128;
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
   const Backward& p = all.p;
@@ -88,9 +112,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.rows_there[s], 1);
       ptx::mbarrier_init(&shared.free[s], kWarps);
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
-      ptx::mbarrier_init(&shared.ds_free[s], kWarps);
       ptx::mbarrier_init(&shared.dq_theirs[s], 1);
       ptx::mbarrier_init(&shared.dq_ours[s], kWarps);
+      ptx::mbarrier_init(&shared.dq_read[s], 1);
     }
     ptx::mbarrier_init_fence();
   }
@@ -147,28 +171,40 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const ptx::SharedAddress aDs = ptx::shared_address(shared.ds);
     // Where this lane's rows of ds begin, and which of the first two chunks of 16 bytes is its own.
     const int ds_row = group * 64 + warp * 16 + lane % 16, ds_chunk = lane / 16;
+    // Of ds transposed, in bytes: two chunks of 8 keys, and 8 queries on again.
+    const int ds_place = group * (kM * kPanelRow) + (lane / 16 * 8 + lane % 8) * kPanelRow +
+                         ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 
-    float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2], rDq[kDqRegisters];
+    float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2];
+    float rOther[kD == 64 ? kDqRegisters : 1];
+    float (&rDq)[kDqRegisters] =
+        *reinterpret_cast<float (*)[kDqRegisters]>(kD == 64 ? rOther : rS);
     std::uint32_t rP[kM / 16][4], rDs[kM / 16][4];
 
+    // Where the compiler shall not look into: else it makes each step's of their parts anew.
+    const auto fixed = [](ptx::SharedAddress at, int panel = 16) {
+      ptx::MatrixDescriptor d = ptx::matrix_descriptor(at, panel);
+      asm volatile("" : "+l"(d));
+      return d;
+    };
     // d (64 keys x queries) = own keys or values times rows.
     const auto issue_transposed = [&](float (&d)[kM / 2], ptx::SharedAddress of_keys,
-                                      ptx::SharedAddress rows) {
-      const ptx::MatrixDescriptor dA = ptx::matrix_descriptor(of_keys + group * (64 * kPanelRow));
-      const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(rows);
+                                      ptx::SharedAddress rows, bool add) {
+      const ptx::MatrixDescriptor dA = fixed(of_keys + group * (64 * kPanelRow));
+      const ptx::MatrixDescriptor dB = fixed(rows);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kD / 16; ++kk) {
         ptx::wgmma<ptx::Major::k, ptx::Major::k>(
             d, ptx::matrix_right(dA, kk / 4 * (kN * kPanelRow) + kk % 4 * 32),
-            ptx::matrix_right(dB, kk / 4 * (kM * kPanelRow) + kk % 4 * 32), kk > 0, T{});
+            ptx::matrix_right(dB, kk / 4 * (kM * kPanelRow) + kk % 4 * 32), add || kk > 0, T{});
       }
       ptx::wgmma_commit();
     };
     // d (64 keys x columns) += p or ds times rows.
     const auto issue_gradient = [&](float (&d)[kD / 2], const std::uint32_t (&a)[kM / 16][4],
                                     ptx::SharedAddress rows) {
-      const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(rows, kM * kPanelRow);
+      const ptx::MatrixDescriptor dB = fixed(rows, kM * kPanelRow);
 #pragma unroll
       for (int kk = 0; kk < kM / 16; ++kk) {
         ptx::wgmma<ptx::Major::mn>(d, a[kk], ptx::matrix_right(dB, kk * (16 * kPanelRow)), true,
@@ -177,10 +213,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
     // dq (64 queries x columns) = ds transposed times keys.
     const auto issue_dq = [&](int stage) {
-      const ptx::MatrixDescriptor dA = ptx::matrix_descriptor(
+      if constexpr (Tile::kTransposed) {
+        const ptx::MatrixDescriptor dA = fixed(aK + (kD == 64 ? 0 : group * (kN * kPanelRow)));
+        const ptx::MatrixDescriptor dB = fixed(
+            aDs + stage * Shared::kDs + (kD == 64 ? group * (Tile::kDqQueries * kPanelRow) : 0));
+#pragma unroll
+        for (int kk = 0; kk < kN / 16; ++kk) {
+          ptx::wgmma<ptx::Major::mn, ptx::Major::k>(
+              rDq, ptx::matrix_right(dA, kk * (16 * kPanelRow)),
+              ptx::matrix_right(dB, kk / 4 * (kM * kPanelRow) + kk % 4 * 32), kk > 0, T{});
+        }
+        ptx::wgmma_commit();
+        return;
+      }
+      const ptx::MatrixDescriptor dA = fixed(
           aDs + stage * Shared::kDs + (kM == 64 ? 0 : group * (kN * kPanelRow)));
       const ptx::MatrixDescriptor dB =
-          ptx::matrix_descriptor(aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
+          fixed(aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
 #pragma unroll
       for (int kk = 0; kk < kN / 16; ++kk) {
         ptx::wgmma<ptx::Major::mn, ptx::Major::mn>(
@@ -189,21 +238,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto my_turn = [&] {
-      if (Tile::kTurns != HopperTurns::none) ptx::bar_sync(kIssues + group, 256);
-    };
-    const auto others_turn = [&] {
-      if (Tile::kTurns != HopperTurns::none) ptx::bar_arrive(kIssues + 1 - group, 256);
-    };
-    // dq of a block, with number t, has arrived in registers.
-    const auto give_dq = [&](const HopperMeetings<Tile>& of, int t) {
-      const HopperMeeting at = *of;
-      const KeyJob& job = of.all.job;
-      const int n = job.j0 / kN;
+    // dq of a block has arrived in registers.
+    const auto give_dq = [&](const KeyJob& job, int t) {
       const int stage = ring_stage(t);
-      float4* const own = reinterpret_cast<float4*>(shared.dq[stage][group]) + threadIdx.x % 128;
+      float4* const own =
+          reinterpret_cast<float4*>(shared.dq[stage % Tile::kDqStages][group]) + threadIdx.x % 128;
       ptx::mbarrier_wait(&shared.dq_theirs[stage], ring_parity(t));
-      if (n < at.last) {
+      const HopperDqIs is = shared.dq_is[stage];
+      if (is == HopperDqIs::part) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           own[i * 128] = make_float4(rDq[i * 4], rDq[i * 4 + 1], rDq[i * 4 + 2], rDq[i * 4 + 3]);
@@ -213,7 +255,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.dq_ours[stage]);
         return;
       }
-      if (n > at.first) {
+      if constexpr (Tile::kTransposed) ptx::wgmma_wait<0>();
+      if (is == HopperDqIs::rest) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           const float4 before = own[i * 128];
@@ -223,14 +266,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.dq_ours[stage]);
-      const int i0 = at.m * kM, i1 = min(i0 + kM, job.queries);
-      store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
-                 warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
-                 kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
-                 reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
+      const HopperBwdBlock& block = shared.blocks[stage];
+      const int i0 = block.m * kM, i1 = min(i0 + kM, job.queries);
+      if constexpr (Tile::kTransposed) {
+        const int first = kD == 64 ? group * Tile::kDqQueries : 0;
+        store_columns(p.dq, job.job.b, job.job.first_q + i0 + first, block.h, i1 - i0 - first,
+                      (kD == 64 ? 0 : group * 64) + warp * 16, p.f.d, p.f.scale, rDq, T{});
+      } else {
+        store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, block.h,
+                   warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
+                   kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
+                   reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
+      }
     };
 
-    if (Tile::kTurns != HopperTurns::none && group == 0) ptx::bar_arrive(kIssues, 256);
     int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
     each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
       const KeyJob& job = found.job;
@@ -239,8 +288,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
       ptx::registers_arrived(rDk);  // zeros are there before products are issued
       ptx::registers_arrived(rDv);
-      HopperMeetings<Tile> next(p, found), before = next;
-      const int begin = turn, end = turn + next.count();
+      const int begin = turn;
+      const int end =
+          turn + __shfl_sync(~0u, (found.m_end - found.m_begin) * p.f.group, 0);
       if (begin < end) {
         // Rows of keys and values beyond the sequence are of others: make them zeros.
         ptx::mbarrier_wait(&shared.keys_there, tile & 1);
@@ -263,25 +313,43 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
         ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
       };
-      for (; turn < end; ++turn) {
-        const int stage = ring_stage(turn), other = stage ^ 1;
-        const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-        if (turn == begin) await_queries(turn);
-        if (Tile::kTurns == HopperTurns::products || turn == begin) my_turn();
-        issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
-        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
-        others_turn();
-        const AttentionSight<int> sight = job.job.sight;
-        const bool whole = sight.all(i0, i1, own_keys, own_keys + 64);
-        float slope = 0.0f;
-        if constexpr (kChanges) {
-          slope =
-              all.over_scale *
-              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
+      // Not yet what is gradients of scores, but for the sum over a row.
+      const auto fill_dp = [&] {
+        if constexpr (!Tile::kDeltaFirst) return;
+#pragma unroll
+        for (int c = 0; c < kM / 8; ++c) {
+          const float2 delta = *reinterpret_cast<const float2*>(
+              &shared.delta[ring_stage(turn)][c * 8 + pair * 2]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) rDp[c * 4 + e] = -(e % 2 ? delta.y : delta.x);
         }
-        ptx::wgmma_wait<1>();
-        ptx::registers_arrived(rS);
+      };
+      const auto issue_dp = [&] {
+        const int stage = ring_stage(turn);
+        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries, Tile::kDeltaFirst);
+      };
+      const auto make_p = [&] {
+        const int stage = ring_stage(turn);
+        const bool whole = shared.blocks[stage].whole[group];
+        float slope = 0.0f;
+        int i0 = 0;
+        if constexpr (kChanges) {
+          i0 = shared.blocks[stage].m * kM;
+          slope = all.over_scale *
+                  p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch +
+                                    shared.blocks[stage].h,
+                                0.0f);
+        }
+        if constexpr (Tile::kAhead > 0) {
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          fill_dp();
+          issue_dp();
+        } else {
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rS);
+        }
         const auto minus_delta = [&] {
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
@@ -295,7 +363,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rDp);
           minus_delta();
-          const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
+          const int distance = i0 + pair * 2 + job.job.sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
           for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
@@ -307,6 +375,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
         if (!whole) {
+          const AttentionSight<int> sight = job.job.sight;
+          i0 = shared.blocks[stage].m * kM;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // Of the thread's queries, each so far from its first, key j is seen by these.
@@ -333,75 +403,104 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
         // branch between.
-        ptx::registers_arrived(rS);
-        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
+        if constexpr (Tile::kPacked) {
+#pragma unroll
+          for (int kk = 0; kk < kM / 16; ++kk) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int from = kk * 8 + e * 2;
+              rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+              asm volatile("" : "+r"(rP[kk][e])::"memory");
+            }
+          }
+        } else {
+          ptx::registers_arrived(rS);
+        }
+        // A branch, see above.
+        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDp);
         if (turn + 1 == end) arrive(&shared.values_free);
-        if constexpr (!kChanges) minus_delta();
-#pragma unroll
-        for (int i = 0; i < kM / 2; ++i) rDp[i] *= rS[i];
+        if constexpr (!kChanges && !Tile::kDeltaFirst) minus_delta();
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int from = kk * 8 + e * 2;
-            rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
-            rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
+            if constexpr (Tile::kPacked) {
+              const float2 both = fastkern::tile::unpack_pair(rP[kk][e], T{});
+              rDs[kk][e] = ptx::pack_2(rDp[from] * both.x, rDp[from + 1] * both.y, T{});
+            } else {
+              rDs[kk][e] = ptx::pack_2(rDp[from] * rS[from], rDp[from + 1] * rS[from + 1], T{});
+              rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+            }
           }
         }
-        const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
+      };
+      const auto add_gradients = [&](auto more) {
+        const int stage = ring_stage(turn), other = stage ^ 1;
+        const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + (Tile::kTransposed ? ds_place : ds_row * kPanelRow);
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
+          if constexpr (Tile::kTransposed) {
+            ptx::stmatrix_4_transposed(to_ds + kk * (16 * kPanelRow), rDs[kk]);
+            continue;
+          }
           const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
           ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
         }
+        ptx::wgmma_fence();
+        issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+        ptx::wgmma_commit();
         ptx::fence_async();
         __syncwarp();
         arrive(&shared.ds_there[stage]);
-
-        const auto issue_gradients = [&] {
-          issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
-          issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
-          ptx::wgmma_commit();
-          if (Tile::kTurns == HopperTurns::products) others_turn();
-        };
-        if (turn > begin) {
-          ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
-          my_turn();
-          ptx::wgmma_fence();
-          issue_dq(other);
-          issue_gradients();
-          ptx::wgmma_wait<1>();
-          ptx::registers_arrived(rDq);
-          arrive(&shared.ds_free[other]);
-          give_dq(before, turn - 1);
-        } else {
-          my_turn();
-          ptx::wgmma_fence();
-          issue_gradients();
-        }
-        before.h = next.h, before.m = next.m;
-        ++next;
+        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(turn));
+        ptx::wgmma_fence();
+        issue_dq(stage);
+        if constexpr (Tile::kSame == 1) ptx::wgmma_wait<1>();
+        issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        ptx::registers_arrived(rDq);
+        give_dq(job, turn);
         // Those of the next block while products are under way: after these its own are issued at
         // once.
-        if (turn + 1 < end) await_queries(turn + 1);
-        ptx::wgmma_wait<0>();
+        if constexpr (more.value) {
+          await_queries(turn + 1);
+          issue_transposed(rS, aK, aQ + other * Shared::kQueries, false);
+          ptx::wgmma_wait<1>();
+        } else {
+          if (Tile::kAhead == 0 && turn + 1 < end) await_queries(turn + 1);
+          ptx::wgmma_wait<0>();
+        }
         ptx::registers_arrived(rDv);
         ptx::registers_arrived(rDk);
         arrive(&shared.free[stage]);
-      }
+        ++turn;
+      };
       if (begin < end) {
-        if (Tile::kTurns == HopperTurns::blocks) others_turn();
-        const int stage = ring_stage(end - 1);
-        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
-        ptx::wgmma_fence();
-        issue_dq(stage);
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDq);
-        arrive(&shared.ds_free[stage]);
+        await_queries(begin);
+        if constexpr (Tile::kAhead > 0) {
+          issue_transposed(rS, aK, aQ + ring_stage(begin) * Shared::kQueries, false);
+          make_p();
+          while (turn + 1 < end) {
+            turn = __shfl_sync(~0u, turn, 0);
+            add_gradients(std::true_type{});
+            make_p();
+          }
+          add_gradients(std::false_type{});
+        } else {
+          do {
+            turn = __shfl_sync(~0u, turn, 0);
+            fill_dp();
+            issue_transposed(rS, aK, aQ + ring_stage(turn) * Shared::kQueries, false);
+            issue_dp();
+            make_p();
+            add_gradients(std::false_type{});
+          } while (turn < end);
+        }
         arrive(&shared.keys_free);
-        give_dq(before, end - 1);
       }
       const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
       store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,

@@ -13,10 +13,9 @@ namespace fastkern::cuda::attention_detail {
 
 /// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
 using HopperBwd64 = HopperBwdTile<64, 128, HopperTurns::none>;
-// With a soft cap or ALiBi 128 columns have none for products that are issued as they come.
-template <bool kChanges>
-using HopperBwd128 = HopperBwdTile<128, 64, kChanges ? HopperTurns::blocks : HopperTurns::none>;
-static_assert(HopperBwd128<false>::kD == kHopperBwdColumns);
+using HopperBwd128 = HopperBwdTile<128, 64, HopperTurns::none>;
+using HopperBwd128Full = HopperBwdTile<128, 80, HopperTurns::none>;
+static_assert(HopperBwd128::kD == kHopperBwdColumns);
 
 /// Heads whose blocks of keys are among each other. What all of them read and add to is to stay in
 /// L2, half of which is another's copy; with fewer than these, blocks of one head wait for each
@@ -67,8 +66,10 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
   dispatch_bool(p.f.softcap > 0.0f || p.f.slopes.data, [&]<bool kChanges>() {
     if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) {
       with.template operator()<HopperBwd64, kChanges>();
+    } else if (!kChanges && p.f.mask.left < 0 && p.f.mask.right < 0) {
+      with.template operator()<HopperBwd128Full, false>();
     } else {
-      with.template operator()<HopperBwd128<kChanges>, kChanges>();
+      with.template operator()<HopperBwd128, kChanges>();
     }
   });
 }
