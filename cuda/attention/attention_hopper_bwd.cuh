@@ -42,7 +42,6 @@
 #include "attention/attention_hopper_bwd_fetch.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/wgmma.cuh"
-#include "tile/pack.cuh"
 
 namespace fastkern::cuda::attention_detail {
 
@@ -111,7 +110,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.dout_there[s], 1);
       ptx::mbarrier_init(&shared.rows_there[s], 1);
       ptx::mbarrier_init(&shared.free[s], kWarps);
+      ptx::mbarrier_init(&shared.dout_free[s], kWarps);
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
+      ptx::mbarrier_init(&shared.ds_free[s], kWarps);
       ptx::mbarrier_init(&shared.dq_theirs[s], 1);
       ptx::mbarrier_init(&shared.dq_ours[s], kWarps);
       ptx::mbarrier_init(&shared.dq_read[s], 1);
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
     // d (64 keys x queries) = own keys or values times rows.
     const auto issue_transposed = [&](float (&d)[kM / 2], ptx::SharedAddress of_keys,
-                                      ptx::SharedAddress rows, bool add) {
+                                      ptx::SharedAddress rows) {
       const ptx::MatrixDescriptor dA = fixed(of_keys + group * (64 * kPanelRow));
       const ptx::MatrixDescriptor dB = fixed(rows);
       ptx::wgmma_fence();
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int kk = 0; kk < kD / 16; ++kk) {
         ptx::wgmma<ptx::Major::k, ptx::Major::k>(
             d, ptx::matrix_right(dA, kk / 4 * (kN * kPanelRow) + kk % 4 * 32),
-            ptx::matrix_right(dB, kk / 4 * (kM * kPanelRow) + kk % 4 * 32), add || kk > 0, T{});
+            ptx::matrix_right(dB, kk / 4 * (kM * kPanelRow) + kk % 4 * 32), kk > 0, T{});
       }
       ptx::wgmma_commit();
     };
@@ -250,7 +251,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           own[i * 128] = make_float4(rDq[i * 4], rDq[i * 4 + 1], rDq[i * 4 + 2], rDq[i * 4 + 3]);
         }
-        ptx::fence_async();
         __syncwarp();
         arrive(&shared.dq_ours[stage]);
         return;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.dq_ours[stage]);
-      const HopperBwdBlock& block = shared.blocks[stage];
+      const HopperBwdBlock& block = shared.blocks[t & 3];
       const int i0 = block.m * kM, i1 = min(i0 + kM, job.queries);
       if constexpr (Tile::kTransposed) {
         const int first = kD == 64 ? group * Tile::kDqQueries : 0;
@@ -313,38 +313,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
         ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
       };
-      // Not yet what is gradients of scores, but for the sum over a row.
-      const auto fill_dp = [&] {
-        if constexpr (!Tile::kDeltaFirst) return;
-#pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
-          const float2 delta = *reinterpret_cast<const float2*>(
-              &shared.delta[ring_stage(turn)][c * 8 + pair * 2]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) rDp[c * 4 + e] = -(e % 2 ? delta.y : delta.x);
-        }
-      };
       const auto issue_dp = [&] {
         const int stage = ring_stage(turn);
         ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries, Tile::kDeltaFirst);
+        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
       };
       const auto make_p = [&] {
         const int stage = ring_stage(turn);
-        const bool whole = shared.blocks[stage].whole[group];
+        const bool whole = shared.blocks[turn & 3].whole[group];
         float slope = 0.0f;
         int i0 = 0;
         if constexpr (kChanges) {
-          i0 = shared.blocks[stage].m * kM;
+          i0 = shared.blocks[turn & 3].m * kM;
           slope = all.over_scale *
                   p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch +
-                                    shared.blocks[stage].h,
+                                    shared.blocks[turn & 3].h,
                                 0.0f);
         }
         if constexpr (Tile::kAhead > 0) {
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
-          fill_dp();
           issue_dp();
         } else {
           ptx::wgmma_wait<1>();
@@ -376,7 +364,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         if (!whole) {
           const AttentionSight<int> sight = job.job.sight;
-          i0 = shared.blocks[stage].m * kM;
+          i0 = shared.blocks[turn & 3].m * kM;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             // Of the thread's queries, each so far from its first, key j is seen by these.
@@ -403,37 +391,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
         // branch between.
-        if constexpr (Tile::kPacked) {
-#pragma unroll
-          for (int kk = 0; kk < kM / 16; ++kk) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int from = kk * 8 + e * 2;
-              rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
-              asm volatile("" : "+r"(rP[kk][e])::"memory");
-            }
-          }
+        ptx::registers_arrived(rS);
+        if constexpr (Tile::kSame == 0) {
+          ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
         } else {
-          ptx::registers_arrived(rS);
+          ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
         }
-        // A branch, see above.
-        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rDp);
         if (turn + 1 == end) arrive(&shared.values_free);
-        if constexpr (!kChanges && !Tile::kDeltaFirst) minus_delta();
+        if constexpr (!kChanges) minus_delta();
 #pragma unroll
         for (int kk = 0; kk < kM / 16; ++kk) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int from = kk * 8 + e * 2;
-            if constexpr (Tile::kPacked) {
-              const float2 both = fastkern::tile::unpack_pair(rP[kk][e], T{});
-              rDs[kk][e] = ptx::pack_2(rDp[from] * both.x, rDp[from + 1] * both.y, T{});
-            } else {
-              rDs[kk][e] = ptx::pack_2(rDp[from] * rS[from], rDp[from + 1] * rS[from + 1], T{});
-              rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
-            }
+            rDs[kk][e] = ptx::pack_2(rDp[from] * rS[from], rDp[from + 1] * rS[from + 1], T{});
+            rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
           }
         }
       };
@@ -449,26 +423,58 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
           ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
         }
+        if constexpr (Tile::kSame == 0) {
+          ptx::fence_async();
+          __syncwarp();
+          arrive(&shared.ds_there[stage]);
+          const auto issue_both = [&] {
+            issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+            ptx::wgmma_commit();
+            issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
+            ptx::wgmma_commit();
+          };
+          if (turn > begin) {
+            ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
+            ptx::wgmma_fence();
+            issue_dq(other);
+            issue_both();
+            ptx::wgmma_wait<2>();
+            ptx::registers_arrived(rDq);
+            arrive(&shared.ds_free[other]);
+            give_dq(job, turn - 1);
+          } else {
+            ptx::wgmma_fence();
+            issue_both();
+          }
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rDv);
+          arrive(&shared.dout_free[stage]);
+        } else {
         ptx::wgmma_fence();
         issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
         ptx::wgmma_commit();
-        ptx::fence_async();
         __syncwarp();
         arrive(&shared.ds_there[stage]);
         ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(turn));
+        ptx::fence_async();
         ptx::wgmma_fence();
         issue_dq(stage);
-        if constexpr (Tile::kSame == 1) ptx::wgmma_wait<1>();
+        if constexpr (Tile::kSame == 1) {
+          ptx::wgmma_wait<1>();
+          arrive(&shared.dout_free[stage]);
+        }
         issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         ptx::registers_arrived(rDq);
+        if constexpr (Tile::kSame != 1) arrive(&shared.dout_free[stage]);
         give_dq(job, turn);
+        }
         // Those of the next block while products are under way: after these its own are issued at
         // once.
         if constexpr (more.value) {
           await_queries(turn + 1);
-          issue_transposed(rS, aK, aQ + other * Shared::kQueries, false);
+          issue_transposed(rS, aK, aQ + other * Shared::kQueries);
           ptx::wgmma_wait<1>();
         } else {
           if (Tile::kAhead == 0 && turn + 1 < end) await_queries(turn + 1);
@@ -482,7 +488,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if (begin < end) {
         await_queries(begin);
         if constexpr (Tile::kAhead > 0) {
-          issue_transposed(rS, aK, aQ + ring_stage(begin) * Shared::kQueries, false);
+          issue_transposed(rS, aK, aQ + ring_stage(begin) * Shared::kQueries);
           make_p();
           while (turn + 1 < end) {
             turn = __shfl_sync(~0u, turn, 0);
@@ -493,14 +499,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         } else {
           do {
             turn = __shfl_sync(~0u, turn, 0);
-            fill_dp();
-            issue_transposed(rS, aK, aQ + ring_stage(turn) * Shared::kQueries, false);
+              issue_transposed(rS, aK, aQ + ring_stage(turn) * Shared::kQueries);
             issue_dp();
             make_p();
             add_gradients(std::false_type{});
           } while (turn < end);
         }
+        if constexpr (Tile::kSame == 0) {
+          const int stage = ring_stage(end - 1);
+          ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
+          ptx::wgmma_fence();
+          issue_dq(stage);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDq);
+          arrive(&shared.ds_free[stage]);
+        }
         arrive(&shared.keys_free);
+        if constexpr (Tile::kSame == 0) give_dq(job, end - 1);
       }
       const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
       store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,

@@ -10,19 +10,12 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Whether the warpgroups issue their products in turn: gradients of a block and scores and dp of
-/// the next together, or apart.
-enum class HopperTurns { none, products, blocks };
-
 /// kD columns, kM queries at a time.
-template <int kColumns, int kQueries, HopperTurns kInTurn, int kIssuedAhead = 0, bool kInPacks = false, int kSameBlock = 1, bool kDelta = false>
+template <int kColumns, int kQueries, int kIssuedAhead = 0, int kSameBlock = 1>
 struct HopperBwdTile {
   static constexpr int kAhead = kIssuedAhead;
-  static constexpr bool kPacked = kInPacks;
   static constexpr int kSame = kSameBlock;
-  static constexpr bool kDeltaFirst = kDelta;
   static constexpr int kD = kColumns, kM = kQueries, kN = 128, kThreads = 384;
-  static constexpr HopperTurns kTurns = kInTurn;
   // Of the 168 of each that a launch of so many threads gets, and no more: else it waits for ever.
   static constexpr int kRegisters = 240, kOtherRegisters = 24;
   static_assert(256 * kRegisters + 128 * kOtherRegisters <= 168 * kThreads);
@@ -81,11 +74,11 @@ struct HopperBwdShared {
   float lse[2][Tile::kM], delta[2][Tile::kM];
   std::uint64_t job_there[2], job_free[2];
   std::uint64_t keys_there, values_there, keys_free, values_free;
-  std::uint64_t query_there[2], dout_there[2], rows_there[2], free[2];
-  std::uint64_t ds_there[2];
+  std::uint64_t query_there[2], dout_there[2], rows_there[2], free[2], dout_free[2];
+  std::uint64_t ds_there[2], ds_free[2];
   std::uint64_t dq_theirs[2], dq_ours[2], dq_read[2];
   HopperBwdJob jobs[2];
-  HopperBwdBlock blocks[2];
+  HopperBwdBlock blocks[4];
   HopperDqIs dq_is[2];
   int turn, tile;  // of the thread that fetches: blocks of queries before, tiles that met some
 };
@@ -191,14 +184,15 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   for (int t = 0; t < count; ++t, ++next) {
     const int turn = shared.turn + t, stage = ring_stage(turn),
               row = job.job.first_q + next.m * Tile::kM;
+    ptx::mbarrier_wait(&shared.dout_free[stage], ring_parity(turn) ^ 1);
+    ptx::mbarrier_expect(&shared.dout_there[stage], Shared::kQueries);
+    fetch(shared.dout[stage], &all.dout, Tile::kM, row, next.h, &shared.dout_there[stage],
+          ptx::Keep::long_);
     ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
           ptx::Keep::long_);
     if (t == 0) fetch_keys(shared.values, &all.v, &shared.values_there, &shared.values_free);
-    ptx::mbarrier_expect(&shared.dout_there[stage], Shared::kQueries);
-    fetch(shared.dout[stage], &all.dout, Tile::kM, row, next.h, &shared.dout_there[stage],
-          ptx::Keep::long_);
     // Keys are free last: dq of the tile before takes them.
     if (t == 0) fetch_keys(shared.keys, &all.k, &shared.keys_there, &shared.keys_free);
   }
@@ -259,7 +253,7 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
       ptx::fence_async();
     }
     if (lane == 0) {
-      HopperBwdBlock& block = shared.blocks[stage];
+      HopperBwdBlock& block = shared.blocks[turn & 3];
       block.m = next.m, block.h = next.h;
       const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
       for (int g = 0; g < 2; ++g)
@@ -309,6 +303,7 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
       done_with_room();
       continue;
     }
+    ptx::fence_async();  // of what others wrote, once for all of them
     if (n == at.first) {
       ptx::bulk_store(sums, own, kBytes);
     } else {

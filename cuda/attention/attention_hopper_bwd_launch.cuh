@@ -12,9 +12,9 @@
 namespace fastkern::cuda::attention_detail {
 
 /// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
-using HopperBwd64 = HopperBwdTile<64, 128, HopperTurns::none>;
-using HopperBwd128 = HopperBwdTile<128, 64, HopperTurns::none>;
-using HopperBwd128Full = HopperBwdTile<128, 80, HopperTurns::none>;
+using HopperBwd64 = HopperBwdTile<64, 128>;
+using HopperBwd128 = HopperBwdTile<128, 64>;
+using HopperBwd128Full = HopperBwdTile<128, 80>;
 static_assert(HopperBwd128::kD == kHopperBwdColumns);
 
 /// Heads whose blocks of keys are among each other. What all of them read and add to is to stay in
