@@ -33,8 +33,7 @@ Parts parts_of(const Forward& f, const AttentionBwd& args) {
     const std::int64_t blocks = ceil_div(f.queries, kLeastQueries) + more;
     parts.turn_count = heads * blocks + 1;
     parts.sums = parts.turns + up(static_cast<std::size_t>(parts.turn_count) * 4);
-    // Of any number of them a block, no more than one of a sequence is not full.
-    const std::int64_t rows = heads * (f.queries + (more + 1) * kMostQueries);
+    const std::int64_t rows = heads * (ceil_div(f.queries, kMostQueries) + more) * kMostQueries;
     // A tile for Hopper has 64 or 128 columns.
     const int columns = kD <= 64 ? 64 : std::max(kD, kHopperBwdColumns);
     parts.end = parts.sums + static_cast<std::size_t>(rows * columns) * 4;

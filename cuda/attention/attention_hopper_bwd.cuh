@@ -10,12 +10,14 @@
 //            and ds are in registers what the products with dout and q take as their left side; ds
 //            goes through shared memory, two stages, for dq. dk and dv stay in registers. dq is
 //            summed in f32 in global memory, by additions of the copy engine in L2
-//   overlap  dq of a block of queries is computed with dk and dv of the next, when both warpgroups
-//            have long written their ds; scores and dp of a block are issued behind dk and dv of
-//            the one before. The warpgroups issue all of that as they come, or in turn: p and ds of
-//            one are computed during products of the other
+//   overlap  of each block of queries a warpgroup issues scores and dp, makes p of scores while dp
+//   is
+//            computed and ds of both, and issues dv, then, as soon as both warpgroups have written
+//            their ds, dq, then dk; dq leaves while dk is computed. Products are issued as they
+//            come: those of one warpgroup run in what the other's leave
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
 //            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
+//            and finds out what warpgroups have to know of a block of queries
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
 //            wait for their turn, and the last one, whose sums before are fetched to shared
 //            memory, writes dq itself. A block waits for blocks alone that began before it
@@ -26,18 +28,21 @@
 //            keys_free, ...   who computes            warp 0
 //            query_there,     copy engine, warp 0     who computes, warp 3
 //            dout_there
-//            rows_there       warp 3                  who computes: lse and delta, and rows that
-//                                                     saw nothing are zeros
-//            free             who computes            warps 0 and 3: queries, dout, lse, delta
-//            ds_there         who computes            who computes, before dq
-//            ds_free          who computes, after dq  who computes, before ds of two blocks on
+//            rows_there       warp 3                  who computes: lse, delta and what else there
+//                                                     is to know, and rows that saw nothing are
+//                                                     zeros
+//            free             who computes            warps 0 and 3: queries, lse, delta
+//            dout_free        who computes, after dv  warp 0
+//            ds_there         who computes            who computes, before dq. Whoever waits for
+//                                                     one has done with dq of the block before, so
+//                                                     that ds may be written two blocks on
 //            dq_theirs        warp 1 or 2             who computes: dq may be written or, for the
 //                                                     last keys, the sums before are there
-//            dq_ours          who computes            warp 1 or 2: dq was written, or read
+//            dq_ours          who computes            warp 1 or 2: dq was written, or read. The
+//                                                     fence before the copy engine reads it is
+//                                                     theirs: one instead of 256, and off the way
 //   cost     10 * S * T * D flops where all is seen; 4 bytes of dq added for 1280 flops
 #pragma once
-
-#include <type_traits>
 
 #include "attention/attention_hopper_bwd_fetch.cuh"
 #include "ptx/barrier.cuh"
@@ -56,27 +61,6 @@ __device__ __forceinline__ float hopper_bwd_score(const HopperBackward& all, flo
     s = part * all.from_cap;
   }
   return fmaf(-slope, fabsf(static_cast<float>(distance)), s);
-}
-
-/// Of 16 columns of dq, from `column` on, and rows from `row` on, what products of a warp have left
-/// transposed: d[4 c + 2 half + e] is row 8 c + 2 (lane % 4) + e, column lane / 4 + 8 half.
-template <int kCount, class T>
-__device__ __forceinline__ void store_columns(const View& to, int b, int row, int h, int rows,
-                                              int column, int width, float scale,
-                                              const float (&d)[kCount], T) {
-  const int lane = threadIdx.x % 32, at = column + lane % 4 * 2;
-#pragma unroll
-  for (int c = 0; c < kCount / 4; ++c) {
-    const int i = c * 8 + lane / 4;
-    char* const line = to.at(b, row + i, h);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::uint32_t two = ptx::transposed_matrix(
-          ptx::pack_2(d[c * 4 + half * 2] * scale, d[c * 4 + half * 2 + 1] * scale, T{}));
-      if (i < rows && at + half * 8 < width)
-        *reinterpret_cast<std::uint32_t*>(line + (at + half * 8) * 2) = two;
-    }
-  }
 }
 
 /// kChanges: there is a soft cap or ALiBi.
@@ -112,10 +96,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.free[s], kWarps);
       ptx::mbarrier_init(&shared.dout_free[s], kWarps);
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
-      ptx::mbarrier_init(&shared.ds_free[s], kWarps);
       ptx::mbarrier_init(&shared.dq_theirs[s], 1);
       ptx::mbarrier_init(&shared.dq_ours[s], kWarps);
-      ptx::mbarrier_init(&shared.dq_read[s], 1);
     }
     ptx::mbarrier_init_fence();
   }
@@ -172,17 +154,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const ptx::SharedAddress aDs = ptx::shared_address(shared.ds);
     // Where this lane's rows of ds begin, and which of the first two chunks of 16 bytes is its own.
     const int ds_row = group * 64 + warp * 16 + lane % 16, ds_chunk = lane / 16;
-    // Of ds transposed, in bytes: two chunks of 8 keys, and 8 queries on again.
-    const int ds_place = group * (kM * kPanelRow) + (lane / 16 * 8 + lane % 8) * kPanelRow +
-                         ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 
     float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2];
-    float rOther[kD == 64 ? kDqRegisters : 1];
-    float (&rDq)[kDqRegisters] =
-        *reinterpret_cast<float (*)[kDqRegisters]>(kD == 64 ? rOther : rS);
+    // dq: at 128 columns in the registers of the scores, which have become p by then.
+    float rOwnDq[kD == 64 ? kDqRegisters : 1];
+    float (&rDq)[kDqRegisters] = *reinterpret_cast<float (*)[kDqRegisters]>(kD == 64 ? rOwnDq : rS);
     std::uint32_t rP[kM / 16][4], rDs[kM / 16][4];
 
-    // Where the compiler shall not look into: else it makes each step's of their parts anew.
+    // A descriptor that the compiler cannot look into: it would make each step's of its parts anew,
+    // four instructions instead of one.
     const auto fixed = [](ptx::SharedAddress at, int panel = 16) {
       ptx::MatrixDescriptor d = ptx::matrix_descriptor(at, panel);
       asm volatile("" : "+l"(d));
@@ -214,21 +194,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
     // dq (64 queries x columns) = ds transposed times keys.
     const auto issue_dq = [&](int stage) {
-      if constexpr (Tile::kTransposed) {
-        const ptx::MatrixDescriptor dA = fixed(aK + (kD == 64 ? 0 : group * (kN * kPanelRow)));
-        const ptx::MatrixDescriptor dB = fixed(
-            aDs + stage * Shared::kDs + (kD == 64 ? group * (Tile::kDqQueries * kPanelRow) : 0));
-#pragma unroll
-        for (int kk = 0; kk < kN / 16; ++kk) {
-          ptx::wgmma<ptx::Major::mn, ptx::Major::k>(
-              rDq, ptx::matrix_right(dA, kk * (16 * kPanelRow)),
-              ptx::matrix_right(dB, kk / 4 * (kM * kPanelRow) + kk % 4 * 32), kk > 0, T{});
-        }
-        ptx::wgmma_commit();
-        return;
-      }
-      const ptx::MatrixDescriptor dA = fixed(
-          aDs + stage * Shared::kDs + (kM == 64 ? 0 : group * (kN * kPanelRow)));
+      const ptx::MatrixDescriptor dA =
+          fixed(aDs + stage * Shared::kDs + (kM == 64 ? 0 : group * (kN * kPanelRow)));
       const ptx::MatrixDescriptor dB =
           fixed(aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
 #pragma unroll
@@ -242,8 +209,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // dq of a block has arrived in registers.
     const auto give_dq = [&](const KeyJob& job, int t) {
       const int stage = ring_stage(t);
-      float4* const own =
-          reinterpret_cast<float4*>(shared.dq[stage % Tile::kDqStages][group]) + threadIdx.x % 128;
+      float4* const own = reinterpret_cast<float4*>(shared.dq[stage][group]) + threadIdx.x % 128;
       ptx::mbarrier_wait(&shared.dq_theirs[stage], ring_parity(t));
       const HopperDqIs is = shared.dq_is[stage];
       if (is == HopperDqIs::part) {
@@ -255,7 +221,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.dq_ours[stage]);
         return;
       }
-      if constexpr (Tile::kTransposed) ptx::wgmma_wait<0>();
       if (is == HopperDqIs::rest) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
@@ -266,18 +231,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.dq_ours[stage]);
-      const HopperBwdBlock& block = shared.blocks[t & 3];
+      const HopperBwdBlock& block = shared.blocks[stage];
       const int i0 = block.m * kM, i1 = min(i0 + kM, job.queries);
-      if constexpr (Tile::kTransposed) {
-        const int first = kD == 64 ? group * Tile::kDqQueries : 0;
-        store_columns(p.dq, job.job.b, job.job.first_q + i0 + first, block.h, i1 - i0 - first,
-                      (kD == 64 ? 0 : group * 64) + warp * 16, p.f.d, p.f.scale, rDq, T{});
-      } else {
-        store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, block.h,
-                   warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
-                   kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
-                   reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
-      }
+      store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, block.h,
+                 warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
+                 kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
+                 reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
     int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
@@ -289,8 +248,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::registers_arrived(rDk);  // zeros are there before products are issued
       ptx::registers_arrived(rDv);
       const int begin = turn;
-      const int end =
-          turn + __shfl_sync(~0u, (found.m_end - found.m_begin) * p.f.group, 0);
+      const int end = turn + __shfl_sync(~0u, (found.m_end - found.m_begin) * p.f.group, 0);
       if (begin < end) {
         // Rows of keys and values beyond the sequence are of others: make them zeros.
         ptx::mbarrier_wait(&shared.keys_there, tile & 1);
@@ -313,209 +271,126 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
         ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
       };
-      const auto issue_dp = [&] {
-        const int stage = ring_stage(turn);
-        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
-      };
-      const auto make_p = [&] {
-        const int stage = ring_stage(turn);
-        const bool whole = shared.blocks[turn & 3].whole[group];
-        float slope = 0.0f;
-        int i0 = 0;
-        if constexpr (kChanges) {
-          i0 = shared.blocks[turn & 3].m * kM;
-          slope = all.over_scale *
-                  p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch +
-                                    shared.blocks[turn & 3].h,
-                                0.0f);
-        }
-        if constexpr (Tile::kAhead > 0) {
-          ptx::wgmma_wait<0>();
-          ptx::registers_arrived(rS);
-          issue_dp();
-        } else {
+      if (begin < end) {
+        await_queries(begin);
+        do {
+          turn = __shfl_sync(~0u, turn, 0);  // for the compiler to see that all of the warp agree
+          const int stage = ring_stage(turn);
+          issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
+          ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+          issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
+          const bool whole = shared.blocks[stage].whole[group];
+          float slope = 0.0f;
+          int i0 = 0;
+          if constexpr (kChanges) {
+            i0 = shared.blocks[stage].m * kM;
+            slope = all.over_scale *
+                    p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch +
+                                      shared.blocks[stage].h,
+                                  0.0f);
+          }
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
-        }
-        const auto minus_delta = [&] {
+          const auto minus_delta = [&] {
 #pragma unroll
-          for (int c = 0; c < kM / 8; ++c) {
-            const float2 delta =
-                *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
+            for (int c = 0; c < kM / 8; ++c) {
+              const float2 delta =
+                  *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) rDp[c * 4 + e] -= e % 2 ? delta.y : delta.x;
-          }
-        };
-        if constexpr (kChanges) {
-          ptx::wgmma_wait<0>();
-          ptx::registers_arrived(rDp);
-          minus_delta();
-          const int distance = i0 + pair * 2 + job.job.sight.shift - own_keys - warp * 16 - quad;
-#pragma unroll
-          for (int c = 0; c < kM / 8; ++c) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float& s = rS[c * 4 + e];
-              s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
-                                   rDp[c * 4 + e]);
+              for (int e = 0; e < 4; ++e) rDp[c * 4 + e] -= e % 2 ? delta.y : delta.x;
             }
-          }
-        }
-        if (!whole) {
-          const AttentionSight<int> sight = job.job.sight;
-          i0 = shared.blocks[turn & 3].m * kM;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            // Of the thread's queries, each so far from its first, key j is seen by these.
-            const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
-            const int from = j - sight.window_end + 1 - first;
-            const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
+          };
+          if constexpr (kChanges) {
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rDp);
+            minus_delta();
+            const int distance = i0 + pair * 2 + job.job.sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
             for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              for (int e = 0; e < 4; ++e) {
+                float& s = rS[c * 4 + e];
+                s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
+                                     rDp[c * 4 + e]);
               }
             }
           }
-        }
+          if (!whole) {
+            const AttentionSight<int> sight = job.job.sight;
+            i0 = shared.blocks[stage].m * kM;
 #pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
-          const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][c * 8 + pair * 2]);
+            for (int half = 0; half < 2; ++half) {
+              // Of the thread's queries, each so far from its first, key j is seen by these.
+              const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
+              const int from = j - sight.window_end + 1 - first;
+              const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& s = rS[c * 4 + e];
-            s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
+              for (int c = 0; c < kM / 8; ++c) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                  if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+                }
+              }
+            }
           }
-        }
-        // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
-        // branch between.
-        ptx::registers_arrived(rS);
-        if constexpr (Tile::kSame == 0) {
-          ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
-        } else {
+#pragma unroll
+          for (int c = 0; c < kM / 8; ++c) {
+            const float2 lse =
+                *reinterpret_cast<const float2*>(&shared.lse[stage][c * 8 + pair * 2]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float& s = rS[c * 4 + e];
+              s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
+            }
+          }
+          // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
+          // branch between.
+          ptx::registers_arrived(rS);
           ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        }
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDp);
-        if (turn + 1 == end) arrive(&shared.values_free);
-        if constexpr (!kChanges) minus_delta();
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDp);
+          if (turn + 1 == end) arrive(&shared.values_free);
+          if constexpr (!kChanges) minus_delta();
 #pragma unroll
-        for (int kk = 0; kk < kM / 16; ++kk) {
+          for (int kk = 0; kk < kM / 16; ++kk) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int from = kk * 8 + e * 2;
-            rDs[kk][e] = ptx::pack_2(rDp[from] * rS[from], rDp[from + 1] * rS[from + 1], T{});
-            rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+            for (int e = 0; e < 4; ++e) {
+              const int from = kk * 8 + e * 2;
+              rDs[kk][e] = ptx::pack_2(rDp[from] * rS[from], rDp[from + 1] * rS[from + 1], T{});
+              rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+            }
           }
-        }
-      };
-      const auto add_gradients = [&](auto more) {
-        const int stage = ring_stage(turn), other = stage ^ 1;
-        const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + (Tile::kTransposed ? ds_place : ds_row * kPanelRow);
+          const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
 #pragma unroll
-        for (int kk = 0; kk < kM / 16; ++kk) {
-          if constexpr (Tile::kTransposed) {
-            ptx::stmatrix_4_transposed(to_ds + kk * (16 * kPanelRow), rDs[kk]);
-            continue;
+          for (int kk = 0; kk < kM / 16; ++kk) {
+            const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
+            ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
           }
-          const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
-          ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
-        }
-        if constexpr (Tile::kSame == 0) {
+          ptx::wgmma_fence();
+          issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+          ptx::wgmma_commit();
           ptx::fence_async();
           __syncwarp();
           arrive(&shared.ds_there[stage]);
-          const auto issue_both = [&] {
-            issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
-            ptx::wgmma_commit();
-            issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
-            ptx::wgmma_commit();
-          };
-          if (turn > begin) {
-            ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
-            ptx::wgmma_fence();
-            issue_dq(other);
-            issue_both();
-            ptx::wgmma_wait<2>();
-            ptx::registers_arrived(rDq);
-            arrive(&shared.ds_free[other]);
-            give_dq(job, turn - 1);
-          } else {
-            ptx::wgmma_fence();
-            issue_both();
-          }
-          ptx::wgmma_wait<1>();
-          ptx::registers_arrived(rDv);
-          arrive(&shared.dout_free[stage]);
-        } else {
-        ptx::wgmma_fence();
-        issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
-        ptx::wgmma_commit();
-        __syncwarp();
-        arrive(&shared.ds_there[stage]);
-        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(turn));
-        ptx::fence_async();
-        ptx::wgmma_fence();
-        issue_dq(stage);
-        if constexpr (Tile::kSame == 1) {
-          ptx::wgmma_wait<1>();
-          arrive(&shared.dout_free[stage]);
-        }
-        issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
-        ptx::registers_arrived(rDq);
-        if constexpr (Tile::kSame != 1) arrive(&shared.dout_free[stage]);
-        give_dq(job, turn);
-        }
-        // Those of the next block while products are under way: after these its own are issued at
-        // once.
-        if constexpr (more.value) {
-          await_queries(turn + 1);
-          issue_transposed(rS, aK, aQ + other * Shared::kQueries);
-          ptx::wgmma_wait<1>();
-        } else {
-          if (Tile::kAhead == 0 && turn + 1 < end) await_queries(turn + 1);
-          ptx::wgmma_wait<0>();
-        }
-        ptx::registers_arrived(rDv);
-        ptx::registers_arrived(rDk);
-        arrive(&shared.free[stage]);
-        ++turn;
-      };
-      if (begin < end) {
-        await_queries(begin);
-        if constexpr (Tile::kAhead > 0) {
-          issue_transposed(rS, aK, aQ + ring_stage(begin) * Shared::kQueries);
-          make_p();
-          while (turn + 1 < end) {
-            turn = __shfl_sync(~0u, turn, 0);
-            add_gradients(std::true_type{});
-            make_p();
-          }
-          add_gradients(std::false_type{});
-        } else {
-          do {
-            turn = __shfl_sync(~0u, turn, 0);
-              issue_transposed(rS, aK, aQ + ring_stage(turn) * Shared::kQueries);
-            issue_dp();
-            make_p();
-            add_gradients(std::false_type{});
-          } while (turn < end);
-        }
-        if constexpr (Tile::kSame == 0) {
-          const int stage = ring_stage(end - 1);
-          ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
+          ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(turn));
           ptx::wgmma_fence();
           issue_dq(stage);
-          ptx::wgmma_wait<0>();
+          ptx::wgmma_wait<1>();
+          arrive(&shared.dout_free[stage]);
+          issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();
           ptx::registers_arrived(rDq);
-          arrive(&shared.ds_free[stage]);
-        }
+          give_dq(job, turn);
+          // Those of the next block while products are under way: after these its own are issued at
+          // once.
+          if (turn + 1 < end) await_queries(turn + 1);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDv);
+          ptx::registers_arrived(rDk);
+          arrive(&shared.free[stage]);
+        } while (++turn < end);
         arrive(&shared.keys_free);
-        if constexpr (Tile::kSame == 0) give_dq(job, end - 1);
       }
       const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
       store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,

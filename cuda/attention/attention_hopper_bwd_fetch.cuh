@@ -11,24 +11,15 @@
 namespace fastkern::cuda::attention_detail {
 
 /// kD columns, kM queries at a time.
-template <int kColumns, int kQueries, int kIssuedAhead = 0, int kSameBlock = 1>
+template <int kColumns, int kQueries>
 struct HopperBwdTile {
-  static constexpr int kAhead = kIssuedAhead;
-  static constexpr int kSame = kSameBlock;
   static constexpr int kD = kColumns, kM = kQueries, kN = 128, kThreads = 384;
   // Of the 168 of each that a launch of so many threads gets, and no more: else it waits for ever.
   static constexpr int kRegisters = 240, kOtherRegisters = 24;
   static_assert(256 * kRegisters + 128 * kOtherRegisters <= 168 * kThreads);
-  // dq: a warpgroup has 64 rows of it, or half of the columns; if queries are no multiple of 64, it
-  // is computed transposed, columns x queries.
-  static constexpr bool kTransposed = kM % 64 != 0;
-  static constexpr int kDqColumns = kM == 128 || kD == 64 ? kD : kD / 2, kDq = kM * kD / 2;
-  // Of dq on its way out: shared memory has room for two but with so many queries.
-  static constexpr int kDqStages = kTransposed && kD == 128 ? 1 : 2;
-  static_assert(kM % 16 == 0 && kD % 64 == 0 && kDqColumns % 64 == 0);
-  static_assert(kTransposed || 64 * kDqColumns == kDq);
-  // Transposed, a warpgroup has half of the columns, or of the queries.
-  static constexpr int kDqQueries = kD == 128 ? kM : kM / 2;
+  // dq: a warpgroup has 64 rows of it, or half of the columns.
+  static constexpr int kDqColumns = kM == 64 ? kD / 2 : kD, kDq = 64 * kDqColumns;
+  static_assert(kM % 64 == 0 && kD % 64 == 0 && kDqColumns % 64 == 0 && 2 * kDq == kM * kD);
 };
 
 struct HopperBackward {
@@ -60,25 +51,23 @@ template <class Tile>
 struct HopperBwdShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kQueries = panels_of(Tile::kD) * Tile::kM * kPanelRow;
-  static constexpr int kDs =
-      (Tile::kTransposed ? panels_of(Tile::kN) * Tile::kM : panels_of(Tile::kM) * Tile::kN) *
-      kPanelRow;
+  static constexpr int kDs = panels_of(Tile::kM) * Tile::kN * kPanelRow;
 
   alignas(1024) char keys[kKeys];
   alignas(1024) char values[kKeys];
   alignas(1024) char query[2][kQueries];
   alignas(1024) char dout[2][kQueries];
-  alignas(1024) char ds[2][kDs];  // keys x queries; for dq transposed queries x keys
+  alignas(1024) char ds[2][kDs];  // keys x queries
   // Two stages; of each warpgroup, four of each thread at a time.
-  alignas(1024) float dq[Tile::kDqStages][2][Tile::kDq];
+  alignas(1024) float dq[2][2][Tile::kDq];
   float lse[2][Tile::kM], delta[2][Tile::kM];
   std::uint64_t job_there[2], job_free[2];
   std::uint64_t keys_there, values_there, keys_free, values_free;
   std::uint64_t query_there[2], dout_there[2], rows_there[2], free[2], dout_free[2];
-  std::uint64_t ds_there[2], ds_free[2];
-  std::uint64_t dq_theirs[2], dq_ours[2], dq_read[2];
+  std::uint64_t ds_there[2];
+  std::uint64_t dq_theirs[2], dq_ours[2];
   HopperBwdJob jobs[2];
-  HopperBwdBlock blocks[4];
+  HopperBwdBlock blocks[2];
   HopperDqIs dq_is[2];
   int turn, tile;  // of the thread that fetches: blocks of queries before, tiles that met some
 };
@@ -227,19 +216,18 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
         p.f.lengths.start_q ? next.h : static_cast<std::int64_t>(job.job.b) * p.f.heads + next.h;
     const float2* const from = p.rows + (head * p.f.queries + job.job.first_q + next.m * kM);
     const int rows = job.queries - next.m * kM;
-    float2 row[(kM + 31) / 32];  // on their way while others still read the ones before
+    float2 row[kM / 32];  // on their way while others still read the ones before
     bool dead = false;
 #pragma unroll
-    for (int k = 0; k < (kM + 31) / 32; ++k) {
+    for (int k = 0; k < kM / 32; ++k) {
       const int i = lane + k * 32;
-      row[k] = i < rows && i < kM ? from[i] : make_float2(INFINITY, 0.0f);
-      dead |= i < kM && row[k].x == INFINITY;
+      row[k] = i < rows ? from[i] : make_float2(INFINITY, 0.0f);
+      dead |= row[k].x == INFINITY;
     }
     ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
 #pragma unroll
-    for (int k = 0; k < (kM + 31) / 32; ++k) {
-      const int i = lane + k * 32;
-      if (i < kM) shared.lse[stage][i] = row[k].x, shared.delta[stage][i] = row[k].y;
+    for (int k = 0; k < kM / 32; ++k) {
+      shared.lse[stage][lane + k * 32] = row[k].x, shared.delta[stage][lane + k * 32] = row[k].y;
     }
     // Of a query that saw nothing, or is not there, 0 times what there is may be NaN: make it 0.
     if (__any_sync(~0u, dead)) {
@@ -253,7 +241,7 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
       ptx::fence_async();
     }
     if (lane == 0) {
-      HopperBwdBlock& block = shared.blocks[turn & 3];
+      HopperBwdBlock& block = shared.blocks[stage];
       block.m = next.m, block.h = next.h;
       const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
       for (int g = 0; g < 2; ++g)
@@ -270,7 +258,7 @@ template <class Tile>
 __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared<Tile>& shared,
                                               const HopperBwdJob& found, int stage, int& turn) {
   constexpr int kBytes = 2 * Tile::kDq * 4;
-  const ptx::SharedAddress own = ptx::shared_address(shared.dq[stage % Tile::kDqStages]);
+  const ptx::SharedAddress own = ptx::shared_address(shared.dq[stage]);
   const int n = found.job.j0 / Tile::kN;
   HopperMeetings<Tile> next(p, found);
   for (const int end = turn + next.count(); turn < end; ++turn, ++next) {
@@ -279,11 +267,6 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
     int* const turns = p.turns + at.block;
     float* const sums = p.dq_sums + at.block * (2 * Tile::kDq);
     const bool fetches = n == at.last && n > at.first;
-    const auto done_with_room = [&] {
-      if constexpr (Tile::kDqStages == 1) ptx::mbarrier_arrive(&shared.dq_read[stage]);
-    };
-    if (Tile::kDqStages == 1 && turn > 0)
-      ptx::mbarrier_wait(&shared.dq_read[stage ^ 1], ring_parity(turn - 1));
     shared.dq_is[stage] = n < at.last    ? HopperDqIs::part
                           : n > at.first ? HopperDqIs::rest
                                          : HopperDqIs::all;
@@ -299,10 +282,7 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
       ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[stage]);
     }
     ptx::mbarrier_wait(&shared.dq_ours[stage], ring_parity(turn));
-    if (n == at.last) {
-      done_with_room();
-      continue;
-    }
+    if (n == at.last) continue;
     ptx::fence_async();  // of what others wrote, once for all of them
     if (n == at.first) {
       ptx::bulk_store(sums, own, kBytes);
@@ -310,10 +290,6 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
       ptx::bulk_add(sums, own, kBytes);
     }
     ptx::bulk_commit();
-    if constexpr (Tile::kDqStages == 1) {
-      ptx::bulk_wait_read<0>();
-      done_with_room();
-    }
     ptx::bulk_wait<0>();
     ptx::fence_async_global();
     ptx::pass_on(turns);

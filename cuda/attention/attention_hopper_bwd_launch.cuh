@@ -14,7 +14,6 @@ namespace fastkern::cuda::attention_detail {
 /// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
 using HopperBwd64 = HopperBwdTile<64, 128>;
 using HopperBwd128 = HopperBwdTile<128, 64>;
-using HopperBwd128Full = HopperBwdTile<128, 80>;
 static_assert(HopperBwd128::kD == kHopperBwdColumns);
 
 /// Heads whose blocks of keys are among each other. What all of them read and add to is to stay in
@@ -66,8 +65,6 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
   dispatch_bool(p.f.softcap > 0.0f || p.f.slopes.data, [&]<bool kChanges>() {
     if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) {
       with.template operator()<HopperBwd64, kChanges>();
-    } else if (!kChanges && p.f.mask.left < 0 && p.f.mask.right < 0) {
-      with.template operator()<HopperBwd128Full, false>();
     } else {
       with.template operator()<HopperBwd128, kChanges>();
     }

@@ -38,23 +38,6 @@ __device__ __forceinline__ void stmatrix_4(SharedAddress to, const std::uint32_t
   }
 }
 
-/// The same, each matrix transposed.
-__device__ __forceinline__ void stmatrix_4_transposed(SharedAddress to,
-                                                      const std::uint32_t (&r)[4]) {
-  if constexpr (kHasClusters) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  }
-}
-
-/// Of a matrix of 8 x 8 of 16 bits, two of row lane / 4 a lane, the transposed one.
-__device__ __forceinline__ std::uint32_t transposed_matrix(std::uint32_t two) {
-  std::uint32_t to;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(two));
-  return to;
-}
-
 __device__ __forceinline__ void st_shared_4(SharedAddress to, std::uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }

@@ -155,7 +155,6 @@ __device__ __forceinline__ void computed(float x) {
 #define FASTKERN_WGMMAS(kN, kR, ...)                 \
   FASTKERN_WGMMA(kN, kR, __VA_ARGS__, __half, "f16") \
   FASTKERN_WGMMA(kN, kR, __VA_ARGS__, __nv_bfloat16, "bf16")
-FASTKERN_WGMMAS(48, 24, 24, 25, 26, 27, 28, 29, 30)
 FASTKERN_WGMMAS(64, 32, 32, 33, 34, 35, 36, 37, 38)
 FASTKERN_WGMMAS(80, 40, 40, 41, 42, 43, 44, 45, 46)
 FASTKERN_WGMMAS(96, 48, 48, 49, 50, 51, 52, 53, 54)

@@ -76,35 +76,6 @@ inline void stmatrix_4(SharedAddress to, const std::uint32_t (&r)[4]) {
   mma_detail::leave();
 }
 
-inline void stmatrix_4_transposed(SharedAddress to, const std::uint32_t (&r)[4]) {
-  emulator::check_aligned(reinterpret_cast<const void*>(to), 16);
-  const void* const* const rows = mma_detail::show(reinterpret_cast<const void*>(to));
-  const int lane = threadIdx.x % 32;
-  for (int m = 0; m < 4; ++m) {
-    for (int e = 0; e < 2; ++e) {
-      char* const row =
-          static_cast<char*>(const_cast<void*>(rows[8 * m + lane % 4 * 2 + e]));
-      const std::uint16_t value = static_cast<std::uint16_t>(r[m] >> 16 * e);
-      std::memcpy(row + lane / 4 * 2, &value, 2);
-    }
-  }
-  mma_detail::leave();
-}
-
-inline std::uint32_t transposed_matrix(std::uint32_t two) {
-  const void* const* const rows = mma_detail::show(&two);
-  const int lane = threadIdx.x % 32;
-  std::uint32_t to = 0;
-  for (int e = 0; e < 2; ++e) {
-    // Row lane % 4 * 2 + e, column lane / 4.
-    const int column = lane / 4;
-    const void* const from = rows[(lane % 4 * 2 + e) * 4 + column / 2];
-    to |= static_cast<std::uint32_t>(mma_detail::element(from, column % 2)) << 16 * e;
-  }
-  mma_detail::leave();
-  return to;
-}
-
 template <class T>
 inline void mma_16x8x16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                         std::uint32_t b1, T type) {
