@@ -21,6 +21,8 @@
 //            written once more
 #pragma once
 
+#include <type_traits>
+
 #include "attention/attention_hopper_fp8_fetch.cuh"
 #include "launch.cuh"
 #include "ptx/barrier.cuh"
@@ -179,10 +181,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      // Scores of block n are about to become probabilities. Whether results so far are to be
-      // multiplied with alpha, which is seldom.
+      // Scores of block n are about to become probabilities; masked: some are not seen, or their
+      // sign is to be turned. Whether results so far are to be multiplied with alpha, which is
+      // seldom.
       const auto bound = [&](int n, bool masked) {
-        if (negative) {
+        if (masked && negative) {
 #pragma unroll
           for (int i = 0; i < kScores; ++i) rS[i] = -rS[i];
         }
@@ -214,9 +217,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
           }
         }
-        const bool above = too_large(__int_as_float(max(most[0][0], most[0][1])), 0) ||
-                           too_large(__int_as_float(max(most[1][0], most[1][1])), 1);
-        const bool rescale = __any_sync(~0u, above);
+        float power[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          power[half] =
+              fmaf(__int_as_float(max(most[half][0], most[half][1])), unit, shift[half]);
+        }
+        const bool rescale = __any_sync(~0u, fmaxf(power[0], power[1]) > kShift + kSlack);
         if (rescale) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -291,6 +298,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
         const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
         const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
+        const auto is_masked = [&](int block) {
+          return negative || block >= whole_end || block < whole_begin;
+        };
         int n = end - 1;
         if constexpr (Tile::kOverlap) {
           const auto wait_for_keys = [&](const Stage& stage) {
@@ -303,26 +313,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
-            bound(n, n >= whole_end || n < whole_begin);
+            bound(n, is_masked(n));
             exponentials(0, kScores);
             pack_probabilities();
             if (n > begin) wait_for_keys(Stage(turn + 1));
           }
           int together = 0;  // blocks in the sum of tensor cores
-          for (--n; n >= begin; --n) {
+          const auto block = [&](auto masked) {
             const Stage before(turn++), stage(turn);
-            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
             issue_scores(stage.index);
-            if (Tile::kTogether > 0 && together == Tile::kTogether) {
-              put_aside();
-              together = 0;
-            }
+            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
             issue_results(rO, before.index, 0, together++ > 0);
             if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
-            const bool rescale = bound(n, n >= whole_end || n < whole_begin);
+            const bool rescale = bound(n, masked.value);
             exponentials(0, Tile::kFirst);
             ptx::computed(fminf(sum[0], sum[1]));
             ptx::wgmma_wait<0>();
@@ -331,6 +337,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             arrive(&shared.values_free[before.index]);
             exponentials(Tile::kFirst, kScores);
             pack_probabilities();
+            --n;
+          };
+          --n;
+          while (n >= begin) {
+            if (Tile::kTogether > 0 && together == Tile::kTogether) {
+              put_aside();
+              together = 0;
+            }
+            if (is_masked(n)) {
+              block(std::true_type{});
+            } else {
+              // Nothing but a block in the loop: no jumps over what is seldom, and less to remember.
+              int to = max(begin, whole_begin);
+              if (Tile::kTogether > 0) to = max(to, n - (Tile::kTogether - together) + 1);
+              do {
+                block(std::false_type{});
+              } while (n >= to);
+            }
           }
           const Stage stage(turn++);
           if (Tile::kTogether > 0 && together == Tile::kTogether) {
@@ -353,7 +377,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
             if (n == begin) arrive(&shared.query_free);
-            if (bound(n, n >= whole_end || n < whole_begin)) rescale_results();
+            if (bound(n, is_masked(n))) rescale_results();
             exponentials(0, kScores);
             pack_probabilities();
             ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);

@@ -12,15 +12,16 @@ namespace fastkern::cuda::attention_detail {
 /// Panels of 128 columns of 8 bits.
 constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 
-/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kStagesOf blocks of keys and
-/// of values. kOverlapped: scores are issued before results of the block before, of which the
-/// tensor cores sum kTogetherOf blocks, or all (0); kFirstOf scores of a thread become weights
-/// before those results are waited for. Else one after the other, and the tensor cores sum one
-/// block, in kPartsOf parts.
+/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kStagesOf blocks of
+/// fp8_keys(kColumns) keys and of values. kOverlapped: scores are issued before results of the
+/// block before, of which the tensor cores sum kTogetherOf blocks, or all (0); kFirstOf scores of a
+/// thread become weights before those results are waited for. Else one after the other, and the
+/// tensor cores sum one block, in kPartsOf parts.
 template <int kColumns, int kWarpgroups, int kPartsOf, int kStagesOf, bool kOverlapped,
           int kTogetherOf, int kFirstOf>
 struct HopperFp8Tile {
-  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups, kN = kFp8Keys;
+  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups;
+  static constexpr int kN = fp8_keys(kColumns);
   static constexpr int kParts = kPartsOf, kStages = kStagesOf;
   static constexpr int kTogether = kTogetherOf, kFirst = kFirstOf;
   static constexpr bool kOverlap = kOverlapped;
@@ -63,7 +64,6 @@ struct HopperFp8Stage {
 
   explicit __device__ __forceinline__ HopperFp8Stage(int turn)
       : index(turn % Tile::kStages), parity(static_cast<std::uint32_t>(turn / Tile::kStages & 1)) {
-    static_assert((Tile::kStages & (Tile::kStages - 1)) == 0);
   }
 };
 
