@@ -292,12 +292,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
       };
 
-      const int begin = job.begin, end = job.end;
+      // Blocks of the tile that no query of the warpgroup sees any of.
+      const auto let_pass = [&](int blocks) {
+        for (; blocks > 0; --blocks) {
+          const Stage stage(turn++);
+          ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          __syncwarp();
+          arrive(&shared.keys_free[stage.index]);
+          arrive(&shared.values_free[stage.index]);
+        }
+      };
+      const int i0 = job.i0 + group * 64, i1 = min(i0 + 64, job.i1);
+      const bool any = i0 < i1;
+      const int begin = any ? min(job.sight.begin(i0) / kN, job.end) : job.end;
+      const int end = any ? max(min((job.sight.end(i1) + kN - 1) / kN, job.end), begin) : begin;
+      let_pass(job.end - end);
       if (begin < end) {
         // Blocks that all queries of the warpgroup see whole: whole_begin to whole_end.
-        const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
-        const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
-        const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
+        const int whole_end = max(min(job.sight.high(i0) / kN, end), begin);
+        const int whole_begin = min((job.sight.low(i1 - 1) + kN - 1) / kN, whole_end);
         const auto is_masked = [&](int block) {
           return negative || block >= whole_end || block < whole_begin;
         };
@@ -390,6 +404,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         __syncwarp();  // all of its lanes have seen that the job is there
         arrive(&shared.query_free);
       }
+      let_pass(begin - job.begin);
 
       // Results leave through shared memory, once the copy engine has read those before.
       const ptx::SharedAddress aO = ptx::shared_address(shared.out[group]);
