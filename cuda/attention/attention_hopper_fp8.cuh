@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     };
 
-    int turn = 0;  // blocks of keys seen
+    Stage at;  // of the next block
     for (int t = 0;; ++t) {
       ptx::mbarrier_wait(&shared.query_there, t & 1);
       const HopperJob& job = shared.jobs[t & 1];
@@ -295,12 +295,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // Blocks of the tile that no query of the warpgroup sees any of.
       const auto let_pass = [&](int blocks) {
         for (; blocks > 0; --blocks) {
-          const Stage stage(turn++);
+          const Stage stage = at;
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
           __syncwarp();
           arrive(&shared.keys_free[stage.index]);
           arrive(&shared.values_free[stage.index]);
+          at = at.next();
         }
       };
       const int i0 = job.i0 + group * 64, i1 = min(i0 + 64, job.i1);
@@ -320,30 +321,39 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const auto wait_for_keys = [&](const Stage& stage) {
             ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           };
-          {
-            const Stage stage(turn);
-            wait_for_keys(stage);
-            issue_scores(stage.index);
-            ptx::wgmma_wait<0>();
-            ptx::registers_arrived(rS);
-            arrive(&shared.keys_free[stage.index]);
-            bound(n, is_masked(n));
-            exponentials(0, kScores);
-            pack_probabilities();
-            if (n > begin) wait_for_keys(Stage(turn + 1));
-          }
+          const auto wait_for_values = [&](const Stage& stage) {
+            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          };
+          // Among exponentials, that they go on meanwhile: without a branch around it. Where there is
+          // no next block, what is waited for is there.
+          const auto wait_for_next_keys = [&] {
+            const Stage next = at.next();
+            const bool any = n > begin;
+            ptx::mbarrier_wait(any ? &shared.keys_there[next.index] : &shared.query_there,
+                               any ? next.parity : t & 1);
+          };
+          wait_for_keys(at);
+          issue_scores(at.index);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          arrive(&shared.keys_free[at.index]);
+          bound(n, is_masked(n));
+          exponentials(0, kScores);
+          wait_for_next_keys();
+          pack_probabilities();
           int together = 0;  // blocks in the sum of tensor cores
           const auto block = [&](auto masked) {
-            const Stage before(turn++), stage(turn);
-            issue_scores(stage.index);
-            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
+            const Stage before = at;
+            at = at.next();
+            issue_scores(at.index);
+            wait_for_values(before);
             issue_results(rO, before.index, 0, together++ > 0);
-            if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);
-            arrive(&shared.keys_free[stage.index]);
+            arrive(&shared.keys_free[at.index]);
             const bool rescale = bound(n, masked.value);
             exponentials(0, Tile::kFirst);
+            wait_for_next_keys();
             ptx::computed(fminf(sum[0], sum[1]));
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rO);
@@ -370,21 +380,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
               } while (n >= to);
             }
           }
-          const Stage stage(turn++);
           if (Tile::kTogether > 0 && together == Tile::kTogether) {
             put_aside();
             together = 0;
           }
-          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-          issue_results(rO, stage.index, 0, together > 0);
+          wait_for_values(at);
+          issue_results(rO, at.index, 0, together > 0);
           arrive(&shared.query_free);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
-          arrive(&shared.values_free[stage.index]);
+          arrive(&shared.values_free[at.index]);
+          at = at.next();
           if (Tile::kTogether > 0 && any_aside) add_aside();
         } else {
           for (; n >= begin; --n) {
-            const Stage stage(turn++);
+            const Stage stage = at;
+            at = at.next();
             ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
             issue_scores(stage.index);
             ptx::wgmma_wait<0>();
