@@ -20,13 +20,14 @@ struct Fp8Case {
   bool top_left = false, packed = false, used = false, sinks = false, negative = false;
   bool scales = true;
   int device = 0;
+  double sink = 0.0;  // about which sinks are
 
   std::string text() const {
     std::ostringstream out;
     out << "attention_fp8 B" << batch << " S" << queries << " T" << keys << " H" << heads << "/"
         << kv_heads << " D" << d << "/" << dv << " window " << left << "," << right
         << (top_left ? " top-left" : "") << (packed ? " packed" : "") << (used ? " used" : "")
-        << (sinks ? " sinks" : "") << (negative ? " negative" : "") << (scales ? "" : " no scales")
+        << (sinks ? " sinks " + std::to_string(sink) : "") << (negative ? " negative" : "") << (scales ? "" : " no scales")
         << " device " << device;
     return out.str();
   }
@@ -84,7 +85,7 @@ Fp8Call::Fp8Call(const Fp8Case& c) {
   f.q = q.ref(), f.k = k.ref(), f.v = v.ref(), f.out = out.ref(), f.lse = lse.ref();
   f.scale = 1.0 / std::sqrt(static_cast<double>(c.d));
   f.mask.left = c.left, f.mask.right = c.right, f.mask.top_left = c.top_left;
-  if (c.sinks) sinks = tensor(DType::f32, {c.heads}), f.sinks = sinks.ref();
+  if (c.sinks) sinks = tensor(DType::f32, {c.heads}, c.sink), f.sinks = sinks.ref();
   if (c.scales) {
     q_scale = tensor(DType::f32, {c.batch, c.kv_heads}, c.negative ? -6.0 : 6.0);
     k_scale = tensor(DType::f32, {c.batch, c.kv_heads}, 6.0);
@@ -176,6 +177,8 @@ std::vector<Case> attention_fp8_cases(const Options& options) {
       {.queries = 150, .keys = 140, .d = 16, .dv = 160, .left = 30, .right = 17},
       {.queries = 70, .keys = 0, .sinks = true},
       {.queries = 70, .keys = 90, .heads = 2, .right = 0, .sinks = true},
+      {.queries = 70, .keys = 90, .left = 9, .right = 0, .sinks = true, .sink = 500.0},
+      {.queries = 70, .keys = 90, .right = 0, .sinks = true, .sink = -1e30},
       // several blocks of keys and tiles a block of threads
       {.queries = 300, .keys = 700, .heads = 2, .d = 128, .dv = 128, .device = 1},
       {.queries = 300, .keys = 900, .heads = 2, .device = 1},
