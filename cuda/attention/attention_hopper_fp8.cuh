@@ -320,8 +320,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const auto wait_for_values = [&](const Stage& stage) {
             ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
           };
-          // Among exponentials, that they go on meanwhile: without a branch around it. Where there is
-          // no next block, what is waited for is there.
+          // Among exponentials, that they go on meanwhile: without a branch around it. Where there
+          // is no next block, what is waited for is there.
           const auto wait_for_next_keys = [&] {
             const Stage next = at.next();
             const bool any = n > begin;
@@ -368,7 +368,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             if (is_masked(n)) {
               block(std::true_type{});
             } else {
-              // Nothing but a block in the loop: no jumps over what is seldom, and less to remember.
+              // Nothing but a block in the loop: no jumps over what is seldom, and less to
+              // remember.
               int to = max(begin, whole_begin);
               if (Tile::kTogether > 0) to = max(to, n - (Tile::kTogether - together) + 1);
               do {

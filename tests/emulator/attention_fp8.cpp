@@ -27,8 +27,8 @@ struct Fp8Case {
     out << "attention_fp8 B" << batch << " S" << queries << " T" << keys << " H" << heads << "/"
         << kv_heads << " D" << d << "/" << dv << " window " << left << "," << right
         << (top_left ? " top-left" : "") << (packed ? " packed" : "") << (used ? " used" : "")
-        << (sinks ? " sinks " + std::to_string(sink) : "") << (negative ? " negative" : "") << (scales ? "" : " no scales")
-        << " device " << device;
+        << (sinks ? " sinks " + std::to_string(sink) : "") << (negative ? " negative" : "")
+        << (scales ? "" : " no scales") << " device " << device;
     return out.str();
   }
 };
