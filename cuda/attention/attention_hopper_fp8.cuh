@@ -324,9 +324,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           // is no next block, what is waited for is there.
           const auto wait_for_next_keys = [&] {
             const Stage next = at.next();
-            const bool any = n > begin;
-            ptx::mbarrier_wait(any ? &shared.keys_there[next.index] : &shared.query_there,
-                               any ? next.parity : t & 1);
+            const bool more = n > begin;
+            ptx::mbarrier_wait(more ? &shared.keys_there[next.index] : &shared.query_there,
+                               more ? next.parity : t & 1);
           };
           wait_for_keys(at);
           issue_scores(at.index);
