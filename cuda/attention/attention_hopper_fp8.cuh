@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   // Powers of two that the largest probability has when it becomes the largest, and how far later
   // ones may be above it: together 448, the largest number of 8 bits.
   constexpr float kShift = 6.0f, kSlack = 2.8f;
+  constexpr float kNothing = 1e30f;  // what is added to powers before there is a largest one
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
 
@@ -172,14 +173,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           p.f.scale_log2 * (p.q_scale.at(job.b, kv_head) * p.k_scale.at(job.b, kv_head));
       const bool negative = signed_unit < 0.0f;
       const float unit = fabsf(signed_unit) < 1e-30f ? 1e-30f : fabsf(signed_unit);
-      // What is added to powers, and whether a row has a base.
-      float shift[2] = {kShift, kShift}, sum[2] = {}, alpha[2];
-      bool based[2] = {};
+      const float sink = p.f.sinks.at(job.h, -INFINITY);
+      // In units of what the products are; a sink is a key of its own, counted by one thread.
+      float shift[2], sum[2], alpha[2];
+      shift[0] = shift[1] = fminf(fmaf(-sink, kLog2e, kShift), kNothing);
+      sum[0] = sum[1] = sink == -INFINITY || pair > 0 ? 0.0f : ptx::exp2_approx(kShift);
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      // Scores of block n become powers of two; masked: some are not seen, or their sign is to be
-      // turned. Whether results so far are to be multiplied with alpha, which is seldom.
+      // Scores of block n are about to become probabilities; masked: some are not seen, or their
+      // sign is to be turned. Whether results so far are to be multiplied with alpha, which is
+      // seldom.
       const auto bound = [&](int n, bool masked) {
         if (masked && negative) {
 #pragma unroll
@@ -200,8 +204,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) rS[i] = fmaf(rS[i], unit, shift[i / 2 % 2]);
+        const auto too_large = [&](float m, int half) {
+          return fmaf(m, unit, shift[half]) > kShift + kSlack;
+        };
         // Numbers that are not negative are in the order of their bits.
         int most[2][2] = {};
 #pragma unroll
@@ -212,10 +217,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
           }
         }
-        const int limit = __float_as_int(kShift + kSlack);
-        const bool rescale =
-            __any_sync(~0u, max(max(most[0][0], most[0][1]), max(most[1][0], most[1][1])) > limit ||
-                                !(based[0] && based[1]));
+        float power[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          power[half] = fmaf(__int_as_float(max(most[half][0], most[half][1])), unit, shift[half]);
+        }
+        const bool rescale = __any_sync(~0u, fmaxf(power[0], power[1]) > kShift + kSlack);
         if (rescale) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -224,16 +231,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             for (int i = 0; i < kScores / 2; ++i) m = fmaxf(m, rS[i / 2 * 4 + half * 2 + i % 2]);
             m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
             m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-            const bool first = !based[half];
             alpha[half] = 1.0f;
-            if (m > (first ? -INFINITY : kShift + kSlack)) {
-              const float change = kShift - m;
-              shift[half] += change;
-              if (!first) alpha[half] = ptx::exp2_approx(change);
+            if (too_large(m, half)) {
+              const float before = shift[half];
+              shift[half] = fmaf(-m, unit, kShift);
+              alpha[half] = ptx::exp2_approx(shift[half] - before);
               sum[half] *= alpha[half];
-              based[half] = true;
-#pragma unroll
-              for (int i = 0; i < kScores / 2; ++i) rS[i / 2 * 4 + half * 2 + i % 2] += change;
             }
           }
         }
@@ -242,7 +245,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const auto exponentials = [&](int from, int to) {
 #pragma unroll
         for (int i = from; i < to; i += 2) {
-          rS[i] = ptx::exp2_approx(rS[i]), rS[i + 1] = ptx::exp2_approx(rS[i + 1]);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            rS[i + e] = ptx::exp2_approx(fmaf(rS[i + e], unit, shift[i / 2 % 2]));
+          }
           sum[i / 2 % 2] += rS[i] + rS[i + 1];
         }
       };
@@ -278,10 +284,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const float* const o = rO + c * 4;
           sSums[c * 128] = {o[0], o[1], o[2], o[3]};
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          aside[half] = based[half] ? shift[half] : INFINITY;  // nothing: none of it
-        }
+        aside[0] = shift[0], aside[1] = shift[1];
       };
       const auto rescale_results = [&] {
 #pragma unroll
@@ -418,7 +421,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const ptx::SharedAddress aO = ptx::shared_address(shared.out[group]);
       if (thread == 0) ptx::bulk_wait_read<0>();
       ptx::bar_sync(kGroup + group, 128);
-      const float value = p.v_scale.at(job.b, kv_head), sink = p.f.sinks.at(job.h, -INFINITY);
+      const float value = p.v_scale.at(job.b, kv_head);
       float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -426,29 +429,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
         const int at = row + half * 8;
-        const bool none = job.i0 + at >= job.i1, keys = based[half] && !none;
-        // A sink is a key of its own without a value; beside a large one others are nothing.
-        const float of_sink = fmaf(sink, kLog2e, shift[half]);
-        const bool all_sink = !none && sink > -INFINITY && (!keys || of_sink > 100.0f);
-        total += all_sink ? 0.0f : ptx::exp2_approx(of_sink);
-        factor[half] = keys && !all_sink ? value / total : 0.0f;
-        if (!keys) {
+        // Seen, or to be computed. Where anything is seen the largest probability is 2^kShift.
+        const bool nothing = total < 1.0f || job.i0 + at >= job.i1;
+        factor[half] = nothing ? 0.0f : value / total;
+        if (nothing) {
 #pragma unroll
           for (int c = 0; c < kDv / 8; ++c) rO[c * 4 + half * 2] = rO[c * 4 + half * 2 + 1] = 0.0f;
         }
         if (pair == 0 && at < job.stored) {
-          p.f.lse[job.lse_at + at] = all_sink ? sink
-                                     : keys   ? fmaf(-shift[half], kLn2, logf(total))
-                                              : -INFINITY;
+          p.f.lse[job.lse_at + at] = nothing ? -INFINITY : fmaf(-shift[half], kLn2, logf(total));
         }
       }
       const int rows = min(job.stored - group * 64, 64);
       const bool packed = p.f.lengths.start_q;
       const int first = job.first_q + job.i0 + group * 64;
       if (rows > 0) {
-        int own = thread;  // where it stores is computed here, not kept through the loop over keys
-        asm volatile("" : "+r"(own));
-        const int own_lane = own % 32, to_row = own / 32 * 16 + own_lane % 16;
+        const int to_row = warp * 16 + lane % 16;
 #pragma unroll
         for (int c = 0; c < kDv / 8; c += 2) {
           std::uint32_t words[4];
@@ -457,7 +453,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             const float* const o = rO + c * 4 + e * 2;
             words[e] = ptx::pack_2(o[0] * factor[e % 2], o[1] * factor[e % 2], T{});
           }
-          const int chunk = (c % 8 + own_lane / 16) ^ (to_row % 8);
+          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
           ptx::stmatrix_4(aO + c / 8 * (64 * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
         }
         if (packed && rows < 64) {
