@@ -18,13 +18,14 @@ inline constexpr int kPanelRow = 128;
 /// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
 /// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
-/// their products in turn. (nvcc 13.0 takes no values of classes as template arguments of kernels.)
+/// their products in turn. kAhead: products q k of a block before products p v of the one before.
+/// (nvcc 13.0 takes no values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kThroughShared, bool kInTurn>
+          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kScoresAhead = true>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
-  static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
+  static constexpr bool kShared = kThroughShared, kTurns = kInTurn, kAhead = kScoresAhead;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,

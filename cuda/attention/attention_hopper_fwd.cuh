@@ -109,20 +109,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto issue_results = [&](int stage) {
+    // Of a block's keys kFrom to kTo.
+    const auto issue_results_of = [&]<int kFrom, int kTo>(int stage, Keys<kFrom>, Keys<kTo>) {
       const ptx::MatrixDescriptor dV =
           ptx::matrix_descriptor(aV + stage * Shared::kValues, kN * kPanelRow);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < kN / 16; ++kk) {
+      for (int kk = kFrom / 16; kk < kTo / 16; ++kk) {
         ptx::wgmma<ptx::Major::mn>(rO, rP[kk], ptx::matrix_right(dV, kk * (16 * kPanelRow)), true,
                                    T{});
       }
       ptx::wgmma_commit();
     };
-    const auto pack_probabilities = [&] {
+    const auto issue_results = [&](int stage) {
+      issue_results_of(stage, Keys<0>{}, Keys<kN>{});
+    };
+    const auto pack_probabilities_of = [&]<int kFrom, int kTo>(Keys<kFrom>, Keys<kTo>) {
 #pragma unroll
-      for (int kk = 0; kk < kN / 16; ++kk) {
+      for (int kk = kFrom / 16; kk < kTo / 16; ++kk) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float* const s = rS + kk * 8 + e * 2;
@@ -130,6 +134,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       }
     };
+    const auto pack_probabilities = [&] { pack_probabilities_of(Keys<0>{}, Keys<kN>{}); };
 
     if (Tile::kTurns && group == 0) ptx::bar_arrive(kTurn, 256);
     int turn = 0;  // blocks of keys seen
@@ -169,9 +174,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
       const int job_begin = job.begin, job_end = job.end;
 
-      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
-      // are multiplied with, if any of the warp's queries has `grown`.
-      const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
+      // What scores of the first kCount keys of block n are measured against; alpha: what results
+      // so far are multiplied with, if any of the warp's queries has `grown`.
+      float base[2], more[4];
+      const auto maxima = [&]<int kCount>(int n, Keys<kCount>) {
         const int j0 = n * kN + anew(thread) % 4 * 2;
         if constexpr (kChanges) {
 #pragma unroll
@@ -235,18 +241,29 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             sum[half] *= alpha[half];
           }
         }
-        float base[2], more[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           base[half] = top[half] == -INFINITY ? 0.0f : top[half] * unit;
         }
 #pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) {
+        for (int i = 0; i < 4; ++i) more[i] = 0.0f;
+      };
+      // Scores of keys kFrom to kTo become probabilities.
+      const auto exponentials = [&]<int kFrom, int kTo>(Keys<kFrom>, Keys<kTo>) {
+#pragma unroll
+        for (int i = kFrom / 2; i < kTo / 2; ++i) {
           rS[i] = ptx::exp2_approx(fmaf(rS[i], unit, -base[i / 2 % 2]));
           more[i % 4] += rS[i];
         }
+      };
+      const auto add_up = [&] {
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
+      };
+      const auto softmax = [&]<int kCount>(int n, Keys<kCount> count) {
+        maxima(n, count);
+        exponentials(Keys<0>{}, count);
+        add_up();
       };
 
       // The copy engine has read the results before.
@@ -291,7 +308,51 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       int n = job_end - 1;
       for (; n >= seen.end; --n) leave_out(n);
-      if (n >= seen.begin) {
+      if constexpr (!Tile::kAhead) {
+        const bool any = n >= seen.begin;
+        for (; n >= seen.begin; --n) {
+          const Stage stage = stage_of<Tile::kStages>(turn++);
+          const bool in_turn = Tile::kTurns && n < job_end - 1;
+          ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          if (in_turn) ptx::bar_sync(kTurn + group, 256);
+          issue_scores(aQ, stage.index);
+          if (in_turn) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          arrive(&shared.keys_free[stage.index]);
+          if (n == seen.begin) give_back_queries();
+          if (n == job_end - 1) clear_rest(stage);
+          if (seen.half && n == seen.end - 1) {
+            maxima(n, Keys<kN / 2>{});
+#pragma unroll
+            for (int i = kScores / 2; i < kScores; ++i) rS[i] = -INFINITY;
+          } else {
+            maxima(n, Keys<kN>{});
+          }
+          if (grown) {
+#pragma unroll
+            for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
+          }
+          // ptxas spreads these products among the exponentials of the others.
+          constexpr int kCut = kN / 32 * 16;
+          exponentials(Keys<0>{}, Keys<kCut>{});
+          pack_probabilities_of(Keys<0>{}, Keys<kCut>{});
+          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          issue_results_of(stage.index, Keys<0>{}, Keys<kCut>{});
+          exponentials(Keys<kCut>{}, Keys<kN>{});
+          pack_probabilities_of(Keys<kCut>{}, Keys<kN>{});
+          add_up();
+          issue_results_of(stage.index, Keys<kCut>{}, Keys<kN>{});
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rO);
+          arrive(&shared.values_free[stage.index]);
+        }
+        if (!any) {
+          __syncwarp();
+          give_back_queries();
+        }
+        wait_for_room();
+      } else if (n >= seen.begin) {
         {
           const Stage stage = stage_of<Tile::kStages>(turn);
           const bool in_turn = Tile::kTurns && n < job_end - 1;

@@ -16,7 +16,8 @@ namespace fastkern::cuda::attention_detail {
 using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, 2, true, true>;
 using HopperFwd64Changed = HopperTile<64, 64, 2, 128, 2, 2, true, true>;
 using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
-using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
+using HopperFwd128 = HopperTile<128, 128, 3, 128, 2, 1, true, false, false>;
+using HopperFwd128Changed = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
 using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
 using HopperFwd192 = HopperTile<192, 192, 2, 112, 2, 1, false, false>;
 using HopperFwd256 = HopperTile<256, 256, 2, 80, 2, 1, false, false>;
@@ -84,7 +85,8 @@ void launch_hopper_tile(const HopperForward& p, int multiprocessors, Stream stre
 template <class T, bool kChanges>
 void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
   using Fwd64 = std::conditional_t<kChanges, HopperFwd64Changed, HopperFwd64>;
-  dispatch_hopper<Fwd64, HopperFwd96, HopperFwd128, HopperFwd192x128, HopperFwd192, HopperFwd256>(
+  using Fwd128 = std::conditional_t<kChanges, HopperFwd128Changed, HopperFwd128>;
+  dispatch_hopper<Fwd64, HopperFwd96, Fwd128, HopperFwd192x128, HopperFwd192, HopperFwd256>(
       f.d, f.dv, [&]<class Tile>() {
         const int multiprocessors =
             device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
