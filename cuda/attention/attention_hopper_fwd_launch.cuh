@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention/attention_hopper_fwd.cuh"
 #include "attention/attention_hopper_map.cuh"
@@ -16,8 +17,8 @@ namespace fastkern::cuda::attention_detail {
 using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, 2, true, true>;
 using HopperFwd64Changed = HopperTile<64, 64, 2, 128, 2, 2, true, true>;
 using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
-using HopperFwd128 = HopperTile<128, 128, 3, 128, 2, 1, true, false, false>;
-using HopperFwd128Changed = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
+using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
+using HopperFwd128Long = HopperTile<128, 128, 3, 128, 2, 1, true, false, false>;
 using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
 using HopperFwd192 = HopperTile<192, 192, 2, 112, 2, 1, false, false>;
 using HopperFwd256 = HopperTile<256, 256, 2, 80, 2, 1, false, false>;
@@ -42,6 +43,25 @@ inline int hopper_pack(const Forward& f, int rows) {
     if (tiles(pack) < tiles(best)) best = pack;
   }
   return 10 * tiles(best) <= 9 * tiles(0) ? best : 0;
+}
+
+/// Whether the longer tile of 128 columns is the faster one, as far as a call's shapes say: a query
+/// sees 2048 keys or more on average, and its fewer tiles leave no more multiprocessors idle. Both
+/// tiles give the same bits.
+inline bool hopper_is_long(const Forward& f, int multiprocessors) {
+  const bool packed = f.lengths.start_q, windowed = f.mask.left >= 0 && f.mask.right >= 0;
+  std::int64_t seen = packed ? f.keys / std::max(f.batch, 1) : f.keys;
+  if (windowed) {
+    seen = std::min<std::int64_t>(seen, std::int64_t{f.mask.left} + f.mask.right + 1);
+  } else if (f.mask.left >= 0 || f.mask.right >= 0) {
+    seen /= 2;
+  }
+  const auto time = [&](int groups) {
+    const std::int64_t tiles =
+        ceil_div(f.queries, 64 * groups) * std::int64_t{f.heads} * (packed ? 1 : f.batch);
+    return ceil_div(tiles, multiprocessors) * groups;
+  };
+  return seen >= 2048 && 100 * time(HopperFwd128Long::kGroups) <= 105 * time(HopperFwd128::kGroups);
 }
 
 /// What the kernel is called with; f.blocks is set here.
@@ -85,13 +105,18 @@ void launch_hopper_tile(const HopperForward& p, int multiprocessors, Stream stre
 template <class T, bool kChanges>
 void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
   using Fwd64 = std::conditional_t<kChanges, HopperFwd64Changed, HopperFwd64>;
-  using Fwd128 = std::conditional_t<kChanges, HopperFwd128Changed, HopperFwd128>;
-  dispatch_hopper<Fwd64, HopperFwd96, Fwd128, HopperFwd192x128, HopperFwd192, HopperFwd256>(
+  dispatch_hopper<Fwd64, HopperFwd96, HopperFwd128, HopperFwd192x128, HopperFwd192, HopperFwd256>(
       f.d, f.dv, [&]<class Tile>() {
         const int multiprocessors =
             device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
-        const HopperForward p = hopper_forward<T, Tile>(f, multiprocessors, op);
-        launch_hopper_tile<T, Tile, kChanges>(p, multiprocessors, stream, op);
+        const auto run = [&]<class Taken>(std::type_identity<Taken>) {
+          const HopperForward p = hopper_forward<T, Taken>(f, multiprocessors, op);
+          launch_hopper_tile<T, Taken, kChanges>(p, multiprocessors, stream, op);
+        };
+        if constexpr (std::is_same_v<Tile, HopperFwd128> && !kChanges) {
+          if (hopper_is_long(f, multiprocessors)) return run(std::type_identity<HopperFwd128Long>{});
+        }
+        run(std::type_identity<Tile>{});
       });
 }
 
