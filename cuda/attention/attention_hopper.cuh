@@ -19,16 +19,13 @@ inline constexpr int kPanelRow = 128;
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
 /// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
 /// their products in turn. kAhead: products q k of a block before products p v of the one before.
-/// kLazy: maxima of a tile's first block only, and where sums grow beyond a limit.
 /// (nvcc 13.0 takes no values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kScoresAhead = true,
-          bool kFewMaxima = false>
+          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kScoresAhead = true>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
-  static constexpr bool kShared = kThroughShared, kTurns = kInTurn, kAhead = kScoresAhead,
-                        kLazy = kFewMaxima;
+  static constexpr bool kShared = kThroughShared, kTurns = kInTurn, kAhead = kScoresAhead;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
@@ -89,7 +86,6 @@ struct HopperShared {
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
-  int exceeded[2][Tile::kLazy ? Tile::kGroups : 1];  // blocks whose sums did, by turn
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a

@@ -12,6 +12,8 @@
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
 //            while this one is computed. A warpgroup leaves out blocks that its queries do not see
+//            Three warpgroups of 128 columns have no registers for that: scores of a block, then
+//            exponentials, among which its products p v go; two others have products meanwhile
 //   sync     barrier         who arrives              who waits
 //            job_there       warp that plans          thread that fetches
 //            job_free        thread that fetches      warp that plans, two tiles later
@@ -62,9 +64,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.keys_free[s], kWarps);
       ptx::mbarrier_init(&shared.values_there[s], 1);
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
-    }
-    if constexpr (Tile::kLazy) {
-      for (int s = 0; s < 2 * kGroups; ++s) (&shared.exceeded[0][0])[s] = -1;
     }
     for (int s = 0; s < 2; ++s) {
       ptx::mbarrier_init(&shared.job_there[s], 1);
@@ -124,9 +123,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto issue_results = [&](int stage) {
-      issue_results_of(stage, Keys<0>{}, Keys<kN>{});
-    };
+    const auto issue_results = [&](int stage) { issue_results_of(stage, Keys<0>{}, Keys<kN>{}); };
     const auto pack_probabilities_of = [&]<int kFrom, int kTo>(Keys<kFrom>, Keys<kTo>) {
 #pragma unroll
       for (int kk = kFrom / 16; kk < kTo / 16; ++kk) {
@@ -177,7 +174,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
       const int job_begin = job.begin, job_end = job.end;
 
-      const auto mask = [&]<int kCount>(int n, Keys<kCount>) {
+      // What scores of the first kCount keys of block n are measured against; alpha: what results
+      // so far are multiplied with, if any of the warp's queries has `grown`.
+      float base[2], more[4];
+      const auto maxima = [&]<int kCount>(int n, Keys<kCount>) {
         const int j0 = n * kN + anew(thread) % 4 * 2;
         if constexpr (kChanges) {
 #pragma unroll
@@ -202,13 +202,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-      };
-      // What scores of the first kCount keys are measured against; alpha: what results so far are
-      // multiplied with, if any of the warp's queries has `grown`. keep(half, m): a maximum of m is
-      // no reason to measure a query's scores anew.
-      float base[2], more[4];
-      [[maybe_unused]] bool fresh[2] = {true, true}, settled = false;  // queries that saw nothing yet
-      const auto measure = [&]<int kCount>(Keys<kCount>, const auto& keep) {
         // Four chains side by side: an instruction takes as long as four are issued.
         float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
 #pragma unroll
@@ -229,8 +222,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& m = most[half];
-          if constexpr (Tile::kLazy) fresh[half] = fresh[half] && m == -INFINITY;
-          if (keep(half, m)) {
+          // Powers of two by which scores may exceed what they are measured against, before
+          // results so far are measured anew (Zadouri et al., FlashAttention-4).
+          if ((m - top[half]) * unit <= 8.0f) {
             m = top[half];  // stays
           } else {
             grown = true;
@@ -254,12 +248,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) more[i] = 0.0f;
       };
-      // Powers of two by which scores may exceed what they are measured against, before results so
-      // far are measured anew (Zadouri et al., FlashAttention-4).
-      const auto maxima = [&]<int kCount>(int n, Keys<kCount> count) {
-        mask(n, count);
-        measure(count, [&](int half, float m) { return (m - top[half]) * unit <= 8.0f; });
-      };
       // Scores of keys kFrom to kTo become probabilities.
       const auto exponentials = [&]<int kFrom, int kTo>(Keys<kFrom>, Keys<kTo>) {
 #pragma unroll
@@ -276,43 +264,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         maxima(n, count);
         exponentials(Keys<0>{}, count);
         add_up();
-      };
-
-      // kLazy: a query's scores are measured in the first block that it sees anything of, ...
-      const auto measure_or_not = [&](int n) {
-        mask(n, Keys<kN>{});
-        grown = false;
-        if (!settled) {
-          const bool was_fresh[2] = {fresh[0], fresh[1]};
-          measure(Keys<kN>{}, [&](int half, float m) {
-            return !was_fresh[half] || (m - top[half]) * unit <= 8.0f;
-          });
-          settled = !__any_sync(~0u, fresh[0] || fresh[1]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) more[i] = 0.0f;
-        }
-      };
-      // ... and in one where its exponentials are more than the limit, or no numbers.
-      const auto measure_again = [&](int n, int stage) {
-        constexpr float kLimit = 32768.0f;
-        const bool over[2] = {!(more[0] + more[1] <= kLimit), !(more[2] + more[3] <= kLimit)};
-        int& flag = shared.exceeded[turn & 1][group];
-        if (__any_sync(~0u, over[0] || over[1]) && lane == 0) flag = turn;
-        ptx::bar_sync(kGroup + group, 128);
-        if (flag == turn) {
-          issue_scores(aQ, stage);
-          bool row_over[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            row_over[half] = __ballot_sync(~0u, over[half]) >> (lane & 28) & 15;
-          }
-          ptx::wgmma_wait<0>();
-          ptx::registers_arrived(rS);
-          mask(n, Keys<kN>{});
-          measure(Keys<kN>{}, [&](int half, float) { return !row_over[half]; });
-          exponentials(Keys<0>{}, Keys<kN>{});
-        }
       };
 
       // The copy engine has read the results before.
@@ -368,47 +319,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (in_turn) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
-          if constexpr (Tile::kLazy) {
-            if (n == job_end - 1) clear_rest(stage);
-            measure_or_not(n);
-            exponentials(Keys<0>{}, Keys<kN>{});
-            measure_again(n, stage.index);
-            arrive(&shared.keys_free[stage.index]);
-            if (n == seen.begin) give_back_queries();
-            add_up();
-            pack_probabilities();
-            if (grown) {
+          arrive(&shared.keys_free[stage.index]);
+          if (n == seen.begin) give_back_queries();
+          if (n == job_end - 1) clear_rest(stage);
+          if (seen.half && n == seen.end - 1) {
+            maxima(n, Keys<kN / 2>{});
 #pragma unroll
-              for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
-            }
-            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-            issue_results(stage.index);
+            for (int i = kScores / 2; i < kScores; ++i) rS[i] = -INFINITY;
           } else {
-            arrive(&shared.keys_free[stage.index]);
-            if (n == seen.begin) give_back_queries();
-            if (n == job_end - 1) clear_rest(stage);
-            if (seen.half && n == seen.end - 1) {
-              maxima(n, Keys<kN / 2>{});
-#pragma unroll
-              for (int i = kScores / 2; i < kScores; ++i) rS[i] = -INFINITY;
-            } else {
-              maxima(n, Keys<kN>{});
-            }
-            if (grown) {
-#pragma unroll
-              for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
-            }
-            // ptxas spreads these products among the exponentials of the others.
-            constexpr int kCut = kN / 32 * 16;
-            exponentials(Keys<0>{}, Keys<kCut>{});
-            pack_probabilities_of(Keys<0>{}, Keys<kCut>{});
-            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-            issue_results_of(stage.index, Keys<0>{}, Keys<kCut>{});
-            exponentials(Keys<kCut>{}, Keys<kN>{});
-            pack_probabilities_of(Keys<kCut>{}, Keys<kN>{});
-            add_up();
-            issue_results_of(stage.index, Keys<kCut>{}, Keys<kN>{});
+            maxima(n, Keys<kN>{});
           }
+          if (grown) {
+#pragma unroll
+            for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
+          }
+          // ptxas spreads these products among the exponentials of the others.
+          constexpr int kCut = kN / 32 * 16;
+          exponentials(Keys<0>{}, Keys<kCut>{});
+          pack_probabilities_of(Keys<0>{}, Keys<kCut>{});
+          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          issue_results_of(stage.index, Keys<0>{}, Keys<kCut>{});
+          exponentials(Keys<kCut>{}, Keys<kN>{});
+          pack_probabilities_of(Keys<kCut>{}, Keys<kN>{});
+          add_up();
+          issue_results_of(stage.index, Keys<kCut>{}, Keys<kN>{});
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[stage.index]);
@@ -440,7 +374,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
           pack_probabilities();
         }
-        if constexpr (Tile::kLazy) settled = !__any_sync(~0u, fresh[0] || fresh[1]);
         for (--n; n >= seen.begin; --n) {
           const Stage before = stage_of<Tile::kStages>(turn++),
                       stage = stage_of<Tile::kStages>(turn);
@@ -452,24 +385,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
-          if constexpr (!Tile::kLazy) {
-            arrive(&shared.keys_free[stage.index]);
-            if (n == seen.begin) give_back_queries();
-            softmax(n, Keys<kN>{});
-            ptx::wgmma_wait<0>();
-            ptx::registers_arrived(rO);
-            arrive(&shared.values_free[before.index]);
-          } else {
-            measure_or_not(n);
-            exponentials(Keys<0>{}, Keys<kN>{});
-            ptx::wgmma_wait<0>();
-            ptx::registers_arrived(rO);
-            arrive(&shared.values_free[before.index]);
-            measure_again(n, stage.index);
-            add_up();
-            arrive(&shared.keys_free[stage.index]);
-            if (n == seen.begin) give_back_queries();
-          }
+          arrive(&shared.keys_free[stage.index]);
+          if (n == seen.begin) give_back_queries();
+          softmax(n, Keys<kN>{});
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rO);
+          arrive(&shared.values_free[before.index]);
           pack_probabilities();
           if (grown) {
 #pragma unroll

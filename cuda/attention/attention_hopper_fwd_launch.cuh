@@ -114,7 +114,8 @@ void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
           launch_hopper_tile<T, Taken, kChanges>(p, multiprocessors, stream, op);
         };
         if constexpr (std::is_same_v<Tile, HopperFwd128> && !kChanges) {
-          if (hopper_is_long(f, multiprocessors)) return run(std::type_identity<HopperFwd128Long>{});
+          if (hopper_is_long(f, multiprocessors))
+            return run(std::type_identity<HopperFwd128Long>{});
         }
         run(std::type_identity<Tile>{});
       });
