@@ -18,7 +18,7 @@ using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, 2, true, true>;
 using HopperFwd64Changed = HopperTile<64, 64, 2, 128, 2, 2, true, true>;
 using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
 using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
-using HopperFwd128Long = HopperTile<128, 128, 3, 128, 2, 1, true, false, false>;
+using HopperFwd128Long = HopperTile<128, 128, 3, 80, 2, 2, true, true, true>;
 using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
 using HopperFwd192 = HopperTile<192, 192, 2, 112, 2, 1, false, false>;
 using HopperFwd256 = HopperTile<256, 256, 2, 80, 2, 1, false, false>;
@@ -45,23 +45,25 @@ inline int hopper_pack(const Forward& f, int rows) {
   return 10 * tiles(best) <= 9 * tiles(0) ? best : 0;
 }
 
-/// Whether the longer tile of 128 columns is the faster one, as far as a call's shapes say: a query
-/// sees 2048 keys or more on average, and its fewer tiles leave no more multiprocessors idle. Both
-/// tiles give the same bits.
+/// Whether the longer tile of 128 columns is the faster one. Bits are not those of the shorter one,
+/// so this looks at nothing that one entry of a batch has from another, nor at how many there are:
+/// all see as many keys as there are, 2048 without a mask or 4096 on average with one, and tiles of
+/// one entry leave hardly more multiprocessors idle.
 inline bool hopper_is_long(const Forward& f, int multiprocessors) {
-  const bool packed = f.lengths.start_q, windowed = f.mask.left >= 0 && f.mask.right >= 0;
-  std::int64_t seen = packed ? f.keys / std::max(f.batch, 1) : f.keys;
-  if (windowed) {
+  if (f.lengths.start_q || f.lengths.used_q || f.lengths.used_k) return false;
+  const bool left = f.mask.left >= 0, right = f.mask.right >= 0;
+  std::int64_t seen = f.keys;
+  if (left && right) {
     seen = std::min<std::int64_t>(seen, std::int64_t{f.mask.left} + f.mask.right + 1);
-  } else if (f.mask.left >= 0 || f.mask.right >= 0) {
+  } else if (left || right) {
     seen /= 2;
   }
   const auto time = [&](int groups) {
-    const std::int64_t tiles =
-        ceil_div(f.queries, 64 * groups) * std::int64_t{f.heads} * (packed ? 1 : f.batch);
+    const std::int64_t tiles = ceil_div(f.queries, 64 * groups) * std::int64_t{f.heads};
     return ceil_div(tiles, multiprocessors) * groups;
   };
-  return seen >= 2048 && 100 * time(HopperFwd128Long::kGroups) <= 105 * time(HopperFwd128::kGroups);
+  return seen >= (left || right ? 4096 : 2048) &&
+         100 * time(HopperFwd128Long::kGroups) <= 113 * time(HopperFwd128::kGroups);
 }
 
 /// What the kernel is called with; f.blocks is set here.
