@@ -5,8 +5,11 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "attention/attention_scores.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/shared.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -101,8 +104,21 @@ enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5 };
 struct HopperSchedule {
   int tiles, units, section, heads, pack;
   bool longest_first;
-  int ahead;  // blocks of keys and values of the next tile that are brought to L2
 };
+/// f.blocks is set.
+inline HopperSchedule hopper_schedule(const Forward& f, int units, int section, int pack = 0) {
+  return {.tiles = f.blocks * units,
+          .units = units,
+          .section = std::min(section, units),
+          .heads = f.heads >> pack,
+          .pack = pack,
+          .longest_first = f.mask.right >= 0 && f.mask.left < 0};
+}
+/// Of how many heads tiles are computed at a time: four blocks of queries of each, which share its
+/// keys in L2, or more where there are few heads.
+inline int hopper_section(int units, int multiprocessors) {
+  return units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1);
+}
 
 struct HopperForward {
   CUtensorMap q, k, v, out;
@@ -110,11 +126,24 @@ struct HopperForward {
   HopperSchedule schedule;
 };
 
-/// The `turn`th tile of this block of threads. Every other round goes backwards: whoever had the
-/// longest has the shortest next.
-__device__ __forceinline__ int hopper_tile(int turn) {
+/// The `turn`th tile of this block of threads in a fixed order. Longest first, every other round
+/// goes backwards: whoever had the longest has the shortest next. Else rounds are shifted against
+/// each other, so that nobody always has the last queries of a head, of which there may be few.
+__device__ __forceinline__ int hopper_fixed_tile(const HopperSchedule& s, int turn) {
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  if (!s.longest_first) return turn * grid + (block + turn) % grid;
   return turn * grid + (turn & 1 ? grid - 1 - block : block);
+}
+
+/// The tile of the round, for a whole warp: of those that are left by `given`, or in a fixed order.
+__device__ __forceinline__ int hopper_tile(const HopperSchedule& s, int* given, int round) {
+  if (!given) return hopper_fixed_tile(s, round);
+  int id = static_cast<int>(blockIdx.x);
+  if (round > 0) {
+    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + ptx::draw_number(given);
+    id = __shfl_sync(~0u, id, 0);
+  }
+  return id;
 }
 
 /// Tile `id` of tensors that are not packed.

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int s = 0; s < 2 * kGroups; ++s) (&shared.exceeded[0][0])[s] = -1;
     }
     for (int s = 0; s < 2; ++s) {
-      ptx::mbarrier_init(&shared.job_there[s], 1);
+      ptx::mbarrier_init(&shared.job_there[s], 32);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
     ptx::mbarrier_init_fence();

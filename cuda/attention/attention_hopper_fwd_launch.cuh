@@ -66,28 +66,32 @@ inline bool hopper_is_long(const Forward& f, int multiprocessors) {
          100 * time(HopperFwd128Long::kGroups) <= 113 * time(HopperFwd128::kGroups);
 }
 
+/// Of how many heads tiles are given out at a time, longest first: as many as a third of L2 holds
+/// the keys and values of, but of two tiles for each multiprocessor, for these to be done at once.
+inline int hopper_given_section(const Forward& f, int pack, const Stream& stream,
+                                int multiprocessors, const char* op) {
+  const std::int64_t l2 = device_attribute(cudaDevAttrL2CacheSize, stream.device, op);
+  const std::int64_t bytes = std::int64_t{2} * f.keys * (f.d + f.dv);  // of a head of keys
+  const std::int64_t fit = l2 / 3 / std::max<std::int64_t>(bytes, 1) * (f.group >> pack);
+  return static_cast<int>(std::max(fit, std::int64_t{2} * multiprocessors / f.blocks));
+}
+
 /// What the kernel is called with; f.blocks is set here.
 template <class T, class Tile>
-HopperForward hopper_forward(Forward& f, int multiprocessors, const char* op) {
+HopperForward hopper_forward(Forward& f, Stream stream, int multiprocessors, const char* op) {
   constexpr int kM = Tile::kM;
   const bool packed = f.lengths.start_q;
   const int pack = hopper_pack(f, kM);
   const int entries = packed ? 1 : f.batch, heads = f.heads >> pack, units = heads * entries;
   f.blocks = static_cast<int>(ceil_div(f.queries, kM >> pack)) + (packed ? f.batch : 0);
+  const int section = f.given ? hopper_given_section(f, pack, stream, multiprocessors, op)
+                              : hopper_section(units, multiprocessors);
   return {.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, kM, op, pack),
           .k = hopper_map<T>(f.k, f.d, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .v = hopper_map<T>(f.v, f.dv, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .out = hopper_map<T>(f.out, f.dv, f.queries, f.heads, entries, 64, op, pack),
           .f = f,
-          .schedule = {
-              .tiles = f.blocks * units,
-              .units = units,
-              // Four blocks of queries of a head at a time share its keys in L2.
-              .section = units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
-              .heads = heads,
-              .pack = pack,
-              .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-              .ahead = 0}};
+          .schedule = hopper_schedule(f, units, std::max(section, 1), pack)};
 }
 
 template <class T, class Tile, bool kChanges = false>
@@ -112,7 +116,7 @@ void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
         const int multiprocessors =
             device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
         const auto run = [&]<class Taken>(std::type_identity<Taken>) {
-          const HopperForward p = hopper_forward<T, Taken>(f, multiprocessors, op);
+          const HopperForward p = hopper_forward<T, Taken>(f, stream, multiprocessors, op);
           launch_hopper_tile<T, Taken, kChanges>(p, multiprocessors, stream, op);
         };
         if constexpr (std::is_same_v<Tile, HopperFwd128> && !kChanges) {
