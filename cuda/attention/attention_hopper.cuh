@@ -21,13 +21,16 @@ inline constexpr int kPanelRow = 128;
 /// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
 /// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
-/// their products in turn. (nvcc 13.0 takes no values of classes as template arguments of kernels.)
+/// their products in turn. kLazy: scores are measured in a tile's first blocks only, and where they
+/// turn out to be too large. (nvcc 13.0 takes no values of classes as template arguments of
+/// kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kThroughShared, bool kInTurn>
+          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kFewMaxima = false>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
   static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
+  static constexpr bool kLazy = kFewMaxima;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
@@ -88,6 +91,7 @@ struct HopperShared {
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
+  int exceeded[2][Tile::kLazy ? Tile::kGroups : 1];  // kLazy: the block to be measured again
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a

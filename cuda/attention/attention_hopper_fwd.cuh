@@ -12,6 +12,7 @@
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
 //            while this one is computed. A warpgroup leaves out blocks that its queries do not see
+//   kLazy    maxima of a tile's first blocks only, and where exponentials become too large
 //   sync     barrier         who arrives              who waits
 //            job_there       warp that plans          thread that fetches
 //            job_free        thread that fetches      warp that plans, two tiles later
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
-  constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
+  constexpr int kScores = kN / 2, kResults = kDv / 2;           // of a thread
+  static_assert(!Tile::kLazy || (Tile::kShared && !kChanges));  // with a barrier between tiles
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
 
@@ -62,6 +64,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.keys_free[s], kWarps);
       ptx::mbarrier_init(&shared.values_there[s], 1);
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
+    }
+    if constexpr (Tile::kLazy) {
+      for (int s = 0; s < 2 * kGroups; ++s) (&shared.exceeded[0][0])[s] = -1;
     }
     for (int s = 0; s < 2; ++s) {
       ptx::mbarrier_init(&shared.job_there[s], 32);
@@ -169,9 +174,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
       const int job_begin = job.begin, job_end = job.end;
 
-      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
-      // are multiplied with, if any of the warp's queries has `grown`.
-      const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
+      const auto mask = [&]<int kCount>(int n, Keys<kCount>) {
         const int j0 = n * kN + anew(thread) % 4 * 2;
         if constexpr (kChanges) {
 #pragma unroll
@@ -196,6 +199,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
+      };
+      // What scores of the first kCount keys are measured against; alpha: what results so far are
+      // multiplied with, if any of the warp's queries has `grown`. keep(half, m): a maximum of m is
+      // no reason to measure a query's scores anew.
+      float base[2], more[4];
+      [[maybe_unused]] bool fresh[2] = {true, true},
+                            settled = false;  // queries that saw nothing yet
+      const auto measure = [&]<int kCount>(Keys<kCount>, const auto& keep) {
         // Four chains side by side: an instruction takes as long as four are issued.
         float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
 #pragma unroll
@@ -216,9 +227,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& m = most[half];
-          // Powers of two by which scores may exceed what they are measured against, before
-          // results so far are measured anew (Zadouri et al., FlashAttention-4).
-          if ((m - top[half]) * unit <= 8.0f) {
+          if constexpr (Tile::kLazy) fresh[half] = fresh[half] && m == -INFINITY;
+          if (keep(half, m)) {
             m = top[half];  // stays
           } else {
             grown = true;
@@ -235,18 +245,75 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             sum[half] *= alpha[half];
           }
         }
-        float base[2], more[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           base[half] = top[half] == -INFINITY ? 0.0f : top[half] * unit;
         }
 #pragma unroll
+        for (int i = 0; i < 4; ++i) more[i] = 0.0f;
+      };
+      // Powers of two by which scores may exceed what they are measured against, before results so
+      // far are measured anew (Zadouri et al., FlashAttention-4).
+      const auto maxima = [&]<int kCount>(int n, Keys<kCount> count) {
+        mask(n, count);
+        measure(count, [&](int half, float m) { return (m - top[half]) * unit <= 8.0f; });
+      };
+      // Scores of the first kCount keys become probabilities.
+      const auto exponentials = [&]<int kCount>(Keys<kCount>) {
+#pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
           rS[i] = ptx::exp2_approx(fmaf(rS[i], unit, -base[i / 2 % 2]));
           more[i % 4] += rS[i];
         }
+      };
+      const auto add_up = [&] {
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
+      };
+      const auto softmax = [&]<int kCount>(int n, Keys<kCount> count) {
+        maxima(n, count);
+        exponentials(count);
+        add_up();
+      };
+
+      // kLazy: a query's scores are measured in the first block that it sees anything of, ...
+      const auto measure_or_not = [&](int n) {
+        mask(n, Keys<kN>{});
+        grown = false;
+        if (!settled) {
+          const bool was_fresh[2] = {fresh[0], fresh[1]};
+          measure(Keys<kN>{}, [&](int half, float m) {
+            return !was_fresh[half] || (m - top[half]) * unit <= 8.0f;
+          });
+          settled = !__any_sync(~0u, fresh[0] || fresh[1]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) more[i] = 0.0f;
+        }
+      };
+      // ... and in one where a thread's exponentials come to more than the limit, below which they
+      // are numbers of 16 bits, or to none: rare, and then the products are computed again. What a
+      // query is measured against follows from its own scores alone.
+      const auto measure_again = [&](int n, int stage) {
+        constexpr float kLimit = 32768.0f;
+        const bool over[2] = {!(more[0] + more[1] <= kLimit), !(more[2] + more[3] <= kLimit)};
+        // Products are a warpgroup's: its warps agree. By turns, as a warp may be a block ahead.
+        int& flag = shared.exceeded[turn & 1][group];
+        if (__any_sync(~0u, over[0] || over[1]) && lane == 0) flag = turn;
+        ptx::bar_sync(kGroup + group, 128);
+        if (flag == turn) {
+          issue_scores(aQ, stage);
+          bool row_over[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            row_over[half] = __ballot_sync(~0u, over[half]) >> (lane & 28) & 15;
+          }
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          mask(n, Keys<kN>{});
+          measure(Keys<kN>{}, [&](int half, float) { return !row_over[half]; });
+          exponentials(Keys<kN>{});
+        }
       };
 
       // The copy engine has read the results before.
@@ -313,6 +380,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
           pack_probabilities();
         }
+        if constexpr (Tile::kLazy) settled = !__any_sync(~0u, fresh[0] || fresh[1]);
         for (--n; n >= seen.begin; --n) {
           const Stage before = stage_of<Tile::kStages>(turn++),
                       stage = stage_of<Tile::kStages>(turn);
@@ -324,12 +392,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
-          arrive(&shared.keys_free[stage.index]);
-          if (n == seen.begin) give_back_queries();
-          softmax(n, Keys<kN>{});
-          ptx::wgmma_wait<0>();
-          ptx::registers_arrived(rO);
-          arrive(&shared.values_free[before.index]);
+          if constexpr (!Tile::kLazy) {
+            arrive(&shared.keys_free[stage.index]);
+            if (n == seen.begin) give_back_queries();
+            softmax(n, Keys<kN>{});
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rO);
+            arrive(&shared.values_free[before.index]);
+          } else {
+            measure_or_not(n);
+            exponentials(Keys<kN>{});
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rO);
+            arrive(&shared.values_free[before.index]);
+            measure_again(n, stage.index);
+            add_up();
+            arrive(&shared.keys_free[stage.index]);
+            if (n == seen.begin) give_back_queries();
+          }
           pack_probabilities();
           if (grown) {
 #pragma unroll

@@ -276,6 +276,7 @@ std::vector<Case> attention_cases(const Options& options) {
        .right = 0,
        .device = 2},
       {.queries = 500, .keys = 450, .heads = 2, .right = 0, .device = 1},
+      {.queries = 370, .keys = 2050, .d = 128, .dv = 128, .device = 1},
       {.queries = 420, .keys = 700, .heads = 2, .left = 200, .right = 30, .sinks = true},
       {.queries = 300, .keys = 400, .d = 96, .dv = 96, .left = 140, .right = 0, .device = 1},
       {.queries = 200,
