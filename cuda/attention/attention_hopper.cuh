@@ -25,6 +25,8 @@ struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
   static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
+  // Softmax takes as long as the products: what else a warp does between them counts.
+  static constexpr bool kNarrow = kColumns <= 96;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,

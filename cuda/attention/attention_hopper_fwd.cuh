@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
       // are multiplied with, if any of the warp's queries has `grown`.
-      const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
+      const auto softmax = [&]<int kCount, bool kFirst>(int n, Keys<kCount>, First<kFirst>) {
         const int j0 = n * kN + anew(thread) % 4 * 2;
         if constexpr (kChanges) {
 #pragma unroll
@@ -196,43 +196,57 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        // Four chains side by side: an instruction takes as long as four are issued.
-        float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
+        // Few blocks have a maximum that counts. Whether a thread's scores may have one takes half of
+        // the instructions, and nothing of the other threads.
+        bool above = true;
+        if constexpr (Tile::kNarrow && !kFirst) {
+          float most[2] = {rS[0], rS[2]};
 #pragma unroll
-        for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], rS[i]);
-        float most[2];
+          for (int i = 0; i < kCount / 2; i += 2) {
+            most[i / 2 % 2] = ptx::max_3_upper(most[i / 2 % 2], rS[i], rS[i + 1]);
+          }
+          above = !((at_least(most[0]) - top[0]) * unit <= 8.0f) ||
+                  !((at_least(most[1]) - top[1]) * unit <= 8.0f);
+        }
         grown = false;
+        if (!Tile::kNarrow || kFirst || __any_sync(~0u, above)) {
+          // Four chains side by side: an instruction takes as long as four are issued.
+          float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
-        }
-#pragma unroll
-        for (int lanes = 1; lanes <= 2; lanes *= 2) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& m = most[half];
-          // Powers of two by which scores may exceed what they are measured against, before
-          // results so far are measured anew (Zadouri et al., FlashAttention-4).
-          if ((m - top[half]) * unit <= 8.0f) {
-            m = top[half];  // stays
-          } else {
-            grown = true;
-          }
-        }
-        grown = __any_sync(~0u, grown);
-        if (grown) {
+          for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], rS[i]);
+          float most[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float base = most[half] == -INFINITY ? 0.0f : most[half] * unit;
-            alpha[half] =
-                top[half] == most[half] ? 1.0f : ptx::exp2_approx(fmaf(top[half], unit, -base));
-            top[half] = most[half];
-            sum[half] *= alpha[half];
+            most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
+          }
+#pragma unroll
+          for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
+            }
+          }
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& m = most[half];
+            // Powers of two by which scores may exceed what they are measured against, before
+            // results so far are measured anew (Zadouri et al., FlashAttention-4).
+            if ((m - top[half]) * unit <= 8.0f) {
+              m = top[half];  // stays
+            } else {
+              grown = true;
+            }
+          }
+          grown = __any_sync(~0u, grown);
+          if (grown) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const float base = most[half] == -INFINITY ? 0.0f : most[half] * unit;
+              alpha[half] =
+                  top[half] == most[half] ? 1.0f : ptx::exp2_approx(fmaf(top[half], unit, -base));
+              top[half] = most[half];
+              sum[half] *= alpha[half];
+            }
           }
         }
         float base[2], more[4] = {};
@@ -305,17 +319,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (n == seen.begin) give_back_queries();
           if (n == job_end - 1) clear_rest(stage);
           if (seen.half) {
-            softmax(n, Keys<kN / 2>{});
+            softmax(n, Keys<kN / 2>{}, First<true>{});
 #pragma unroll
             for (int i = kScores / 2; i < kScores; ++i) rS[i] = 0.0f;
           } else {
-            softmax(n, Keys<kN>{});
+            softmax(n, Keys<kN>{}, First<true>{});
           }
           pack_probabilities();
         }
         for (--n; n >= seen.begin; --n) {
-          const Stage before = stage_of<Tile::kStages>(turn++),
-                      stage = stage_of<Tile::kStages>(turn);
+          // Found anew where it matters: carried from the block before, it would not stay in registers
+          // that a warp shares.
+          const Stage before = stage_of<Tile::kStages>(Tile::kNarrow ? anew(turn) : turn);
+          const Stage stage = stage_of<Tile::kStages>(++turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -326,7 +342,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
           if (n == seen.begin) give_back_queries();
-          softmax(n, Keys<kN>{});
+          softmax(n, Keys<kN>{}, First<false>{});
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);

@@ -26,6 +26,16 @@ __device__ __forceinline__ std::uint32_t pairs_below(int to) {
   return count == 32 ? ~0u : (1u << count) - 1;
 }
 
+/// As a type: whether it is a warpgroup's first block of keys.
+template <bool kFirst>
+struct First {};
+
+/// At least `x`, of which the upper 16 bits are known and of the lower ones nothing.
+__device__ __forceinline__ float at_least(float x) {
+  const int bits = __float_as_int(x);
+  return __int_as_float((bits & static_cast<int>(0xffff0000u)) | (~(bits >> 31) & 0xffff));
+}
+
 /// What stands between products and the softmax but masks: soft cap and ALiBi. All in units of what
 /// the products are.
 struct ScoreChange {
