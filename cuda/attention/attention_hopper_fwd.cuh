@@ -153,12 +153,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
       // In units of what the products are; a sink is a key of its own, counted by one thread.
       float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, alpha[2];
+      // Scores below it have not grown by too much; of narrow tiles.
+      float limit[2] = {};
+      const auto find_limit = [&](int half) {
+        const float powers = kMostGrowth * (1 - 0x1p-18f);
+        limit[half] = upper_below(fmaf(powers, ptx::rcp_approx(unit), top[half]));
+      };
       if (p.f.sinks.data) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
           top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
           sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+          if constexpr (Tile::kNarrow) find_limit(half);
         }
       }
       bool grown = false;
@@ -172,7 +179,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
       // are multiplied with, if any of the warp's queries has `grown`.
       const auto softmax = [&]<int kCount, bool kFirst>(int n, Keys<kCount>, First<kFirst>) {
-        const int j0 = n * kN + anew(thread) % 4 * 2;
+        const auto first_key = [&] { return n * kN + anew(thread) % 4 * 2; };
+        int j0 = 0;
+        if constexpr (!Tile::kNarrow || kChanges) j0 = first_key();
         if constexpr (kChanges) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -181,6 +190,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
         if (n >= seen.whole_end || n < seen.whole_begin) {
+          if constexpr (Tile::kNarrow && !kChanges) j0 = first_key();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = job.i0 + query_of(half);
@@ -205,8 +215,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (int i = 0; i < kCount / 2; i += 2) {
             most[i / 2 % 2] = ptx::max_3_upper(most[i / 2 % 2], rS[i], rS[i + 1]);
           }
-          above = !((at_least(most[0]) - top[0]) * unit <= 8.0f) ||
-                  !((at_least(most[1]) - top[1]) * unit <= 8.0f);
+          above = !(most[0] < limit[0]) || !(most[1] < limit[1]);
         }
         grown = false;
         if (!Tile::kNarrow || kFirst || __any_sync(~0u, above)) {
@@ -229,9 +238,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& m = most[half];
-            // Powers of two by which scores may exceed what they are measured against, before
-            // results so far are measured anew (Zadouri et al., FlashAttention-4).
-            if ((m - top[half]) * unit <= 8.0f) {
+            if ((m - top[half]) * unit <= kMostGrowth) {
               m = top[half];  // stays
             } else {
               grown = true;
@@ -246,6 +253,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                   top[half] == most[half] ? 1.0f : ptx::exp2_approx(fmaf(top[half], unit, -base));
               top[half] = most[half];
               sum[half] *= alpha[half];
+              if constexpr (Tile::kNarrow) find_limit(half);
+            }
+            if constexpr (Tile::kNarrow && !kFirst) {
+              ptx::wgmma_wait<0>();
+              ptx::registers_arrived(rO);
+#pragma unroll
+              for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
             }
           }
         }
@@ -257,7 +271,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
           rS[i] = ptx::exp2_approx(fmaf(rS[i], unit, -base[i / 2 % 2]));
-          more[i % 4] += rS[i];
+          more[i % 4] = Tile::kNarrow && i < 4 ? rS[i] : more[i % 4] + rS[i];
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
@@ -347,12 +361,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::registers_arrived(rO);
           arrive(&shared.values_free[before.index]);
           pack_probabilities();
-          if (grown) {
+          if (!Tile::kNarrow && grown) {
 #pragma unroll
             for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
           }
         }
-        const Stage stage = stage_of<Tile::kStages>(turn++);
+        const Stage stage = stage_of<Tile::kStages>(Tile::kNarrow ? anew(turn) : turn);
+        ++turn;
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
         wait_for_room();
