@@ -317,6 +317,42 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.values_free[stage.index]);
       };
 
+      float total[2], inverse[2], lse[2];
+      bool nothing[2];  // seen, or to be computed
+      const auto lse_of = [&](int half) {
+        return nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
+      };
+      const auto divide = [&] {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) total[half] = sum[half];
+#pragma unroll
+        for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            total[half] += __shfl_xor_sync(~0u, total[half], lanes);
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
+          // Sums are 1 at least, or 0: nothing here that division is slow for.
+          const float about = ptx::rcp_approx(total[half]);
+          inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+          if constexpr (Tile::kNarrow) lse[half] = lse_of(half);
+        }
+      };
+      const auto store_lse = [&] {
+        if (pair == 0) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int at = query_of(half);
+            if (at >= job.stored) continue;
+            p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+                Tile::kNarrow ? lse[half] : lse_of(half);
+          }
+        }
+      };
+
       int n = job_end - 1;
       for (; n >= seen.end; --n) leave_out(n);
       if (n >= seen.begin) {
@@ -370,6 +406,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ++turn;
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
+        if constexpr (Tile::kNarrow) divide();  // while these are computed
         wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
@@ -377,26 +414,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       } else {
         __syncwarp();
         give_back_queries();
+        if constexpr (Tile::kNarrow) divide();
         wait_for_room();
       }
       for (; n >= job_begin; --n) leave_out(n);
 
-      float total[2] = {sum[0], sum[1]}, inverse[2];
-#pragma unroll
-      for (int lanes = 1; lanes <= 2; lanes *= 2) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          total[half] += __shfl_xor_sync(~0u, total[half], lanes);
-        }
-      }
-      bool nothing[2];  // seen, or to be computed
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
-        // Sums are 1 at least, or 0: nothing here that division is slow for.
-        const float about = ptx::rcp_approx(total[half]);
-        inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
-      }
+      if constexpr (!Tile::kNarrow) divide();
       if (nothing[0] || nothing[1]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -475,15 +498,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
       }
-      if (pair == 0) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at = query_of(half);
-          if (at >= job.stored) continue;
-          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
-        }
-      }
+      store_lse();
     }
     if (Tile::kShared && thread == 0) ptx::bulk_wait<0>();
   }

@@ -22,6 +22,7 @@ struct AttentionCase {
   int bias = 0;    // 1: full, 2: broadcast over entries and heads, 3: over queries, 4: a mask
   int blocks = 0;  // size of a block mask
   double softcap = 0.0, dropout = 0.0;
+  double scale = 0.0;  // 0: 1 / sqrt(d)
   int shift = 0;  // elements off a boundary
   int device = 0;
   bool gradients = true;
@@ -37,7 +38,7 @@ std::string AttentionCase::text() const {
       << (top_left ? " top-left" : "") << (packed ? " packed" : "") << (used ? " used" : "")
       << (prefix ? " prefix" : "") << (slopes ? " slopes" : "") << (sinks ? " sinks" : "")
       << " bias " << bias << " blocks " << blocks << " softcap " << softcap << " dropout "
-      << dropout << " shift " << shift << " device " << device;
+      << dropout << " scale " << scale << " shift " << shift << " device " << device;
   return out.str();
 }
 
@@ -113,7 +114,7 @@ AttentionCall::AttentionCall(const AttentionCase& c, int shift) {
   out.allow_writes(), lse.allow_writes();
   forward.q = q.ref(), forward.k = k.ref(), forward.v = v.ref();
   forward.out = out.ref(), forward.lse = lse.ref();
-  forward.scale = 1.0 / std::sqrt(static_cast<double>(c.d));
+  forward.scale = c.scale > 0.0 ? c.scale : 1.0 / std::sqrt(static_cast<double>(c.d));
   forward.softcap = c.softcap;
   forward.mask.left = c.left, forward.mask.right = c.right, forward.mask.top_left = c.top_left;
   if (c.bias == 4) {
@@ -381,6 +382,22 @@ std::vector<Case> attention_cases(const Options& options) {
        .right = 0,
        .slopes = true,
        .softcap = 3.0,
+       .device = 1,
+       .gradients = false},
+      // scores that grow by many powers of two, block after block
+      {.queries = 200,
+       .keys = 700,
+       .heads = 2,
+       .right = 0,
+       .scale = 1.5,
+       .device = 1,
+       .gradients = false},
+      {.queries = 130,
+       .keys = 600,
+       .d = 96,
+       .dv = 96,
+       .sinks = true,
+       .scale = 1.5,
        .device = 1,
        .gradients = false},
       // tiles by head dimensions and shared memory
