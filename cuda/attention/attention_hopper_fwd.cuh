@@ -151,19 +151,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       };
       const auto query_of = [&](int half) { return row_of(half) >> pack; };
       const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
-      // In units of what the products are; a sink is a key of its own, counted by one thread.
-      float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, alpha[2];
-      // Scores below it have not grown by too much; of narrow tiles.
+      // What scores are measured against, in units of what the products are, or as a power of two. A
+      // sink is a key of its own, counted by one thread.
+      constexpr float kNone = Tile::kNarrow ? -0x1p126f : -INFINITY;
+      float top[2] = {kNone, kNone}, sum[2] = {}, alpha[2];
+      // Products below it have not grown by too much; of narrow tiles.
       float limit[2] = {};
       const auto find_limit = [&](int half) {
-        const float powers = kMostGrowth * (1 - 0x1p-18f);
-        limit[half] = upper_below(fmaf(powers, ptx::rcp_approx(unit), top[half]));
+        limit[half] = upper_below((top[half] + kMostGrowth * (1 - 0x1p-18f)) * ptx::rcp_approx(unit));
       };
       if (p.f.sinks.data) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
-          top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+          if constexpr (Tile::kNarrow) {
+            top[half] = fmaxf(sink * kLog2e, kNone);
+          } else {
+            top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+          }
           sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
           if constexpr (Tile::kNarrow) find_limit(half);
         }
@@ -238,7 +243,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& m = most[half];
-            if ((m - top[half]) * unit <= kMostGrowth) {
+            if constexpr (Tile::kNarrow) m = m * unit;
+            if ((Tile::kNarrow ? m - top[half] : (m - top[half]) * unit) <= kMostGrowth) {
               m = top[half];  // stays
             } else {
               grown = true;
@@ -248,9 +254,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (grown) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const float base = most[half] == -INFINITY ? 0.0f : most[half] * unit;
-              alpha[half] =
-                  top[half] == most[half] ? 1.0f : ptx::exp2_approx(fmaf(top[half], unit, -base));
+              if constexpr (Tile::kNarrow) {
+                alpha[half] = ptx::exp2_approx(top[half] - most[half]);
+              } else {
+                const float base = most[half] == -INFINITY ? 0.0f : most[half] * unit;
+                alpha[half] =
+                    top[half] == most[half] ? 1.0f : ptx::exp2_approx(fmaf(top[half], unit, -base));
+              }
               top[half] = most[half];
               sum[half] *= alpha[half];
               if constexpr (Tile::kNarrow) find_limit(half);
@@ -266,7 +276,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         float base[2], more[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          base[half] = top[half] == -INFINITY ? 0.0f : top[half] * unit;
+          base[half] = top[half];
+          if constexpr (!Tile::kNarrow) base[half] = top[half] == kNone ? 0.0f : top[half] * unit;
         }
 #pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
@@ -320,7 +331,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       float total[2], inverse[2], lse[2];
       bool nothing[2];  // seen, or to be computed
       const auto lse_of = [&](int half) {
-        return nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
+        return nothing[half] ? -INFINITY : fmaf(top[half], Tile::kNarrow ? kLn2 : p.f.scale, logf(total[half]));
       };
       const auto divide = [&] {
 #pragma unroll
