@@ -180,6 +180,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // In registers: read from memory for each block, they are waited for behind its scores.
       const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
       const int job_begin = job.begin, job_end = job.end;
+      const unsigned whole = max(seen.whole_end - seen.whole_begin, 0);
 
       // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
       // are multiplied with, if any of the warp's queries has `grown`.
@@ -194,7 +195,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             change.apply<kCount / 2>(rS, half, job.i0 + query_of(half) + job.sight.shift - j0);
           }
         }
-        if (n >= seen.whole_end || n < seen.whole_begin) {
+        const bool masked = Tile::kNarrow ? static_cast<unsigned>(n - seen.whole_begin) >= whole
+                                          : n >= seen.whole_end || n < seen.whole_begin;
+        if (masked) {
           if constexpr (Tile::kNarrow && !kChanges) j0 = first_key();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -377,7 +380,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          if (n == seen.begin) give_back_queries();
+          if (!Tile::kNarrow && n == seen.begin) give_back_queries();
           if (n == job_end - 1) clear_rest(stage);
           if (seen.half) {
             softmax(n, Keys<kN / 2>{}, First<true>{});
@@ -402,7 +405,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          if (n == seen.begin) give_back_queries();
+          if (!Tile::kNarrow && n == seen.begin) give_back_queries();
           softmax(n, Keys<kN>{}, First<false>{});
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
@@ -415,6 +418,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
         const Stage stage = stage_of<Tile::kStages>(Tile::kNarrow ? anew(turn) : turn);
         ++turn;
+        if constexpr (Tile::kNarrow) give_back_queries();  // there is room for another tile's
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
         if constexpr (Tile::kNarrow) divide();  // while these are computed
