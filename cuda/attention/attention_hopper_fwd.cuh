@@ -151,14 +151,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       };
       const auto query_of = [&](int half) { return row_of(half) >> pack; };
       const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
-      // What scores are measured against, in units of what the products are, or as a power of two. A
-      // sink is a key of its own, counted by one thread.
+      // What scores are measured against, in units of what the products are, or as a power of two.
+      // A sink is a key of its own, counted by one thread.
       constexpr float kNone = Tile::kNarrow ? -0x1p126f : -INFINITY;
       float top[2] = {kNone, kNone}, sum[2] = {}, alpha[2];
       // Products below it have not grown by too much; of narrow tiles.
       float limit[2] = {};
       const auto find_limit = [&](int half) {
-        limit[half] = upper_below((top[half] + kMostGrowth * (1 - 0x1p-18f)) * ptx::rcp_approx(unit));
+        limit[half] =
+            upper_below((top[half] + kMostGrowth * (1 - 0x1p-18f)) * ptx::rcp_approx(unit));
       };
       if (p.f.sinks.data) {
 #pragma unroll
@@ -214,8 +215,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        // Few blocks have a maximum that counts. Whether a thread's scores may have one takes half of
-        // the instructions, and nothing of the other threads.
+        // Few blocks have a maximum that counts. Whether a thread's scores may have one takes half
+        // of the instructions, and nothing of the other threads.
         bool above = true;
         if constexpr (Tile::kNarrow && !kFirst) {
           float most[2] = {rS[0], rS[2]};
@@ -334,7 +335,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       float total[2], inverse[2], lse[2];
       bool nothing[2];  // seen, or to be computed
       const auto lse_of = [&](int half) {
-        return nothing[half] ? -INFINITY : fmaf(top[half], Tile::kNarrow ? kLn2 : p.f.scale, logf(total[half]));
+        return nothing[half] ? -INFINITY
+                             : fmaf(top[half], Tile::kNarrow ? kLn2 : p.f.scale, logf(total[half]));
       };
       const auto divide = [&] {
 #pragma unroll
@@ -392,8 +394,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           pack_probabilities();
         }
         for (--n; n >= seen.begin; --n) {
-          // Found anew where it matters: carried from the block before, it would not stay in registers
-          // that a warp shares.
+          // Found anew where it matters: carried from the block before, it would not stay in
+          // registers that a warp shares.
           const Stage before = stage_of<Tile::kStages>(Tile::kNarrow ? anew(turn) : turn);
           const Stage stage = stage_of<Tile::kStages>(++turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);

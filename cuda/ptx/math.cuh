@@ -26,8 +26,8 @@ __device__ __forceinline__ float sqrt_approx(float x) {
   return y;
 }
 
-/// Of three numbers the upper 16 bits of the largest, rounded towards 0, as its upper half; the lower
-/// half is anything. Numbers that are none are left out.
+/// Of three numbers the upper 16 bits of the largest, rounded towards 0, as its upper half; the
+/// lower half is anything. Numbers that are none are left out.
 __device__ __forceinline__ float max_3_upper(float a, float b, float c) {
   float most;
   asm("{\n.reg .b32 most, b, c;\n"

@@ -23,7 +23,7 @@ struct AttentionCase {
   int blocks = 0;  // size of a block mask
   double softcap = 0.0, dropout = 0.0;
   double scale = 0.0;  // 0: 1 / sqrt(d)
-  int shift = 0;  // elements off a boundary
+  int shift = 0;       // elements off a boundary
   int device = 0;
   bool gradients = true;
   bool little = false;  // memory for gradients as where there is no kernel for Hopper
