@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       constexpr float kNone = Tile::kNarrow ? -0x1p126f : -INFINITY;
       float top[2] = {kNone, kNone}, sum[2] = {}, alpha[2];
       // Products below it have not grown by too much; of narrow tiles.
-      float limit[2] = {};
+      float limit[2] = {-INFINITY, -INFINITY};
       const auto find_limit = [&](int half) {
         limit[half] =
             upper_below((top[half] + kMostGrowth * (1 - 0x1p-18f)) * ptx::rcp_approx(unit));
