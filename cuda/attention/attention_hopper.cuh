@@ -31,6 +31,8 @@ struct HopperTile {
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
   static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
   static constexpr bool kLazy = kFewMaxima;
+  // Softmax takes as long as the products: what else a warp does between them counts.
+  static constexpr bool kNarrow = kColumns <= 96;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
