@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
+  constexpr bool kByOthers = Tile::kByOthers;
+  static_assert(!kByOthers || (Tile::kShared && kGroups == 2));
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
@@ -53,9 +55,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::prefetch_map(&p.v);
     ptx::prefetch_map(&p.out);
     constexpr int kWarps = 4 * kGroups;
-    for (int s = 0; s < Tile::kQueries; ++s) {
+    for (int s = 0; s < Tile::kRooms; ++s) {
       ptx::mbarrier_init(&shared.query_there[s], 1);
-      ptx::mbarrier_init(&shared.query_free[s], kWarps);
+      ptx::mbarrier_init(&shared.query_free[s], kWarps / (kByOthers ? kGroups : 1));
     }
     for (int s = 0; s < Tile::kStages; ++s) {
       ptx::mbarrier_init(&shared.keys_there[s], 1);
@@ -67,6 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.job_there[s], 1);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
+    if (kByOthers) ptx::mbarrier_init(&shared.out_free, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -82,6 +85,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     } else if (warp == 1) {
       hopper_plan<Tile>(p, shared);
+    } else if (kByOthers && warp >= 2) {
+      hopper_store<Tile>(p, shared, warp - 2);
     }
   } else {
     ptx::registers_take<Tile::kRegisters>();
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
-    const ptx::SharedAddress aQuery = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
+    const ptx::SharedAddress aQuery = ptx::shared_address(shared.query) + (kByOthers ? 0 : group * (64 * kPanelRow));
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
     const float unit = p.f.scale_log2;  // from products to powers of two
@@ -104,7 +109,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int kk = 0; kk < Tile::kD / 16; ++kk) {
         ptx::wgmma<ptx::Major::k, ptx::Major::k>(
-            rS, ptx::matrix_right(dQ, kk / 4 * (kM * kPanelRow) + kk % 4 * 32),
+            rS, ptx::matrix_right(dQ, kk / 4 * (Tile::kRoomRows * kPanelRow) + kk % 4 * 32),
             ptx::matrix_right(dK, kk / 4 * (kN * kPanelRow) + kk % 4 * 32), kk > 0, T{});
       }
       ptx::wgmma_commit();
@@ -138,10 +143,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // and t for different in each, products wait for their descriptors. (With changes of scores
       // it has no register for that at 256 columns.)
       if constexpr (!kChanges) turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
-      const Stage tile = stage_of<Tile::kQueries>(t);
+      const Stage tile = room_of<Tile>(t, group);
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
-      if (job.b < 0) break;
+      if (job.b < 0) {
+        if (kByOthers) ptx::bar_arrive(kStore + group * 2 + t % 2, 160);
+        break;
+      }
       const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
       const int pack = p.schedule.pack;
       // The thread's two rows are eight apart, of queries from job.i0 and heads from job.h on.
@@ -252,6 +260,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // The copy engine has read the results before.
       const auto wait_for_room = [&] {
         if (!Tile::kShared) return;
+        if constexpr (kByOthers) {
+          ptx::mbarrier_wait(&shared.out_free, (t * kGroups + group + 1) & 1);
+          return;
+        }
         if (thread == 0) ptx::bulk_wait_read<0>();
         ptx::bar_sync(kGroup + group, 128);
       };
@@ -287,6 +299,37 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         __syncwarp();
         arrive(&shared.values_free[stage.index]);
+      };
+
+      float total[2], inverse[2];
+      bool nothing[2];  // seen, or to be computed
+      const auto divide = [&] {
+        total[0] = sum[0], total[1] = sum[1];
+#pragma unroll
+        for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            total[half] += __shfl_xor_sync(~0u, total[half], lanes);
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
+          // Sums are 1 at least, or 0: nothing here that division is slow for.
+          const float about = ptx::rcp_approx(total[half]);
+          inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+        }
+      };
+      const auto store_lse = [&] {
+        if (pair == 0) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int at = query_of(half);
+            if (at >= job.stored) continue;
+            p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+                nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
+          }
+        }
       };
 
       int n = job_end - 1;
@@ -339,33 +382,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
-        wait_for_room();
+        if (kByOthers) divide(), store_lse();  // while these are computed
+        if (!kByOthers) wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
+        if (kByOthers) wait_for_room();
       } else {
         __syncwarp();
         give_back_queries();
+        if (kByOthers) divide(), store_lse();
         wait_for_room();
       }
       for (; n >= job_begin; --n) leave_out(n);
 
-      float total[2] = {sum[0], sum[1]}, inverse[2];
-#pragma unroll
-      for (int lanes = 1; lanes <= 2; lanes *= 2) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          total[half] += __shfl_xor_sync(~0u, total[half], lanes);
-        }
-      }
-      bool nothing[2];  // seen, or to be computed
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        nothing[half] = total[half] == 0.0f || job.i0 + query_of(half) >= job.i1;
-        // Sums are 1 at least, or 0: nothing here that division is slow for.
-        const float about = ptx::rcp_approx(total[half]);
-        inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
-      }
+      if (!kByOthers) divide();
       if (nothing[0] || nothing[1]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -408,7 +439,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
       } else {
-        const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
+        constexpr int kPanel = Tile::kRoomRows * kPanelRow;
+        const int first = kByOthers ? 0 : group * (64 * kPanelRow);
+        const ptx::SharedAddress aO = ptx::shared_address(shared.out) + first;
         if (rows > 0) {
           const int to_row = anew(warp * 16 + lane % 16);
 #pragma unroll
@@ -416,20 +449,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
                                             results(c + 1, 1)};
             const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-            ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+            ptx::stmatrix_4(aO + c / 8 * kPanel + to_row * kPanelRow + chunk * 16, words);
           }
           if (packed && rows < 64) {
             // The rows after these are another sequence's. A warp stores what it has computed.
             __syncwarp();
-            const char* const from = shared.out + group * (64 * kPanelRow);
+            const char* const from = shared.out + first;
             for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
               const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
               if (r >= rows || chunk * 8 >= p.f.dv) continue;
-              const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
+              const char* const at = from + chunk / 8 * kPanel + r * kPanelRow +
                                      ((chunk % 8) ^ (r % 8)) * 16;
               *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
                   *reinterpret_cast<const uint4*>(at);
             }
+          } else if constexpr (kByOthers) {
+            ptx::fence_async();
           } else {
             ptx::fence_async();
             ptx::bar_sync(kGroup + group, 128);
@@ -443,18 +478,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
+        if (kByOthers) ptx::bar_arrive(kStore + group * 2 + t % 2, 160);
       }
-      if (pair == 0) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at = query_of(half);
-          if (at >= job.stored) continue;
-          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
-        }
-      }
+      if (!kByOthers) store_lse();
     }
-    if (Tile::kShared && thread == 0) ptx::bulk_wait<0>();
+    if (Tile::kShared && !kByOthers && thread == 0) ptx::bulk_wait<0>();
   }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/attention_hopper.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -18,6 +19,13 @@ template <int kStages>
 __device__ __forceinline__ Stage stage_of(int turn) {
   static_assert(kStages == 1 || kStages == 2 || kStages == 4);
   return {turn & (kStages - 1), static_cast<std::uint32_t>(turn >> kStages / 2 & 1)};
+}
+
+/// Room for queries of the job with number t, of one of its warpgroups where those have their own.
+template <class Tile>
+__device__ __forceinline__ Stage room_of(int t, int group) {
+  if constexpr (Tile::kByOthers) return {group, static_cast<std::uint32_t>(t & 1)};
+  return stage_of<Tile::kQueries>(t);
 }
 
 /// One thread that fetches.
@@ -51,19 +59,19 @@ struct HopperProducer {
           &shared.values_there[stage.index], ptx::Keep::long_);
   }
 
-  /// Queries of the job with number t.
-  __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t) {
-    const Stage stage = stage_of<Tile::kQueries>(t);
+  /// Queries of the job with number t, or of one of its warpgroups.
+  __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t, int group = 0) {
+    const Stage stage = room_of<Tile>(t, group);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    ptx::mbarrier_arrive(&shared.job_free[t & 1]);
+    if (!Tile::kByOthers || group == Tile::kGroups - 1) ptx::mbarrier_arrive(&shared.job_free[t & 1]);
     if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
     }
     ptx::mbarrier_expect(&shared.query_there[stage.index], Shared::kQuery);
-    const int row = job.first_q + job.i0;
+    const int row = job.first_q + job.i0 + (group * 64 >> p.schedule.pack);
     const bool pack = p.schedule.pack > 0;
-    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, pack ? job.h : row,
+    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kRoomRows, &p.q, pack ? job.h : row,
           pack ? row : job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
   }
 
@@ -79,7 +87,11 @@ struct HopperProducer {
     // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
     if (Tile::kQueries > 1) queries(job, entry, t);
     if (any) keys(row, head, entry);
-    if (Tile::kQueries == 1) queries(job, entry, t);
+    if (Tile::kByOthers) {
+      for (int group = 0; group < Tile::kGroups; ++group) queries(job, entry, t, group);
+    } else if (Tile::kQueries == 1) {
+      queries(job, entry, t);
+    }
     if (!any) return is_one;
     for (int n = end - 1; n > begin; --n) {
       const int before = turn++;
@@ -97,8 +109,11 @@ template <class Tile>
 __device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJob& next) {
   if (p.f.lengths.start_q) return;
   const bool pack = p.schedule.pack > 0;
-  for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-    ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : next.i0, pack ? next.i0 : next.h, next.b);
+  for (int r = 0; r < Tile::kM; r += Tile::kRoomRows) {
+    const int row = next.i0 + (r >> p.schedule.pack);
+    for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+      ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : row, pack ? row : next.h, next.b);
+    }
   }
   const int head = next.h / p.f.group;
   for (int n = next.end - 1; n >= max(next.begin, next.end - p.schedule.ahead); --n) {
@@ -142,6 +157,36 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
     }
     ++t;
   }
+}
+
+/// A warp that stores what a warpgroup has computed, tile after tile.
+template <class Tile>
+__device__ __forceinline__ void hopper_store(const HopperForward& p, HopperShared<Tile>& shared,
+                                             int group) {
+  const bool packed = p.f.lengths.start_q;
+  const int lane = static_cast<int>(threadIdx.x) % 32, pack = p.schedule.pack;
+  for (int t = 0;; ++t) {
+    ptx::bar_sync(kStore + group * 2 + t % 2, 160);
+    const HopperJob& job = shared.jobs[t % HopperShared<Tile>::kJobs];
+    if (job.b < 0) break;
+    if (lane == 0) {
+      const int rows = (job.stored << pack) - group * 64;
+      // Those of a packed sequence's end are stored by who has computed them.
+      if (rows > 0 && !(packed && rows < 64)) {
+        const int at = job.first_q + job.i0 + (group * 64 >> pack);
+        for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
+          ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                         packed ? 0 : job.b,
+                         ptx::shared_address(shared.out) + panel * (64 * kPanelRow));
+        }
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+      }
+      ptx::mbarrier_arrive(&shared.out_free);
+    }
+    __syncwarp();
+  }
+  if (lane == 0) ptx::bulk_wait<0>();
 }
 
 }  // namespace fastkern::cuda::attention_detail
