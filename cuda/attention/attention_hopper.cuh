@@ -89,13 +89,17 @@ struct HopperShared {
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
-  std::uint64_t out_free;  // by others: the room for results
+  std::uint64_t out_free[2];  // by others: the room for results, first and last panels
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a
-/// warpgroup (one each), of a warpgroup and the warp that stores its results (two each, for tiles in
-/// turn: the next tile's may come before the warp looks at this one's).
+/// warpgroup (one each), of a warpgroup and the warp that stores its results (two each for both
+/// parts, for tiles in turn: the next tile's may come before the warp looks at this one's).
 enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5, kStore = 8 };
+/// The one of these for a part of the results of the tile with number t.
+__device__ __forceinline__ int hopper_store_barrier(int group, int part, int t) {
+  return kStore + group * 4 + part * 2 + t % 2;
+}
 
 /// In which order blocks of queries are taken. A tile has the queries of 2^pack heads that share
 /// their keys, which together count as a head here. `units`: heads of entries. Longest first goes

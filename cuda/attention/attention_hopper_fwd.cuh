@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
-  constexpr bool kByOthers = Tile::kByOthers;
+  // Sums are divided by, and lse is stored, while the last products are computed.
+  constexpr bool kByOthers = Tile::kByOthers, kEarly = kByOthers && !kChanges;
   static_assert(!kByOthers || (Tile::kShared && kGroups == 2));
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
   extern __shared__ __align__(1024) char hopper_memory[];
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.job_there[s], 1);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
-    if (kByOthers) ptx::mbarrier_init(&shared.out_free, 1);
+    for (int part = 0; kByOthers && part < 2; ++part) ptx::mbarrier_init(&shared.out_free[part], 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
       if (job.b < 0) {
-        if (kByOthers) ptx::bar_arrive(kStore + group * 2 + t % 2, 160);
+        if (kByOthers) ptx::bar_arrive(hopper_store_barrier(group, 0, t), 160);
         break;
       }
       const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
@@ -259,11 +260,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       // The copy engine has read the results before.
       const auto wait_for_room = [&] {
-        if (!Tile::kShared) return;
-        if constexpr (kByOthers) {
-          ptx::mbarrier_wait(&shared.out_free, (t * kGroups + group + 1) & 1);
-          return;
-        }
+        if (!Tile::kShared || kByOthers) return;
         if (thread == 0) ptx::bulk_wait_read<0>();
         ptx::bar_sync(kGroup + group, 128);
       };
@@ -382,21 +379,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
-        if (kByOthers) divide(), store_lse();  // while these are computed
-        if (!kByOthers) wait_for_room();
+        if (kEarly) divide(), store_lse();
+        wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
         arrive(&shared.values_free[stage.index]);
-        if (kByOthers) wait_for_room();
       } else {
         __syncwarp();
         give_back_queries();
-        if (kByOthers) divide(), store_lse();
+        if (kEarly) divide(), store_lse();
         wait_for_room();
       }
       for (; n >= job_begin; --n) leave_out(n);
 
-      if (!kByOthers) divide();
+      if (!kEarly) divide();
       if (nothing[0] || nothing[1]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -442,29 +438,47 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         constexpr int kPanel = Tile::kRoomRows * kPanelRow;
         const int first = kByOthers ? 0 : group * (64 * kPanelRow);
         const ptx::SharedAddress aO = ptx::shared_address(shared.out) + first;
-        if (rows > 0) {
+        // Tiles of eight columns from kFrom to kTo to shared memory.
+        const auto put = [&]<int kFrom, int kTo>() {
           const int to_row = anew(warp * 16 + lane % 16);
 #pragma unroll
-          for (int c = 0; c < kDv / 8; c += 2) {
+          for (int c = kFrom; c < kTo; c += 2) {
             const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
                                             results(c + 1, 1)};
             const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
             ptx::stmatrix_4(aO + c / 8 * kPanel + to_row * kPanelRow + chunk * 16, words);
           }
-          if (packed && rows < 64) {
-            // The rows after these are another sequence's. A warp stores what it has computed.
-            __syncwarp();
-            const char* const from = shared.out + first;
-            for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
-              const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
-              if (r >= rows || chunk * 8 >= p.f.dv) continue;
-              const char* const at = from + chunk / 8 * kPanel + r * kPanelRow +
-                                     ((chunk % 8) ^ (r % 8)) * 16;
-              *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
-                  *reinterpret_cast<const uint4*>(at);
-            }
-          } else if constexpr (kByOthers) {
+        };
+        // And on from there where the rows after these are another sequence's: a warp stores what it
+        // has computed.
+        const auto store_rows = [&]<int kFrom, int kTo>() {
+          __syncwarp();
+          const char* const from = shared.out + first;
+          for (int e = anew(lane); e < 16 * (kTo - kFrom); e += 32) {
+            const int r = anew(warp) * 16 + e / (kTo - kFrom), chunk = kFrom + e % (kTo - kFrom);
+            if (r >= rows || chunk * 8 >= p.f.dv) continue;
+            const char* const at =
+                from + chunk / 8 * kPanel + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+            *reinterpret_cast<uint4*>(place(r) + chunk * 16) = *reinterpret_cast<const uint4*>(at);
+          }
+        };
+        if constexpr (kByOthers) {
+          // In two parts: the other warpgroup waits for the first half of a store only.
+          const auto part = [&]<int kPart>() {
+            constexpr int kHalf = (panels_of(kDv) + 1) / 2 * 8;
+            constexpr int kFrom = kPart * kHalf, kTo = kPart ? kDv / 8 : kHalf;
+            ptx::mbarrier_wait(&shared.out_free[kPart], (t * kGroups + group + 1) & 1);
+            if (rows > 0) put.template operator()<kFrom, kTo>();
+            if (packed && rows < 64) store_rows.template operator()<kFrom, kTo>();
             ptx::fence_async();
+            ptx::bar_arrive(hopper_store_barrier(group, kPart, t), 160);
+          };
+          part.template operator()<0>();
+          part.template operator()<1>();
+        } else if (rows > 0) {
+          put.template operator()<0, kDv / 8>();
+          if (packed && rows < 64) {
+            store_rows.template operator()<0, kDv / 8>();
           } else {
             ptx::fence_async();
             ptx::bar_sync(kGroup + group, 128);
@@ -478,9 +492,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
-        if (kByOthers) ptx::bar_arrive(kStore + group * 2 + t % 2, 160);
       }
-      if (!kByOthers) store_lse();
+      if (!kEarly) store_lse();
     }
     if (Tile::kShared && !kByOthers && thread == 0) ptx::bulk_wait<0>();
   }

@@ -159,34 +159,39 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
   }
 }
 
-/// A warp that stores what a warpgroup has computed, tile after tile.
+/// A warp that stores what a warpgroup has computed, tile after tile, in two parts of its columns.
 template <class Tile>
 __device__ __forceinline__ void hopper_store(const HopperForward& p, HopperShared<Tile>& shared,
                                              int group) {
+  constexpr int kPanels = panels_of(Tile::kDv), kFirst = (kPanels + 1) / 2;
   const bool packed = p.f.lengths.start_q;
   const int lane = static_cast<int>(threadIdx.x) % 32, pack = p.schedule.pack;
   for (int t = 0;; ++t) {
-    ptx::bar_sync(kStore + group * 2 + t % 2, 160);
+    ptx::bar_sync(hopper_store_barrier(group, 0, t), 160);
     const HopperJob& job = shared.jobs[t % HopperShared<Tile>::kJobs];
     if (job.b < 0) break;
-    if (lane == 0) {
-      const int rows = (job.stored << pack) - group * 64;
-      // Those of a packed sequence's end are stored by who has computed them.
-      if (rows > 0 && !(packed && rows < 64)) {
-        const int at = job.first_q + job.i0 + (group * 64 >> pack);
-        for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
-          ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
-                         packed ? 0 : job.b,
-                         ptx::shared_address(shared.out) + panel * (64 * kPanelRow));
-        }
-        ptx::bulk_commit();
-        ptx::bulk_wait_read<0>();
+    const int rows = (job.stored << pack) - group * 64;
+    // Those of a packed sequence's end are stored by who has computed them.
+    const bool stores = lane == 0 && rows > 0 && !(packed && rows < 64);
+    const auto store = [&](int from, int to) {
+      const int at = job.first_q + job.i0 + (group * 64 >> pack);
+      for (int panel = from; stores && panel < to; ++panel) {
+        ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                       packed ? 0 : job.b,
+                       ptx::shared_address(shared.out) + panel * (64 * kPanelRow));
       }
-      ptx::mbarrier_arrive(&shared.out_free);
-    }
+      ptx::bulk_commit();
+    };
+    store(0, kFirst);
+    ptx::bar_sync(hopper_store_barrier(group, 1, t), 160);
+    store(kFirst, kPanels);
+    ptx::bulk_wait_read<1>();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[0]);
+    ptx::bulk_wait_read<0>();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[1]);
     __syncwarp();
   }
-  if (lane == 0) ptx::bulk_wait<0>();
+  ptx::bulk_wait<0>();
 }
 
 }  // namespace fastkern::cuda::attention_detail
