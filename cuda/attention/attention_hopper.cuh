@@ -20,7 +20,8 @@ inline constexpr int kPanelRow = 128;
 /// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
 /// their products in turn. kByOthers: a warpgroup has room of its own for its queries, instead of
 /// that for tiles, and warps that do not compute store results from one room for 64 queries, which
-/// the warpgroups have in turn; kShared too then. (nvcc 13.0 takes no values of classes as template arguments of kernels.)
+/// the warpgroups have in turn; kShared too then. (nvcc 13.0 takes no values of classes as template
+/// arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
           int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kStoredByOthers = false>
 struct HopperTile {

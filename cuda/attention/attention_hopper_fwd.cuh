@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
-    const ptx::SharedAddress aQuery = ptx::shared_address(shared.query) + (kByOthers ? 0 : group * (64 * kPanelRow));
+    const ptx::SharedAddress aQuery =
+        ptx::shared_address(shared.query) + (kByOthers ? 0 : group * (64 * kPanelRow));
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
     const float unit = p.f.scale_log2;  // from products to powers of two
@@ -449,8 +450,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::stmatrix_4(aO + c / 8 * kPanel + to_row * kPanelRow + chunk * 16, words);
           }
         };
-        // And on from there where the rows after these are another sequence's: a warp stores what it
-        // has computed.
+        // And on from there where the rows after these are another sequence's: a warp stores what
+        // it has computed.
         const auto store_rows = [&]<int kFrom, int kTo>() {
           __syncwarp();
           const char* const from = shared.out + first;

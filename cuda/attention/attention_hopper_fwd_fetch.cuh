@@ -63,7 +63,8 @@ struct HopperProducer {
   __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t, int group = 0) {
     const Stage stage = room_of<Tile>(t, group);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    if (!Tile::kByOthers || group == Tile::kGroups - 1) ptx::mbarrier_arrive(&shared.job_free[t & 1]);
+    if (!Tile::kByOthers || group == Tile::kGroups - 1)
+      ptx::mbarrier_arrive(&shared.job_free[t & 1]);
     if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
