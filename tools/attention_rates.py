@@ -4,10 +4,10 @@
     python tools/attention_rates.py [docs/attention_hopper.md]
 
 Prints tables and, with a path, puts them between their marks there. Rates count the pairs of a query and a key that the
-mask leaves, for causal masks half of all; a matrix product of 8192^3 of the same run is beside them. Needs a CUDA
-device. FlashAttention 4 is there if the package flash-attn-4 is; it compiles at a call, which its own cache
-(FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1) keeps: `--warm N of M` makes every M-th of its calls, for processes side by
-side, and prints nothing.
+mask leaves, for causal masks half of all; a matrix product of 8192^3, timed right before, is beside each: the clock
+falls by a quarter under such loads. Needs a CUDA device. FlashAttention 4 is there if the package flash-attn-4 is; it
+compiles at a call, which its own cache (FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1) keeps: `--warm N of M` makes every
+M-th of its calls, for processes side by side, and prints nothing.
 """
 
 from __future__ import annotations
@@ -210,14 +210,20 @@ def rates(attention: Attention, call: Call) -> tuple[float, float]:
     return 4 * D * call.pairs / taken[0] / 1e9, 10 * D * call.pairs / taken[1] / 1e9
 
 
+@cache
+def factors() -> tuple[Tensor, Tensor]:
+    """Of the matrix product that rates are compared with."""
+    return random(8192, 8192), random(8192, 8192)
+
+
 def product_rate() -> float:
     """TFLOP/s of a matrix product of 8192^3."""
-    a, b = random(8192, 8192), random(8192, 8192)
+    a, b = factors()
     return 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") / 1e9
 
 
-def rate_table(first: str, calls: Iterator[Call], product: float) -> list[str]:
-    """Ours, as a share of the matrix product, and over each of the others'; forward, backward."""
+def rate_table(first: str, calls: Iterator[Call], products: list[float]) -> list[str]:
+    """Ours, as a share of a matrix product timed right before, and over each of the others'; forward, backward."""
     others = peers()
     over = [f"over {name}" for name in others]
     lines = [
@@ -228,6 +234,7 @@ def rate_table(first: str, calls: Iterator[Call], product: float) -> list[str]:
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
     ratios: dict[str, list[float]] = {f"{way}, {name}": [] for way in ("forward", "backward") for name in others}
     for call in calls:
+        products.append(product := product_rate())
         mine, theirs = rates(ours, call), [rates(peer, call) for peer in others.values()]
         cells = []
         for i, way in enumerate(("forward", "backward")):
@@ -284,14 +291,14 @@ def main() -> None:
         warm(chosen.warm)
         return
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}"
-    product = product_rate()
+    products: list[float] = []
+    dense = rate_table("head dimension | mask | S", dense_calls(), products)
+    other = rate_table("call | head dimension", other_calls(), products)
     head = (
         f"{where}, commit {info.environment()['commit'][:8]}, bf16, {TOKENS} tokens, heads x head dimension {WIDTH}. "
-        f"TFLOP/s through the operators, share of a matrix product of 8192^3 ({product:.0f} TFLOP/s), and ours over "
-        "others:"
+        "TFLOP/s through the operators, share of a matrix product of 8192^3 timed before each line "
+        f"({min(products):.0f} to {max(products):.0f} TFLOP/s), and ours over others:"
     )
-    dense = rate_table("head dimension | mask | S", dense_calls(), product)
-    other = rate_table("call | head dimension", other_calls(), product)
     tables = [head, "", *dense, "", "TFLOP/s of what the mask leaves:", "", *other, ""]
     text = "\n".join([*tables, "Memory beside the inputs:", "", *memory_table()])
     print(text)

@@ -3,6 +3,7 @@
 // python/fastkern/ops/_attention.py.
 #include "fastkern/attention.h"
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -41,7 +42,15 @@ OutLse forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
   Tensor lse = new_result(call.lse_shape(), call.device(), args.lse);
   launch(
       call.device(), [&] { cpu::attention(args); },
-      [&](Stream stream) { cuda::attention(args, stream); });
+      [&](Stream stream) {
+        args.workspace_size = cuda::attention_workspace(args, stream);
+        std::optional<Tensor> workspace;
+        if (args.workspace_size > 0) {
+          workspace = new_bytes(args.workspace_size, call.device());
+          args.workspace = data_of(*workspace);
+        }
+        cuda::attention(args, stream);
+      });
   return {std::move(out), std::move(lse)};
 }
 

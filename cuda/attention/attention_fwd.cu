@@ -134,6 +134,19 @@ const char* hopper_refuses(const Forward& p) {
   return nullptr;
 }
 
+namespace {
+
+/// Whether tiles of the kernel for Hopper are better given out as they are asked for: where they
+/// are many, of sequences that may differ in length or of such size that setting a counter to zero
+/// takes no time in comparison.
+bool gains_from_counter(const Forward& p) {
+  const std::int64_t heads = std::int64_t{p.heads} * p.queries / 128;
+  if (p.lengths.start_q) return heads > 256;
+  return p.mask.right >= 0 && p.mask.left < 0 && p.d > 128 && p.keys >= 2048;
+}
+
+}  // namespace
+
 const char* portable_because(const AttentionFwd& args, const Forward& p, Stream stream) {
   if (!FASTKERN_HAS_SM90) return "this build has no code for sm_90a";
   if (capability(stream.device, args.op) != 90) return "device is not of capability 9.0";
@@ -150,6 +163,7 @@ __global__ void __launch_bounds__(128) attention_rest_kernel(const Forward p) {
   ptx::grid_wait();
   ptx::grid_launch_next();
   const int b = static_cast<int>(blockIdx.x);
+  if (p.given && b == 0 && threadIdx.x == 0) *p.given = 0;
   const auto cut = [&](int row) { return max(0, min(row, p.queries)); };
   const auto clear = [&](int from, int to) {
     for (int row = from; row < to; ++row) {
@@ -184,11 +198,26 @@ const char* attention_portable_because(const AttentionFwd& args, Stream stream) 
   return attention_detail::portable_because(args, attention_detail::forward_params(args), stream);
 }
 
+std::size_t attention_workspace(const AttentionFwd& args, Stream stream) {
+  using namespace attention_detail;
+  const Forward p = forward_params(args);
+  return gains_from_counter(p) && !portable_because(args, p, stream) ? sizeof(int) : 0;
+}
+
 void attention(const AttentionFwd& args, Stream stream) {
   using namespace attention_detail;
   Forward p = forward_params(args);
   if (p.heads == 0 || p.queries == 0) return;
-  if (p.batch > 0 && !portable_because(args, p, stream)) {
+  const bool hopper = p.batch > 0 && !portable_because(args, p, stream);
+  if (hopper && args.workspace_size >= sizeof(int)) p.given = static_cast<int*>(args.workspace);
+  if (p.lengths.start_q) {
+    launch_rest(p, args.q.dtype, stream, args.op);
+  } else if (p.given) {
+    const DeviceGuard guard(stream.device, args.op);
+    check(cudaMemsetAsync(p.given, 0, sizeof(int), static_cast<cudaStream_t>(stream.handle)),
+          args.op, "cudaMemsetAsync");
+  }
+  if (hopper) {
 #if FASTKERN_HAS_SM90
     dispatch_bool(p.softcap > 0.0f || p.slopes.data, [&]<bool kChanges>() {
       args.q.dtype == DType::f16
@@ -203,7 +232,6 @@ void attention(const AttentionFwd& args, Stream stream) {
       launch_fwd_as<__nv_bfloat16, kExtras>(p, stream, args.op);
     });
   }
-  if (p.lengths.start_q) launch_rest(p, args.q.dtype, stream, args.op);
 }
 
 }  // namespace fastkern::cuda

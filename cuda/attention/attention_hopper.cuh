@@ -5,6 +5,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "attention/attention_scores.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
@@ -108,8 +110,21 @@ __device__ __forceinline__ int hopper_store_barrier(int group, int part, int t) 
 struct HopperSchedule {
   int tiles, units, section, heads, pack;
   bool longest_first;
-  int ahead;  // blocks of keys and values of the next tile that are brought to L2
 };
+/// f.blocks is set.
+inline HopperSchedule hopper_schedule(const Forward& f, int units, int section, int pack = 0) {
+  return {.tiles = f.blocks * units,
+          .units = units,
+          .section = std::min(section, units),
+          .heads = f.heads >> pack,
+          .pack = pack,
+          .longest_first = f.mask.right >= 0 && f.mask.left < 0};
+}
+/// Of how many heads tiles are computed at a time: four blocks of queries of each, which share its
+/// keys in L2, or more where there are few heads.
+inline int hopper_section(int units, int multiprocessors) {
+  return units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1);
+}
 
 struct HopperForward {
   CUtensorMap q, k, v, out;
@@ -117,10 +132,12 @@ struct HopperForward {
   HopperSchedule schedule;
 };
 
-/// The `turn`th tile of this block of threads. Every other round goes backwards: whoever had the
-/// longest has the shortest next.
-__device__ __forceinline__ int hopper_tile(int turn) {
+/// The `turn`th tile of this block of threads in a fixed order. Longest first, every other round
+/// goes backwards: whoever had the longest has the shortest next. Else rounds are shifted against
+/// each other, so that nobody always has the last queries of a head, of which there may be few.
+__device__ __forceinline__ int hopper_fixed_tile(const HopperSchedule& s, int turn) {
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  if (!s.longest_first) return turn * grid + (block + turn) % grid;
   return turn * grid + (turn & 1 ? grid - 1 - block : block);
 }
 

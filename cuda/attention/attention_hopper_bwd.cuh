@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.job_free[s], kWarps + 3);
       ptx::mbarrier_init(&shared.query_there[s], 1);
       ptx::mbarrier_init(&shared.dout_there[s], 1);
-      ptx::mbarrier_init(&shared.rows_there[s], 1);
+      ptx::mbarrier_init(&shared.rows_there[s], 32);
       ptx::mbarrier_init(&shared.free[s], kWarps);
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
       ptx::mbarrier_init(&shared.ds_free[s], kWarps);

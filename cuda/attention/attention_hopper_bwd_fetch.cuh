@@ -223,6 +223,7 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
     }
     // Of a query that saw nothing, or is not there, 0 times what there is may be NaN: make it 0.
     if (__any_sync(~0u, dead)) {
+      __syncwarp();  // what other lanes wrote
       ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(turn));
       ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
       for (int e = lane; e < panels_of(Tile::kD) * kM * kRowChunks; e += 32) {
@@ -232,8 +233,7 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
       }
       ptx::fence_async();
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.rows_there[stage]);
+    ptx::mbarrier_arrive(&shared.rows_there[stage]);  // every lane: each has written
   }
 }
 

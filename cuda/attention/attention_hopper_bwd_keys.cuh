@@ -114,6 +114,7 @@ __device__ __forceinline__ void fetch_hopper_keys_rows(const Backward& p,
     }
     // Of a query that saw nothing, or is not there, 0 times what there is may be NaN: make it 0.
     if (__any_sync(~0u, dead)) {
+      __syncwarp();  // what other lanes wrote
       ptx::mbarrier_wait(&shared.query_there[stage], parity);
       ptx::mbarrier_wait(&shared.dout_there[stage], parity);
       const auto clear = [&](char* panels, int bytes) {
@@ -126,8 +127,7 @@ __device__ __forceinline__ void fetch_hopper_keys_rows(const Backward& p,
       clear(shared.dout[stage], HopperKeysShared<Tile>::kDout);
       ptx::fence_async();
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.rows_there[stage]);
+    ptx::mbarrier_arrive(&shared.rows_there[stage]);  // every lane: each has written
   }
 }
 
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(&shared.query_there[s], 1);
       ptx::mbarrier_init(&shared.dout_there[s], 1);
-      ptx::mbarrier_init(&shared.rows_there[s], 1);
+      ptx::mbarrier_init(&shared.rows_there[s], 32);
       ptx::mbarrier_init(&shared.query_free[s], 8);
       ptx::mbarrier_init(&shared.dout_free[s], 8);
     }

@@ -55,13 +55,7 @@ void launch_hopper_bwd_tiles(Backward& p, Stream stream, const char* op) {
                      .to_cap = f.softcap > 0.0f ? 2.0f * kLog2e * f.scale / f.softcap : 0.0f,
                      .from_cap = f.softcap / f.scale,
                      .over_scale = 1.0f / f.scale}};
-  all.schedule = {.tiles = f.blocks * units,
-                  .units = units,
-                  .section = std::min(together(f.keys), units),
-                  .heads = f.heads,
-                  .pack = 0,
-                  .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-                  .ahead = 0};
+  all.schedule = hopper_schedule(f, units, together(f.keys));
   const int kv_units = p.kv_heads * entries;
   const auto launch_as = [&](auto kernel, std::int64_t grid, int threads, int bytes) {
     launch(kernel,

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       HopperFp8Producer<Tile> producer{p, shared};
       int t = 0;
       for (int round = 0;; ++round) {
-        const int id = hopper_tile(round);
+        const int id = hopper_fixed_tile(p.schedule, round);
         if (round * static_cast<int>(gridDim.x) >= p.schedule.tiles) break;
         if (id >= p.schedule.tiles) continue;
         const HopperJob job = hopper_job<Tile>(p.f, p.schedule, id);

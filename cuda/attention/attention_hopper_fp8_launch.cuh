@@ -50,15 +50,7 @@ void launch_hopper_fp8(Fp8Call& call, Stream stream, const char* op) {
                          {64, 64, 1, 1}},
                         op),
       .f = f,
-      .schedule = {.tiles = f.blocks * units,
-                   .units = units,
-                   // Four blocks of queries of a head at a time share its keys in L2.
-                   .section =
-                       units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
-                   .heads = f.heads,
-                   .pack = 0,
-                   .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-                   .ahead = 0},
+      .schedule = hopper_schedule(f, units, hopper_section(units, multiprocessors)),
       .q_scale = call.q_scale,
       .k_scale = call.k_scale,
       .v_scale = call.v_scale};

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
     }
     for (int s = 0; s < 2; ++s) {
-      ptx::mbarrier_init(&shared.job_there[s], 1);
+      ptx::mbarrier_init(&shared.job_there[s], 32);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
     for (int part = 0; kByOthers && part < 2; ++part) ptx::mbarrier_init(&shared.out_free[part], 1);

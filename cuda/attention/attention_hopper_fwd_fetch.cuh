@@ -6,6 +6,7 @@
 
 #include "attention/attention_hopper.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/tma.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -34,7 +35,8 @@ struct HopperProducer {
   using Shared = HopperShared<Tile>;
   const HopperForward& p;
   Shared& shared;
-  int turn = 0;  // blocks of keys asked for; values lag behind
+  static constexpr int kLate = 4;  // blocks of keys that take longer than planning a tile does
+  int turn = 0;                    // blocks of keys asked for; values lag behind
 
   static __device__ __forceinline__ void fetch(char* to, int panels, int rows,
                                                const CUtensorMap* map, int row, int head, int entry,
@@ -59,12 +61,17 @@ struct HopperProducer {
           &shared.values_there[stage.index], ptx::Keep::long_);
   }
 
+  /// Lets another job be planned into the place of the one with number t.
+  __device__ __forceinline__ void plan_after(int t) {
+    if (t >= 0) ptx::mbarrier_arrive(&shared.job_free[t & 1]);
+  }
+
   /// Queries of the job with number t, or of one of its warpgroups.
   __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t, int group = 0) {
     const Stage stage = room_of<Tile>(t, group);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    if (!Tile::kByOthers || group == Tile::kGroups - 1)
-      ptx::mbarrier_arrive(&shared.job_free[t & 1]);
+    const bool all = !Tile::kByOthers || group == Tile::kGroups - 1;
+    if (all && !p.f.given) plan_after(t);
     if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
@@ -93,8 +100,13 @@ struct HopperProducer {
     } else if (Tile::kQueries == 1) {
       queries(job, entry, t);
     }
+    // Who gives tiles out as they are asked for does so late: what is taken early is not there for
+    // others who are done before.
+    const int late = end - begin > kLate + 1 ? begin + kLate : -1;
+    if (p.f.given && late < 0) plan_after(t - 1);
     if (!any) return is_one;
     for (int n = end - 1; n > begin; --n) {
+      if (p.f.given && n == late) plan_after(t - 1);
       const int before = turn++;
       keys(row - Tile::kN, head, entry);
       values(before, row, head, entry);
@@ -105,7 +117,7 @@ struct HopperProducer {
   }
 };
 
-/// What a tile begins with comes to L2, where nobody has to wait for it later.
+/// Queries come to L2 where there is no room for them yet, and nobody has to wait for them later.
 template <class Tile>
 __device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJob& next) {
   if (p.f.lengths.start_q) return;
@@ -116,15 +128,17 @@ __device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJ
       ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : row, pack ? row : next.h, next.b);
     }
   }
-  const int head = next.h / p.f.group;
-  for (int n = next.end - 1; n >= max(next.begin, next.end - p.schedule.ahead); --n) {
-    for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-      ptx::tma_prefetch(&p.k, panel * 64, n * Tile::kN, head, next.b);
-    }
-    for (int panel = 0; panel < panels_of(Tile::kDv); ++panel) {
-      ptx::tma_prefetch(&p.v, panel * 64, n * Tile::kN, head, next.b);
-    }
+}
+
+/// The tile of the round, for a whole warp: of those that are left, or in a fixed order.
+__device__ __forceinline__ int hopper_tile(const HopperForward& p, int round) {
+  if (!p.f.given) return hopper_fixed_tile(p.schedule, round);
+  int id = static_cast<int>(blockIdx.x);
+  if (round > 0) {
+    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + ptx::draw_number(p.f.given);
+    id = __shfl_sync(~0u, id, 0);
   }
+  return id;
 }
 
 /// What the thread that fetches does not have to find out itself: a warp plans the tiles, one or
@@ -135,8 +149,14 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
   const int lane = static_cast<int>(threadIdx.x) % 32;
   bool more = true;
   for (int round = 0, t = 0; more; ++round) {
-    const int id = hopper_tile(round);
-    more = round * static_cast<int>(gridDim.x) < p.schedule.tiles;
+    const Stage stage = stage_of<2>(t);
+    // Queries of the job two before have been asked for: nobody looks at those before it.
+    const auto wait_for_room = [&] {
+      ptx::mbarrier_wait(&shared.job_free[stage.index], stage.parity ^ 1);
+    };
+    if (p.f.given) wait_for_room();  // a tile is taken when it can be begun soon
+    const int id = hopper_tile(p, round);
+    more = (p.f.given ? id : round * static_cast<int>(gridDim.x)) < p.schedule.tiles;
     HopperJob job{};
     job.b = -1;
     if (more) {
@@ -144,18 +164,13 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
       job = hopper_job<Tile>(p.f, p.schedule, id);
       if (job.b < 0) continue;
     }
-    const Stage stage = stage_of<2>(t);
-    // Queries of the job two before have been asked for: nobody looks at those before it.
-    ptx::mbarrier_wait(&shared.job_free[stage.index], stage.parity ^ 1);
+    wait_for_room();
     if (lane == 0) shared.jobs[t % Shared::kJobs] = job;
     if (lane < Tile::kGroups) {
       shared.seen[t % Shared::kJobs][lane] = hopper_seen<Tile>(job, lane, p.schedule.pack);
     }
-    __syncwarp();
-    if (lane == 0) {
-      ptx::mbarrier_arrive(&shared.job_there[stage.index]);
-      if (Tile::kQueries == 1 && more) bring_near<Tile>(p, job);
-    }
+    ptx::mbarrier_arrive(&shared.job_there[stage.index]);  // every lane: each may have written
+    if (Tile::kQueries == 1 && more && lane == 0) bring_near<Tile>(p, job);
     ++t;
   }
 }

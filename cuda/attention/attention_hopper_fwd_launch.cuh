@@ -56,15 +56,7 @@ HopperForward hopper_forward(Forward& f, int multiprocessors, const char* op) {
           .v = hopper_map<T>(f.v, f.dv, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .out = hopper_map<T>(f.out, f.dv, f.queries, f.heads, entries, 64, op, pack),
           .f = f,
-          .schedule = {
-              .tiles = f.blocks * units,
-              .units = units,
-              // Four blocks of queries of a head at a time share its keys in L2.
-              .section = units <= multiprocessors / 2 ? units : std::max(multiprocessors / 4, 1),
-              .heads = heads,
-              .pack = pack,
-              .longest_first = f.mask.right >= 0 && f.mask.left < 0,
-              .ahead = 0}};
+          .schedule = hopper_schedule(f, units, hopper_section(units, multiprocessors), pack)};
 }
 
 template <class T, class Tile, bool kChanges = false>

@@ -101,6 +101,8 @@ struct Forward {
   Bias bias;
   Blocks block_mask;
   DropoutRows dropout;
+  int* given;  // on Hopper: how many tiles were given out as they were asked for; none: all are in
+               // a fixed order
 };
 
 /// What a block of threads does: queries i0 to i1 of one head of one entry.

@@ -26,6 +26,7 @@ struct AttentionCase {
   int device = 0;
   bool gradients = true;
   bool little = false;  // memory for gradients as where there is no kernel for Hopper
+  bool lends = false;   // memory, by which tiles are given out as they are asked for
 
   std::string text() const;
 };
@@ -37,36 +38,28 @@ std::string AttentionCase::text() const {
       << (top_left ? " top-left" : "") << (packed ? " packed" : "") << (used ? " used" : "")
       << (prefix ? " prefix" : "") << (slopes ? " slopes" : "") << (sinks ? " sinks" : "")
       << " bias " << bias << " blocks " << blocks << " softcap " << softcap << " dropout "
-      << dropout << " shift " << shift << " device " << device;
+      << dropout << " shift " << shift << " device " << device << (lends ? " lends" : "");
   return out.str();
 }
 
 struct AttentionCall {
   AttentionCall(const AttentionCase& c, int shift);
   NamedTensors tensors() {
-    return {{"q", &q},
-            {"k", &k},
-            {"v", &v},
-            {"bias", &bias},
-            {"slopes", &slopes},
-            {"sinks", &sinks},
-            {"blocks", &blocks},
-            {"out", &out},
-            {"lse", &lse},
-            {"dout", &dout},
-            {"dlse", &dlse},
-            {"dq", &dq},
-            {"dk", &dk},
-            {"dv", &dv},
-            {"dbias", &dbias},
-            {"dsinks", &dsinks},
-            {"workspace", &workspace}};
+    return {{"q", &q},           {"k", &k},
+            {"v", &v},           {"bias", &bias},
+            {"slopes", &slopes}, {"sinks", &sinks},
+            {"blocks", &blocks}, {"out", &out},
+            {"lse", &lse},       {"counter", &counter},
+            {"dout", &dout},     {"dlse", &dlse},
+            {"dq", &dq},         {"dk", &dk},
+            {"dv", &dv},         {"dbias", &dbias},
+            {"dsinks", &dsinks}, {"workspace", &workspace}};
   }
 
   /// NaN wherever no query of a sequence may look.
   void poison(const AttentionCase& c);
 
-  Tensor q, k, v, bias, slopes, sinks, blocks, out, lse;
+  Tensor q, k, v, bias, slopes, sinks, blocks, out, lse, counter;
   Tensor dout, dlse, dq, dk, dv, dbias, dsinks, workspace;
   std::vector<std::int32_t> start_q, start_k, used_q, used_k, prefix;
   std::int64_t seed = 1234567, offset = 89;
@@ -165,6 +158,11 @@ AttentionCall::AttentionCall(const AttentionCase& c, int shift) {
   if (dbias.given()) backward.dbias = dbias.ref();
   if (dsinks.given()) backward.dsinks = dsinks.ref();
   poison(c);
+  if (c.lends) {
+    counter = Tensor(DType::f32, {1}, {1});
+    counter.allow_writes();
+    forward.workspace = counter.ref().data, forward.workspace_size = sizeof(int);
+  }
   if (!c.gradients) return;
   const std::size_t bytes =
       cuda::attention_bwd_workspace(backward, {nullptr, c.little ? 4 : c.device});
@@ -321,6 +319,45 @@ std::vector<Case> attention_cases(const Options& options) {
        .right = 0,
        .packed = true,
        .device = 1},
+      // the same, given out by a counter
+      {.queries = 500,
+       .keys = 450,
+       .heads = 2,
+       .right = 0,
+       .device = 1,
+       .gradients = false,
+       .lends = true},
+      {.batch = 2,
+       .queries = 260,
+       .keys = 1200,
+       .heads = 3,
+       .d = 128,
+       .dv = 128,
+       .right = 0,
+       .device = 2,
+       .gradients = false,
+       .lends = true},
+      {.queries = 260,
+       .keys = 1000,
+       .heads = 2,
+       .d = 256,
+       .dv = 256,
+       .right = 0,
+       .device = 2,
+       .gradients = false,
+       .lends = true},
+      {.batch = 5,
+       .queries = 150,
+       .keys = 300,
+       .heads = 2,
+       .d = 64,
+       .dv = 64,
+       .right = 0,
+       .packed = true,
+       .used = true,
+       .device = 2,
+       .gradients = false,
+       .lends = true},
       // gradients of scores in memory, of one head at a time
       {.queries = 130,
        .keys = 700,

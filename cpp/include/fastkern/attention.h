@@ -61,6 +61,10 @@ struct AttentionFwd {
   AttentionMask mask;
   AttentionLengths lengths;
   AttentionDropout dropout;
+
+  // cuda: attention_workspace() bytes, 16-byte aligned. Without, the same numbers, perhaps later.
+  void* workspace = nullptr;
+  std::size_t workspace_size = 0;
 };
 
 /// Gradients; what is not given is not computed. Deterministic: every sum has a fixed order.
@@ -108,6 +112,7 @@ FASTKERN_API void attention_dropout_mask(const TensorRef& mask, const AttentionD
 
 namespace cuda {
 FASTKERN_API void attention(const AttentionFwd& args, Stream stream);
+FASTKERN_API std::size_t attention_workspace(const AttentionFwd& args, Stream stream);
 /// Why a call takes the kernel that runs on every GPU, instead of the one for Hopper; nullptr: it
 /// does not.
 FASTKERN_API const char* attention_portable_because(const AttentionFwd& args, Stream stream);
