@@ -50,6 +50,37 @@ def test_graph_replay_with_other_lengths(D: int) -> None:
             assert torch.equal(got, expected), f"{edges}"
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+@pytest.mark.parametrize("sizes", [(1, 4096, 10, 64), (1, 2100, 20, 128), (2, 1100, 20, 256)], ids=str)
+def test_tiles_given_out(sizes: tuple[int, ...], packed: bool) -> None:
+    """The bits of calls too small for a counter, of which each has half of the heads; again as often as one likes."""
+    B, S, H, D = sizes
+    inputs: dict[str, Any] = made("cuda", BF16, B, S, S, H, D)
+    edges: dict[str, Any] = {}
+    if packed:
+        inputs = {name: t.flatten(0, 1) for name, t in inputs.items()}
+        edges = {f"cu_seqlens_{n}": int32("cuda", 0, 1, 300, 301, 2000, B * S) for n in "qk"}
+
+    def call(part: slice) -> tuple[Tensor, Tensor]:
+        operands = {name: t[..., part, :] for name, t in inputs.items()}
+        if packed:
+            return rows.flash_attn_varlen(**operands, **edges, causal=True)
+        return rows.flash_attn(**operands, causal=True)
+
+    halves = [call(slice(0, H // 2)), call(slice(H // 2, H))]
+    expected = (torch.cat([out for out, _ in halves], -2), torch.cat([lse for _, lse in halves], -2))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(slice(0, H))
+    for _ in range(3):
+        for t in captured:
+            t.fill_(float("nan"))
+        graph.replay()
+        for got, again, want in zip(captured, call(slice(0, H)), expected, strict=True):
+            assert torch.equal(got, want)
+            assert torch.equal(again, want)
+
+
 @pytest.mark.parametrize("repeats", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("sizes", [(2, 1024, 8, 64), (1, 2048, 4, 128), (1, 1024, 2, 256)], ids=str)

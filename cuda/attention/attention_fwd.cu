@@ -136,13 +136,14 @@ const char* hopper_refuses(const Forward& p) {
 
 namespace {
 
-/// Whether tiles of the kernel for Hopper are better given out as they are asked for: where they
-/// are many, of sequences that may differ in length or of such size that setting a counter to zero
-/// takes no time in comparison.
+/// Whether tiles of the kernel for Hopper are better given out as they are asked for: of sequences
+/// that may differ in length, and under a causal mask where keys are read often enough for their
+/// place in L2 to count for more than the time that setting a counter to zero takes.
 bool gains_from_counter(const Forward& p) {
-  const std::int64_t heads = std::int64_t{p.heads} * p.queries / 128;
-  if (p.lengths.start_q) return heads > 256;
-  return p.mask.right >= 0 && p.mask.left < 0 && p.d > 128 && p.keys >= 2048;
+  const bool packed = p.lengths.start_q, causal = p.mask.right >= 0 && p.mask.left < 0;
+  const std::int64_t entries = packed ? 1 : p.batch;
+  const bool many = entries * p.heads * p.queries >= 256 * 128;  // two tiles a multiprocessor
+  return many && (packed || (causal && std::int64_t{p.keys} * p.d >= 1 << 18));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "attention/attention_scores.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/shared.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -92,7 +93,8 @@ struct HopperShared {
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
-  std::uint64_t out_free[2];  // by others: the room for results, first and last panels
+  std::uint64_t out_free[2];              // by others: the room for results, first and last panels
+  float2 sums[Tile::kByOthers ? 64 : 1];  // of exponentials, and maxima, with the first ones
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a
@@ -139,6 +141,17 @@ __device__ __forceinline__ int hopper_fixed_tile(const HopperSchedule& s, int tu
   const int grid = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   if (!s.longest_first) return turn * grid + (block + turn) % grid;
   return turn * grid + (turn & 1 ? grid - 1 - block : block);
+}
+
+/// The tile of the round, for a whole warp: of those that are left by `given`, or in a fixed order.
+__device__ __forceinline__ int hopper_tile(const HopperSchedule& s, int* given, int round) {
+  if (!given) return hopper_fixed_tile(s, round);
+  int id = static_cast<int>(blockIdx.x);
+  if (round > 0) {
+    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + ptx::draw_number(given);
+    id = __shfl_sync(~0u, id, 0);
+  }
+  return id;
 }
 
 /// Tile `id` of tensors that are not packed.

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
-  // Sums are divided by, and lse is stored, while the last products are computed.
+  // Sums are added up while the last products are computed.
   constexpr bool kByOthers = Tile::kByOthers, kEarly = kByOthers && !kChanges;
   static_assert(!kByOthers || (Tile::kShared && kGroups == 2));
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
@@ -318,18 +318,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
         }
       };
-      const auto store_lse = [&] {
-        if (pair == 0) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int at = query_of(half);
-            if (at >= job.stored) continue;
-            p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-                nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
-          }
-        }
-      };
-
       int n = job_end - 1;
       for (; n >= seen.end; --n) leave_out(n);
       if (n >= seen.begin) {
@@ -380,7 +368,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const Stage stage = stage_of<Tile::kStages>(turn++);
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
-        if (kEarly) divide(), store_lse();
+        if (kEarly) divide();
         wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
@@ -388,7 +376,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       } else {
         __syncwarp();
         give_back_queries();
-        if (kEarly) divide(), store_lse();
+        if (kEarly) divide();
         wait_for_room();
       }
       for (; n >= job_begin; --n) leave_out(n);
@@ -469,6 +457,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             constexpr int kHalf = (panels_of(kDv) + 1) / 2 * 8;
             constexpr int kFrom = kPart * kHalf, kTo = kPart ? kDv / 8 : kHalf;
             ptx::mbarrier_wait(&shared.out_free[kPart], (t * kGroups + group + 1) & 1);
+            if (kPart == 0 && pair == 0) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                shared.sums[row_of(half) - group * 64] = {nothing[half] ? 0.0f : total[half],
+                                                          top[half]};
+              }
+            }
             if (rows > 0) put.template operator()<kFrom, kTo>();
             if (packed && rows < 64) store_rows.template operator()<kFrom, kTo>();
             ptx::fence_async();
@@ -494,7 +489,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           }
         }
       }
-      if (!kEarly) store_lse();
+      if (!kByOthers && pair == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = query_of(half);
+          if (at >= job.stored) continue;
+          p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
+              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
+        }
+      }
     }
     if (Tile::kShared && !kByOthers && thread == 0) ptx::bulk_wait<0>();
   }

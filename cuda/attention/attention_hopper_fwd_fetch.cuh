@@ -6,7 +6,6 @@
 
 #include "attention/attention_hopper.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/memory.cuh"
 #include "ptx/tma.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -130,17 +129,6 @@ __device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJ
   }
 }
 
-/// The tile of the round, for a whole warp: of those that are left, or in a fixed order.
-__device__ __forceinline__ int hopper_tile(const HopperForward& p, int round) {
-  if (!p.f.given) return hopper_fixed_tile(p.schedule, round);
-  int id = static_cast<int>(blockIdx.x);
-  if (round > 0) {
-    if (threadIdx.x % 32 == 0) id = static_cast<int>(gridDim.x) + ptx::draw_number(p.f.given);
-    id = __shfl_sync(~0u, id, 0);
-  }
-  return id;
-}
-
 /// What the thread that fetches does not have to find out itself: a warp plans the tiles, one or
 /// two ahead.
 template <class Tile>
@@ -155,7 +143,7 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
       ptx::mbarrier_wait(&shared.job_free[stage.index], stage.parity ^ 1);
     };
     if (p.f.given) wait_for_room();  // a tile is taken when it can be begun soon
-    const int id = hopper_tile(p, round);
+    const int id = hopper_tile(p.schedule, p.f.given, round);
     more = (p.f.given ? id : round * static_cast<int>(gridDim.x)) < p.schedule.tiles;
     HopperJob job{};
     job.b = -1;
@@ -199,6 +187,15 @@ __device__ __forceinline__ void hopper_store(const HopperForward& p, HopperShare
       ptx::bulk_commit();
     };
     store(0, kFirst);
+#pragma unroll
+    for (int r = lane; r < 64; r += 32) {
+      const int at = (group * 64 + r) >> pack, head = (group * 64 + r) & ((1 << pack) - 1);
+      const float2 sum = shared.sums[r];
+      if (at >= job.stored) continue;
+      p.f.lse[job.lse_at + static_cast<std::int64_t>(head) * p.f.queries + at] =
+          sum.x == 0.0f ? -INFINITY : fmaf(sum.y, p.f.scale, logf(sum.x));
+    }
+    __syncwarp();
     ptx::bar_sync(hopper_store_barrier(group, 1, t), 160);
     store(kFirst, kPanels);
     ptx::bulk_wait_read<1>();

@@ -43,20 +43,32 @@ inline int hopper_pack(const Forward& f, int rows) {
   return 10 * tiles(best) <= 9 * tiles(0) ? best : 0;
 }
 
+/// Of how many heads tiles are given out at a time, longest first: as many as a third of L2 holds
+/// the keys and values of, but of two tiles for each multiprocessor, for these to be done at once.
+inline int hopper_given_section(const Forward& f, int pack, const Stream& stream,
+                                int multiprocessors, const char* op) {
+  const std::int64_t l2 = device_attribute(cudaDevAttrL2CacheSize, stream.device, op);
+  const std::int64_t bytes = std::int64_t{2} * f.keys * (f.d + f.dv);  // of a head of keys
+  const std::int64_t fit = l2 / 3 / std::max<std::int64_t>(bytes, 1) * (f.group >> pack);
+  return static_cast<int>(std::max(fit, std::int64_t{2} * multiprocessors / f.blocks));
+}
+
 /// What the kernel is called with; f.blocks is set here.
 template <class T, class Tile>
-HopperForward hopper_forward(Forward& f, int multiprocessors, const char* op) {
+HopperForward hopper_forward(Forward& f, Stream stream, int multiprocessors, const char* op) {
   constexpr int kM = Tile::kM;
   const bool packed = f.lengths.start_q;
   const int pack = hopper_pack(f, kM);
   const int entries = packed ? 1 : f.batch, heads = f.heads >> pack, units = heads * entries;
   f.blocks = static_cast<int>(ceil_div(f.queries, kM >> pack)) + (packed ? f.batch : 0);
+  const int section = f.given ? hopper_given_section(f, pack, stream, multiprocessors, op)
+                              : hopper_section(units, multiprocessors);
   return {.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, Tile::kRoomRows, op, pack),
           .k = hopper_map<T>(f.k, f.d, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .v = hopper_map<T>(f.v, f.dv, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .out = hopper_map<T>(f.out, f.dv, f.queries, f.heads, entries, 64, op, pack),
           .f = f,
-          .schedule = hopper_schedule(f, units, hopper_section(units, multiprocessors), pack)};
+          .schedule = hopper_schedule(f, units, std::max(section, 1), pack)};
 }
 
 template <class T, class Tile, bool kChanges = false>
@@ -80,7 +92,7 @@ void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
       f.d, f.dv, [&]<class Tile>() {
         const int multiprocessors =
             device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
-        const HopperForward p = hopper_forward<T, Tile>(f, multiprocessors, op);
+        const HopperForward p = hopper_forward<T, Tile>(f, stream, multiprocessors, op);
         launch_hopper_tile<T, Tile, kChanges>(p, multiprocessors, stream, op);
       });
 }
