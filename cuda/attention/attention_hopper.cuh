@@ -20,20 +20,18 @@ inline constexpr int kPanelRow = 128;
 
 /// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
-/// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
-/// their products in turn. kByOthers: a warpgroup has room of its own for its queries, instead of
-/// that for tiles, and warps that do not compute store results from one room for 64 queries, which
-/// the warpgroups have in turn; kShared too then. (nvcc 13.0 takes no values of classes as template
-/// arguments of kernels.)
+/// kOwn: a warpgroup stores its results from room of its own. Else warps that do not compute store
+/// them, from room for 64 queries that the warpgroups have in turn, and a warpgroup has room of its
+/// own for its queries. kTurns: the warpgroups issue their products in turn. (nvcc 13.0 takes no
+/// values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kStoredByOthers = false>
+          int kQueryBlocks, bool kStoresOwn, bool kInTurn>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
-  static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
+  static constexpr bool kOwn = kStoresOwn, kTurns = kInTurn;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  static constexpr bool kByOthers = kStoredByOthers;
-  static constexpr int kRooms = kByOthers ? kGroups : kQueries, kRoomRows = kByOthers ? 64 : kM;
+  static constexpr int kRooms = kOwn ? kQueries : kGroups, kRoomRows = kOwn ? kM : 64;
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
                        kOtherRegisters = kGroups == 3 ? 32 : 40;
@@ -86,15 +84,15 @@ struct HopperShared {
   alignas(1024) char query[Tile::kRooms][kQuery];
   alignas(1024) char keys[Tile::kStages][kKeys];
   alignas(1024) char values[Tile::kStages][kValues];
-  alignas(1024) char out[Tile::kShared ? kOut : 16];
+  alignas(1024) char out[kOut];
   std::uint64_t query_there[Tile::kRooms], query_free[Tile::kRooms];
   std::uint64_t keys_there[Tile::kStages], keys_free[Tile::kStages];
   std::uint64_t values_there[Tile::kStages], values_free[Tile::kStages];
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
-  std::uint64_t out_free[2];              // by others: the room for results, first and last panels
-  float2 sums[Tile::kByOthers ? 64 : 1];  // of exponentials, and maxima, with the first ones
+  std::uint64_t out_free[2];         // stored by others: room for results, first and last panels
+  float2 sums[Tile::kOwn ? 1 : 64];  // of exponentials, and maxima, with the first ones
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a

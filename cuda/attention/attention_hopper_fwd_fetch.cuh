@@ -24,7 +24,7 @@ __device__ __forceinline__ Stage stage_of(int turn) {
 /// Room for queries of the job with number t, of one of its warpgroups where those have their own.
 template <class Tile>
 __device__ __forceinline__ Stage room_of(int t, int group) {
-  if constexpr (Tile::kByOthers) return {group, static_cast<std::uint32_t>(t & 1)};
+  if constexpr (!Tile::kOwn) return {group, static_cast<std::uint32_t>(t & 1)};
   return stage_of<Tile::kQueries>(t);
 }
 
@@ -69,7 +69,7 @@ struct HopperProducer {
   __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t, int group = 0) {
     const Stage stage = room_of<Tile>(t, group);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    const bool all = !Tile::kByOthers || group == Tile::kGroups - 1;
+    const bool all = Tile::kOwn || group == Tile::kGroups - 1;
     if (all && !p.f.given) plan_after(t);
     if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
@@ -94,7 +94,7 @@ struct HopperProducer {
     // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
     if (Tile::kQueries > 1) queries(job, entry, t);
     if (any) keys(row, head, entry);
-    if (Tile::kByOthers) {
+    if (!Tile::kOwn) {
       for (int group = 0; group < Tile::kGroups; ++group) queries(job, entry, t, group);
     } else if (Tile::kQueries == 1) {
       queries(job, entry, t);

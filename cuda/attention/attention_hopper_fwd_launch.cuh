@@ -17,9 +17,9 @@ using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, 2, true, true>;
 using HopperFwd64Changed = HopperTile<64, 64, 2, 128, 2, 2, true, true>;
 using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
 using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
-using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, true, true, true>;
-using HopperFwd192 = HopperTile<192, 192, 2, 96, 2, 1, true, true, true>;
-using HopperFwd256 = HopperTile<256, 256, 2, 64, 2, 1, true, true, true>;
+using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
+using HopperFwd192 = HopperTile<192, 192, 2, 96, 2, 1, false, true>;
+using HopperFwd256 = HopperTile<256, 256, 2, 64, 2, 1, false, true>;
 
 template <class First, class... Rest, class F>
 void dispatch_hopper(int d, int dv, F&& f) {
