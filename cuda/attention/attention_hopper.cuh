@@ -91,7 +91,9 @@ struct HopperShared {
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
-  std::uint64_t out_free[2];         // stored by others: room for results, first and last panels
+  // Stored by others: room for results, first and last panels, after each warpgroup. One barrier
+  // for both would be two phases on for who waits next.
+  std::uint64_t out_free[2][2];
   float2 sums[Tile::kOwn ? 1 : 64];  // of exponentials, and maxima, with the first ones
 };
 

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.job_there[s], 32);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
-    for (int part = 0; !kOwn && part < 2; ++part) ptx::mbarrier_init(&shared.out_free[part], 1);
+    for (int s = 0; !kOwn && s < 4; ++s) ptx::mbarrier_init(&shared.out_free[s / 2][s % 2], 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const auto part = [&]<int kPart>() {
           constexpr int kHalf = (panels_of(kDv) + 1) / 2 * 8;
           constexpr int kFrom = kPart * kHalf, kTo = kPart ? kDv / 8 : kHalf;
-          ptx::mbarrier_wait(&shared.out_free[kPart], (t * kGroups + group + 1) & 1);
+          ptx::mbarrier_wait(&shared.out_free[kPart][1 - group], (t + 1 + group) & 1);
           if (kPart == 0 && pair == 0) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

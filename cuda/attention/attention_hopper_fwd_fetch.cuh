@@ -199,9 +199,9 @@ __device__ __forceinline__ void hopper_store(const HopperForward& p, HopperShare
     ptx::bar_sync(hopper_store_barrier(group, 1, t), 160);
     store(kFirst, kPanels);
     ptx::bulk_wait_read<1>();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[0]);
+    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[0][group]);
     ptx::bulk_wait_read<0>();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[1]);
+    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[1][group]);
     __syncwarp();
   }
   ptx::bulk_wait<0>();
