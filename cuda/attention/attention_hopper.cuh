@@ -20,20 +20,21 @@ inline constexpr int kPanelRow = 128;
 
 /// Of forward: kD and kDv columns, kGroups warpgroups with 64 queries each, kN keys at a time, room
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
-/// kShared: results leave through shared memory, else from registers. kTurns: the warpgroups issue
-/// their products in turn. kLazy: scores are measured in a tile's first blocks only, and where they
-/// turn out to be too large. (nvcc 13.0 takes no values of classes as template arguments of
-/// kernels.)
+/// kOwn: a warpgroup stores its results from room of its own. Else warps that do not compute store
+/// them, from room for 64 queries that the warpgroups have in turn, and a warpgroup has room of its
+/// own for its queries. kTurns: the warpgroups issue their products in turn. kLazy: scores are
+/// measured in a tile's first blocks only, and where they turn out to be too large. (nvcc 13.0 takes
+/// no values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kThroughShared, bool kInTurn, bool kFewMaxima = false>
+          int kQueryBlocks, bool kStoresOwn, bool kInTurn, bool kFewMaxima = false>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
-  static constexpr bool kShared = kThroughShared, kTurns = kInTurn;
-  static constexpr bool kLazy = kFewMaxima;
+  static constexpr bool kOwn = kStoresOwn, kTurns = kInTurn, kLazy = kFewMaxima;
   // Softmax takes as long as the products: what else a warp does between them counts.
   static constexpr bool kNarrow = kColumns <= 96;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kRooms = kOwn ? kQueries : kGroups, kRoomRows = kOwn ? kM : 64;
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
   static constexpr int kRegisters = kGroups == 3 ? 160 : 232,
                        kOtherRegisters = kGroups == 3 ? 32 : 40;
@@ -75,30 +76,39 @@ __device__ __forceinline__ HopperSeen hopper_seen(const HopperJob& job, int grou
 /// free.
 template <class Tile>
 struct HopperShared {
-  static constexpr int kQuery = panels_of(Tile::kD) * Tile::kM * kPanelRow;
+  static constexpr int kQuery = panels_of(Tile::kD) * Tile::kRoomRows * kPanelRow;
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
   static constexpr int kValues = panels_of(Tile::kDv) * Tile::kN * kPanelRow;
-  static constexpr int kOut = panels_of(Tile::kDv) * Tile::kM * kPanelRow;
+  static constexpr int kOut = panels_of(Tile::kDv) * Tile::kRoomRows * kPanelRow;
   // Planned two ahead of what is fetched, which is two ahead of what is computed at most, and
   // looked at to its end: five, in a power of two.
   static constexpr int kJobs = 8;
 
-  alignas(1024) char query[Tile::kQueries][kQuery];
+  alignas(1024) char query[Tile::kRooms][kQuery];
   alignas(1024) char keys[Tile::kStages][kKeys];
   alignas(1024) char values[Tile::kStages][kValues];
-  alignas(1024) char out[Tile::kShared ? kOut : 16];
-  std::uint64_t query_there[Tile::kQueries], query_free[Tile::kQueries];
+  alignas(1024) char out[kOut];
+  std::uint64_t query_there[Tile::kRooms], query_free[Tile::kRooms];
   std::uint64_t keys_there[Tile::kStages], keys_free[Tile::kStages];
   std::uint64_t values_there[Tile::kStages], values_free[Tile::kStages];
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
   int exceeded[2][Tile::kLazy ? Tile::kGroups : 1];  // kLazy: the block to be measured again
+  // Stored by others: room for results, first and last panels, after each warpgroup. One barrier
+  // for both would be two phases on for who waits next.
+  std::uint64_t out_free[2][2];
+  float2 sums[Tile::kOwn ? 1 : 64];  // of exponentials, and maxima, with the first ones
 };
 
 /// Barriers besides those: of the warpgroup whose turn it is (one each), of all that compute, of a
-/// warpgroup (one each).
-enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5 };
+/// warpgroup (one each), of a warpgroup and the warp that stores its results (two each for both
+/// parts, for tiles in turn: the next tile's may come before the warp looks at this one's).
+enum HopperBarrier : int { kTurn = 1, kComputing = 4, kGroup = 5, kStore = 8 };
+/// The one of these for a part of the results of the tile with number t.
+__device__ __forceinline__ int hopper_store_barrier(int group, int part, int t) {
+  return kStore + group * 4 + part * 2 + t % 2;
+}
 
 /// In which order blocks of queries are taken. A tile has the queries of 2^pack heads that share
 /// their keys, which together count as a head here. `units`: heads of entries. Longest first goes

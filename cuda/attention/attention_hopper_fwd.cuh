@@ -7,7 +7,8 @@
 //            one head, against the keys they see, last ones first, Tile::kN at a time
 //   memory   one thread of the first warpgroup has the copy engine fetch queries, keys and values,
 //            stages of the last two; scores, probabilities and results are registers of the
-//            others, results leave through shared memory or straight from there
+//            others, results leave through shared memory: stored by who has computed them, or by
+//            warps of the first warpgroup
 //   overlap  products q k of a block are issued before products p v of the one before: its softmax
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
@@ -17,11 +18,14 @@
 //            job_there       warp that plans          thread that fetches
 //            job_free        thread that fetches      warp that plans, two tiles later
 //            query_there     copy engine, producer    all that compute: queries and the job
-//            query_free      they, a warp each, after producer
+//            query_free      they, a warp each, after producer (there of a warpgroup)
 //                            the last product q k
 //            keys_there      copy engine, producer    they
 //            keys_free       they, a warp each        producer
 //            values_*        the same                 the same
+//            kStore + ...    a warpgroup, with half   the warp that stores its results, where
+//                            of its results           that is not the warpgroup (!Tile::kOwn)
+//            out_free        that warp                warpgroups, in turn, before they put theirs
 //            kTurn + g       warpgroup g - 1          warpgroup g, before it issues
 //   cost     4 * S * T * D flops where all is seen; keys and values read S / queries times, from L2
 #pragma once
@@ -42,8 +46,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_fwd_kernel(const __grid_constant__ HopperForward p) {
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
-  constexpr int kScores = kN / 2, kResults = kDv / 2;           // of a thread
-  static_assert(!Tile::kLazy || (Tile::kShared && !kChanges));  // with a barrier between tiles
+  // Sums are added up while the last products are computed.
+  constexpr bool kOwn = Tile::kOwn, kEarly = Tile::kNarrow || (!kOwn && !kChanges);
+  static_assert(kOwn || kGroups == 2);
+  static_assert(!Tile::kLazy || (kOwn && !kChanges));  // with a barrier between tiles
+  constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
 
@@ -55,9 +62,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::prefetch_map(&p.v);
     ptx::prefetch_map(&p.out);
     constexpr int kWarps = 4 * kGroups;
-    for (int s = 0; s < Tile::kQueries; ++s) {
+    for (int s = 0; s < Tile::kRooms; ++s) {
       ptx::mbarrier_init(&shared.query_there[s], 1);
-      ptx::mbarrier_init(&shared.query_free[s], kWarps);
+      ptx::mbarrier_init(&shared.query_free[s], kWarps / (kOwn ? 1 : kGroups));
     }
     for (int s = 0; s < Tile::kStages; ++s) {
       ptx::mbarrier_init(&shared.keys_there[s], 1);
@@ -72,6 +79,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.job_there[s], 32);
       ptx::mbarrier_init(&shared.job_free[s], 1);
     }
+    for (int s = 0; !kOwn && s < 4; ++s) ptx::mbarrier_init(&shared.out_free[s / 2][s % 2], 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -87,6 +95,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     } else if (warp == 1) {
       hopper_plan<Tile>(p, shared);
+    } else if (!kOwn && warp >= 2) {
+      hopper_store<Tile>(p, shared, warp - 2);
     }
   } else {
     ptx::registers_take<Tile::kRegisters>();
@@ -95,7 +105,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto arrive = [&](std::uint64_t* barrier) {
       if (lane == 0) ptx::mbarrier_arrive(barrier);
     };
-    const ptx::SharedAddress aQuery = ptx::shared_address(shared.query) + group * (64 * kPanelRow);
+    const ptx::SharedAddress aQuery =
+        ptx::shared_address(shared.query) + (kOwn ? group * (64 * kPanelRow) : 0);
     const ptx::SharedAddress aK = ptx::shared_address(shared.keys);
     const ptx::SharedAddress aV = ptx::shared_address(shared.values);
     const float unit = p.f.scale_log2;  // from products to powers of two
@@ -109,7 +120,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int kk = 0; kk < Tile::kD / 16; ++kk) {
         ptx::wgmma<ptx::Major::k, ptx::Major::k>(
-            rS, ptx::matrix_right(dQ, kk / 4 * (kM * kPanelRow) + kk % 4 * 32),
+            rS, ptx::matrix_right(dQ, kk / 4 * (Tile::kRoomRows * kPanelRow) + kk % 4 * 32),
             ptx::matrix_right(dK, kk / 4 * (kN * kPanelRow) + kk % 4 * 32), kk > 0, T{});
       }
       ptx::wgmma_commit();
@@ -143,10 +154,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // and t for different in each, products wait for their descriptors. (With changes of scores
       // it has no register for that at 256 columns.)
       if constexpr (!kChanges) turn = __shfl_sync(~0u, turn, 0), t = __shfl_sync(~0u, t, 0);
-      const Stage tile = stage_of<Tile::kQueries>(t);
+      const Stage tile = room_of<Tile>(t, group);
       ptx::mbarrier_wait(&shared.query_there[tile.index], tile.parity);
       const HopperJob& job = shared.jobs[t % Shared::kJobs];
-      if (job.b < 0) break;
+      if (job.b < 0) {
+        if (!kOwn) ptx::bar_arrive(hopper_store_barrier(group, 0, t), 160);
+        break;
+      }
       const ptx::SharedAddress aQ = aQuery + tile.index * Shared::kQuery;
       const int pack = p.schedule.pack;
       // The thread's two rows are eight apart, of queries from job.i0 and heads from job.h on.
@@ -384,7 +398,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       // The copy engine has read the results before.
       const auto wait_for_room = [&] {
-        if (!Tile::kShared) return;
+        if (!kOwn) return;
         if (thread == 0) ptx::bulk_wait_read<0>();
         ptx::bar_sync(kGroup + group, 128);
       };
@@ -515,7 +529,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if constexpr (Tile::kNarrow) give_back_queries();  // there is room for another tile's
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
-        if constexpr (Tile::kNarrow) divide();  // while these are computed
+        if (kEarly) divide();
         wait_for_room();
         ptx::wgmma_wait<0>();
         ptx::registers_arrived(rO);
@@ -523,12 +537,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       } else {
         __syncwarp();
         give_back_queries();
-        if constexpr (Tile::kNarrow) divide();
+        if (kEarly) divide();
         wait_for_room();
       }
       for (; n >= job_begin; --n) leave_out(n);
 
-      if constexpr (!Tile::kNarrow) divide();
+      if (!kEarly) divide();
       if (nothing[0] || nothing[1]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -555,59 +569,71 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const float* const o = rO + c * 4 + half * 2;
         return ptx::pack_2(o[0] * inverse[half], o[1] * inverse[half], T{});
       };
-      if constexpr (!Tile::kShared) {
+      constexpr int kPanel = Tile::kRoomRows * kPanelRow;
+      const int first = kOwn ? group * (64 * kPanelRow) : 0;
+      const ptx::SharedAddress aO = ptx::shared_address(shared.out) + first;
+      // Tiles of eight columns from kFrom to kTo to shared memory.
+      const auto put = [&]<int kFrom, int kTo>() {
+        const int to_row = anew(warp * 16 + lane % 16);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int r = row_of(half) - group * 64;
-          char* const to = place(r);
-#pragma unroll
-          for (int c = 0; c < kDv / 8; c += 4) {
-            const std::uint32_t words[4] = {results(c, half), results(c + 1, half),
-                                            results(c + 2, half), results(c + 3, half)};
-            const uint4 chunk = transposed_4(words, lane);
-            if (r < rows && (c + pair) * 8 < p.f.dv) {
-              *reinterpret_cast<uint4*>(to + (c + pair) * 16) = chunk;
-            }
-          }
+        for (int c = kFrom; c < kTo; c += 2) {
+          const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
+                                          results(c + 1, 1)};
+          const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
+          ptx::stmatrix_4(aO + c / 8 * kPanel + to_row * kPanelRow + chunk * 16, words);
         }
-      } else {
-        const ptx::SharedAddress aO = ptx::shared_address(shared.out) + group * (64 * kPanelRow);
-        if (rows > 0) {
-          const int to_row = anew(warp * 16 + lane % 16);
+      };
+      // And on from there where the rows after these are another sequence's: a warp stores what
+      // it has computed.
+      const auto store_rows = [&]<int kFrom, int kTo>() {
+        __syncwarp();
+        const char* const from = shared.out + first;
+        for (int e = anew(lane); e < 16 * (kTo - kFrom); e += 32) {
+          const int r = anew(warp) * 16 + e / (kTo - kFrom), chunk = kFrom + e % (kTo - kFrom);
+          if (r >= rows || chunk * 8 >= p.f.dv) continue;
+          const char* const at =
+              from + chunk / 8 * kPanel + r * kPanelRow + ((chunk % 8) ^ (r % 8)) * 16;
+          *reinterpret_cast<uint4*>(place(r) + chunk * 16) = *reinterpret_cast<const uint4*>(at);
+        }
+      };
+      if constexpr (!kOwn) {
+        // In two parts: the other warpgroup waits for the first half of a store only.
+        const auto part = [&]<int kPart>() {
+          constexpr int kHalf = (panels_of(kDv) + 1) / 2 * 8;
+          constexpr int kFrom = kPart * kHalf, kTo = kPart ? kDv / 8 : kHalf;
+          ptx::mbarrier_wait(&shared.out_free[kPart][1 - group], (t + 1 + group) & 1);
+          if (kPart == 0 && pair == 0) {
 #pragma unroll
-          for (int c = 0; c < kDv / 8; c += 2) {
-            const std::uint32_t words[4] = {results(c, 0), results(c, 1), results(c + 1, 0),
-                                            results(c + 1, 1)};
-            const int chunk = (c % 8 + lane / 16) ^ (to_row % 8);
-            ptx::stmatrix_4(aO + c / 8 * (kM * kPanelRow) + to_row * kPanelRow + chunk * 16, words);
+            for (int half = 0; half < 2; ++half) {
+              shared.sums[row_of(half) - group * 64] = {nothing[half] ? 0.0f : total[half],
+                                                        top[half]};
+            }
           }
-          if (packed && rows < 64) {
-            // The rows after these are another sequence's. A warp stores what it has computed.
-            __syncwarp();
-            const char* const from = shared.out + group * (64 * kPanelRow);
-            for (int e = anew(lane); e < 16 * (kDv / 8); e += 32) {
-              const int r = anew(warp) * 16 + e / (kDv / 8), chunk = e % (kDv / 8);
-              if (r >= rows || chunk * 8 >= p.f.dv) continue;
-              const char* const at = from + chunk / 8 * (kM * kPanelRow) + r * kPanelRow +
-                                     ((chunk % 8) ^ (r % 8)) * 16;
-              *reinterpret_cast<uint4*>(place(r) + chunk * 16) =
-                  *reinterpret_cast<const uint4*>(at);
+          if (rows > 0) put.template operator()<kFrom, kTo>();
+          if (packed && rows < 64) store_rows.template operator()<kFrom, kTo>();
+          ptx::fence_async();
+          ptx::bar_arrive(hopper_store_barrier(group, kPart, t), 160);
+        };
+        part.template operator()<0>();
+        part.template operator()<1>();
+      } else if (rows > 0) {
+        put.template operator()<0, kDv / 8>();
+        if (packed && rows < 64) {
+          store_rows.template operator()<0, kDv / 8>();
+        } else {
+          ptx::fence_async();
+          ptx::bar_sync(kGroup + group, 128);
+          if (thread == 0) {
+            for (int panel = 0; panel < panels_of(kDv); ++panel) {
+              const int at = job.first_q + job.i0 + (group * 64 >> pack);
+              ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                             packed ? 0 : job.b, aO + panel * (kM * kPanelRow));
             }
-          } else {
-            ptx::fence_async();
-            ptx::bar_sync(kGroup + group, 128);
-            if (thread == 0) {
-              for (int panel = 0; panel < panels_of(kDv); ++panel) {
-                const int at = job.first_q + job.i0 + (group * 64 >> pack);
-                ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
-                               packed ? 0 : job.b, aO + panel * (kM * kPanelRow));
-              }
-              ptx::bulk_commit();
-            }
+            ptx::bulk_commit();
           }
         }
       }
-      if (pair == 0) {
+      if (kOwn && pair == 0) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = query_of(half);
@@ -617,7 +643,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         }
       }
     }
-    if (Tile::kShared && thread == 0) ptx::bulk_wait<0>();
+    if (kOwn && thread == 0) ptx::bulk_wait<0>();
   }
 }
 

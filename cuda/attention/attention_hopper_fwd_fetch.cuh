@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/attention_hopper.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/tma.cuh"
 
 namespace fastkern::cuda::attention_detail {
@@ -18,6 +19,13 @@ template <int kStages>
 __device__ __forceinline__ Stage stage_of(int turn) {
   static_assert(kStages == 1 || kStages == 2 || kStages == 4);
   return {turn & (kStages - 1), static_cast<std::uint32_t>(turn >> kStages / 2 & 1)};
+}
+
+/// Room for queries of the job with number t, of one of its warpgroups where those have their own.
+template <class Tile>
+__device__ __forceinline__ Stage room_of(int t, int group) {
+  if constexpr (!Tile::kOwn) return {group, static_cast<std::uint32_t>(t & 1)};
+  return stage_of<Tile::kQueries>(t);
 }
 
 /// One thread that fetches.
@@ -57,19 +65,20 @@ struct HopperProducer {
     if (t >= 0) ptx::mbarrier_arrive(&shared.job_free[t & 1]);
   }
 
-  /// Queries of the job with number t.
-  __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t) {
-    const Stage stage = stage_of<Tile::kQueries>(t);
+  /// Queries of the job with number t, or of one of its warpgroups.
+  __device__ __forceinline__ void queries(const HopperJob& job, int entry, int t, int group = 0) {
+    const Stage stage = room_of<Tile>(t, group);
     ptx::mbarrier_wait(&shared.query_free[stage.index], stage.parity ^ 1);
-    if (!p.f.given) plan_after(t);
+    const bool all = Tile::kOwn || group == Tile::kGroups - 1;
+    if (all && !p.f.given) plan_after(t);
     if (job.b < 0 || job.begin == job.end) {
       ptx::mbarrier_arrive(&shared.query_there[stage.index]);
       return;
     }
     ptx::mbarrier_expect(&shared.query_there[stage.index], Shared::kQuery);
-    const int row = job.first_q + job.i0;
+    const int row = job.first_q + job.i0 + (group * 64 >> p.schedule.pack);
     const bool pack = p.schedule.pack > 0;
-    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kM, &p.q, pack ? job.h : row,
+    fetch(shared.query[stage.index], panels_of(Tile::kD), Tile::kRoomRows, &p.q, pack ? job.h : row,
           pack ? row : job.h, entry, &shared.query_there[stage.index], ptx::Keep::shortly);
   }
 
@@ -85,7 +94,11 @@ struct HopperProducer {
     // Room for queries of two tiles: they do not wait for the warpgroups, keys may.
     if (Tile::kQueries > 1) queries(job, entry, t);
     if (any) keys(row, head, entry);
-    if (Tile::kQueries == 1) queries(job, entry, t);
+    if (!Tile::kOwn) {
+      for (int group = 0; group < Tile::kGroups; ++group) queries(job, entry, t, group);
+    } else if (Tile::kQueries == 1) {
+      queries(job, entry, t);
+    }
     // Who gives tiles out as they are asked for does so late: what is taken early is not there for
     // others who are done before.
     const int late = end - begin > kLate + 1 ? begin + kLate : -1;
@@ -108,8 +121,11 @@ template <class Tile>
 __device__ __forceinline__ void bring_near(const HopperForward& p, const HopperJob& next) {
   if (p.f.lengths.start_q) return;
   const bool pack = p.schedule.pack > 0;
-  for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
-    ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : next.i0, pack ? next.i0 : next.h, next.b);
+  for (int r = 0; r < Tile::kM; r += Tile::kRoomRows) {
+    const int row = next.i0 + (r >> p.schedule.pack);
+    for (int panel = 0; panel < panels_of(Tile::kD); ++panel) {
+      ptx::tma_prefetch(&p.q, panel * 64, pack ? next.h : row, pack ? row : next.h, next.b);
+    }
   }
 }
 
@@ -145,6 +161,50 @@ __device__ __forceinline__ void hopper_plan(const HopperForward& p, HopperShared
     if (Tile::kQueries == 1 && more && lane == 0) bring_near<Tile>(p, job);
     ++t;
   }
+}
+
+/// A warp that stores what a warpgroup has computed, tile after tile, in two parts of its columns.
+template <class Tile>
+__device__ __forceinline__ void hopper_store(const HopperForward& p, HopperShared<Tile>& shared,
+                                             int group) {
+  constexpr int kPanels = panels_of(Tile::kDv), kFirst = (kPanels + 1) / 2;
+  const bool packed = p.f.lengths.start_q;
+  const int lane = static_cast<int>(threadIdx.x) % 32, pack = p.schedule.pack;
+  for (int t = 0;; ++t) {
+    ptx::bar_sync(hopper_store_barrier(group, 0, t), 160);
+    const HopperJob& job = shared.jobs[t % HopperShared<Tile>::kJobs];
+    if (job.b < 0) break;
+    const int rows = (job.stored << pack) - group * 64;
+    // Those of a packed sequence's end are stored by who has computed them.
+    const bool stores = lane == 0 && rows > 0 && !(packed && rows < 64);
+    const auto store = [&](int from, int to) {
+      const int at = job.first_q + job.i0 + (group * 64 >> pack);
+      for (int panel = from; stores && panel < to; ++panel) {
+        ptx::tma_store(&p.out, panel * 64, pack > 0 ? job.h : at, pack > 0 ? at : job.h,
+                       packed ? 0 : job.b,
+                       ptx::shared_address(shared.out) + panel * (64 * kPanelRow));
+      }
+      ptx::bulk_commit();
+    };
+    store(0, kFirst);
+#pragma unroll
+    for (int r = lane; r < 64; r += 32) {
+      const int at = (group * 64 + r) >> pack, head = (group * 64 + r) & ((1 << pack) - 1);
+      const float2 sum = shared.sums[r];
+      if (at >= job.stored) continue;
+      p.f.lse[job.lse_at + static_cast<std::int64_t>(head) * p.f.queries + at] =
+          sum.x == 0.0f ? -INFINITY : fmaf(sum.y, p.f.scale, logf(sum.x));
+    }
+    __syncwarp();
+    ptx::bar_sync(hopper_store_barrier(group, 1, t), 160);
+    store(kFirst, kPanels);
+    ptx::bulk_wait_read<1>();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[0][group]);
+    ptx::bulk_wait_read<0>();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[1][group]);
+    __syncwarp();
+  }
+  ptx::bulk_wait<0>();
 }
 
 }  // namespace fastkern::cuda::attention_detail

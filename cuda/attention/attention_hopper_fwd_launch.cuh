@@ -20,8 +20,8 @@ using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
 using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
 using HopperFwd128Long = HopperTile<128, 128, 3, 80, 2, 2, true, true, true>;
 using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
-using HopperFwd192 = HopperTile<192, 192, 2, 112, 2, 1, false, false>;
-using HopperFwd256 = HopperTile<256, 256, 2, 80, 2, 1, false, false>;
+using HopperFwd192 = HopperTile<192, 192, 2, 96, 2, 1, false, true>;
+using HopperFwd256 = HopperTile<256, 256, 2, 64, 2, 1, false, true>;
 
 template <class First, class... Rest, class F>
 void dispatch_hopper(int d, int dv, F&& f) {
@@ -86,7 +86,7 @@ HopperForward hopper_forward(Forward& f, Stream stream, int multiprocessors, con
   f.blocks = static_cast<int>(ceil_div(f.queries, kM >> pack)) + (packed ? f.batch : 0);
   const int section = f.given ? hopper_given_section(f, pack, stream, multiprocessors, op)
                               : hopper_section(units, multiprocessors);
-  return {.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, kM, op, pack),
+  return {.q = hopper_map<T>(f.q, f.d, f.queries, f.heads, entries, Tile::kRoomRows, op, pack),
           .k = hopper_map<T>(f.k, f.d, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .v = hopper_map<T>(f.v, f.dv, f.keys, f.heads / f.group, entries, Tile::kN, op),
           .out = hopper_map<T>(f.out, f.dv, f.queries, f.heads, entries, 64, op, pack),
