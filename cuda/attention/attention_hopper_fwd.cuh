@@ -393,6 +393,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           mask(n, Keys<kN>{});
           measure(Keys<kN>{}, [&](int half, float) { return !row_over[half]; });
           exponentials(Keys<kN>{});
+          pack_probabilities();
         }
       };
 
@@ -507,18 +508,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rO);
             arrive(&shared.values_free[before.index]);
+            pack_probabilities();
           } else {
             measure_or_not(n);
             exponentials(Keys<kN>{});
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rO);
             arrive(&shared.values_free[before.index]);
+            pack_probabilities();
             measure_again(n, stage.index);
             add_up();
             arrive(&shared.keys_free[stage.index]);
             if (n == seen.begin) give_back_queries();
           }
-          pack_probabilities();
           if (!Tile::kNarrow && grown) {
 #pragma unroll
             for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
