@@ -23,8 +23,8 @@ inline constexpr int kPanelRow = 128;
 /// kOwn: a warpgroup stores its results from room of its own. Else warps that do not compute store
 /// them, from room for 64 queries that the warpgroups have in turn, and a warpgroup has room of its
 /// own for its queries. kTurns: the warpgroups issue their products in turn. kLazy: scores are
-/// measured in a tile's first blocks only, and where they turn out to be too large. (nvcc 13.0 takes
-/// no values of classes as template arguments of kernels.)
+/// measured in a tile's first blocks only, and where they turn out to be too large. (nvcc 13.0
+/// takes no values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
           int kQueryBlocks, bool kStoresOwn, bool kInTurn, bool kFewMaxima = false>
 struct HopperTile {

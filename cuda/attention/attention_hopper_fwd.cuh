@@ -3,8 +3,7 @@
 // which calls.
 //
 //   work     a block of threads per multiprocessor goes from tile to tile: 64 queries a warpgroup
-//   of
-//            one head, against the keys they see, last ones first, Tile::kN at a time
+//            of one head, against the keys they see, last ones first, Tile::kN at a time
 //   memory   one thread of the first warpgroup has the copy engine fetch queries, keys and values,
 //            stages of the last two; scores, probabilities and results are registers of the
 //            others, results leave through shared memory: stored by who has computed them, or by
@@ -56,32 +55,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   // The number of the warpgroup, for the compiler to see that all of a warp agree.
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
-  if (threadIdx.x == 0) {
-    ptx::prefetch_map(&p.q);
-    ptx::prefetch_map(&p.k);
-    ptx::prefetch_map(&p.v);
-    ptx::prefetch_map(&p.out);
-    constexpr int kWarps = 4 * kGroups;
-    for (int s = 0; s < Tile::kRooms; ++s) {
-      ptx::mbarrier_init(&shared.query_there[s], 1);
-      ptx::mbarrier_init(&shared.query_free[s], kWarps / (kOwn ? 1 : kGroups));
-    }
-    for (int s = 0; s < Tile::kStages; ++s) {
-      ptx::mbarrier_init(&shared.keys_there[s], 1);
-      ptx::mbarrier_init(&shared.keys_free[s], kWarps);
-      ptx::mbarrier_init(&shared.values_there[s], 1);
-      ptx::mbarrier_init(&shared.values_free[s], kWarps);
-    }
-    if constexpr (Tile::kLazy) {
-      for (int s = 0; s < 2 * kGroups; ++s) (&shared.exceeded[0][0])[s] = -1;
-    }
-    for (int s = 0; s < 2; ++s) {
-      ptx::mbarrier_init(&shared.job_there[s], 32);
-      ptx::mbarrier_init(&shared.job_free[s], 1);
-    }
-    for (int s = 0; !kOwn && s < 4; ++s) ptx::mbarrier_init(&shared.out_free[s / 2][s % 2], 1);
-    ptx::mbarrier_init_fence();
-  }
+  if (threadIdx.x == 0) set_up(p, shared);
   __syncthreads();
   ptx::grid_wait();
   ptx::grid_launch_next();
@@ -239,27 +213,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       float base[2], more[4];
       [[maybe_unused]] bool fresh[2] = {true, true},
                             settled = false;  // queries that saw nothing yet
-      const auto maxima_of = [&]<int kCount>(float(&most)[2], Keys<kCount>) {
-        // Four chains side by side: an instruction takes as long as four are issued.
-        float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
-#pragma unroll
-        for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], rS[i]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
-        }
-#pragma unroll
-        for (int lanes = 1; lanes <= 2; lanes *= 2) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
-          }
-        }
-      };
-      const auto measure = [&]<int kCount>(Keys<kCount> count, const auto& keep) {
+      const auto measure = [&]<int kCount>(Keys<kCount>, const auto& keep) {
         float most[2];
         grown = false;
-        maxima_of(most, count);
+        row_maxima<kCount>(rS, most);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& m = most[half];
@@ -290,7 +247,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       };
       // Narrow tiles: few blocks have a maximum that counts. Whether a thread's scores may have one
       // takes half of the instructions, and nothing of the other threads.
-      const auto measure_narrow = [&]<int kCount, bool kFirst>(Keys<kCount> count, First<kFirst>) {
+      const auto measure_narrow = [&]<int kCount, bool kFirst>(Keys<kCount>, First<kFirst>) {
         bool above = true;
         if constexpr (!kFirst) {
           float most[2] = {rS[0], rS[2]};
@@ -303,7 +260,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         grown = false;
         if (kFirst || __any_sync(~0u, above)) {
           float most[2];
-          maxima_of(most, count);
+          row_maxima<kCount>(rS, most);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             most[half] *= unit;
@@ -404,20 +361,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::bar_sync(kGroup + group, 128);
       };
       const auto give_back_queries = [&] { arrive(&shared.query_free[tile.index]); };
-      // Rows of values beyond the sequence, which are of others, would make zeros NaN. They are in
-      // the tile's first block.
       const auto clear_rest = [&](const Stage& stage) {
         const int rows = job_end * kN - job.sight.keys;
         if (rows <= 0 || !(p.f.lengths.start_q || p.f.lengths.used_k)) return;
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-        const int all = panels_of(kDv) * rows * 8;
-        char* const from = shared.values[stage.index] + (kN - rows) * kPanelRow;
-        for (int e = group * 128 + thread; e < all; e += kGroups * 128) {
-          char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
-          *reinterpret_cast<uint4*>(to) = uint4{};
-        }
-        ptx::fence_async();
-        ptx::bar_sync(kComputing, kGroups * 128);
+        clear_values<Tile>(shared.values[stage.index], rows, group * 128 + thread);
       };
       // A block that none of the warpgroup's queries sees. Stages are given back once all lanes
       // have seen that they were there.
@@ -437,8 +385,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.values_free[stage.index]);
       };
 
-      float total[2], inverse[2], lse[2];
-      bool nothing[2];  // seen, or to be computed
+      float total[2] = {}, inverse[2], lse[2];
+      bool nothing[2] = {};  // seen, or to be computed
       const auto lse_of = [&](int half) {
         return nothing[half] ? -INFINITY
                              : fmaf(top[half], Tile::kNarrow ? kLn2 : p.f.scale, logf(total[half]));

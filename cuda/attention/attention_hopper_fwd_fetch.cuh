@@ -28,6 +28,49 @@ __device__ __forceinline__ Stage room_of(int t, int group) {
   return stage_of<Tile::kQueries>(t);
 }
 
+/// Rows of values beyond a sequence, the last ones of a block, would make zeros NaN if they are of
+/// others: they become 0. All that compute.
+template <class Tile>
+__device__ __forceinline__ void clear_values(char* values, int rows, int thread) {
+  constexpr int kN = Tile::kN, kThreads = Tile::kGroups * 128;
+  char* const from = values + (kN - rows) * kPanelRow;
+  for (int e = thread; e < panels_of(Tile::kDv) * rows * 8; e += kThreads) {
+    char* const to = from + e / (rows * 8) * (kN * kPanelRow) + e % (rows * 8) * 16;
+    *reinterpret_cast<uint4*>(to) = uint4{};
+  }
+  ptx::fence_async();
+  ptx::bar_sync(kComputing, kThreads);
+}
+
+/// Barriers, and whatever else a block of threads begins with; one thread.
+template <class Tile>
+__device__ __forceinline__ void set_up(const HopperForward& p, HopperShared<Tile>& shared) {
+  ptx::prefetch_map(&p.q);
+  ptx::prefetch_map(&p.k);
+  ptx::prefetch_map(&p.v);
+  ptx::prefetch_map(&p.out);
+  constexpr int kWarps = 4 * Tile::kGroups;
+  for (int s = 0; s < Tile::kRooms; ++s) {
+    ptx::mbarrier_init(&shared.query_there[s], 1);
+    ptx::mbarrier_init(&shared.query_free[s], kWarps / (Tile::kOwn ? 1 : Tile::kGroups));
+  }
+  for (int s = 0; s < Tile::kStages; ++s) {
+    ptx::mbarrier_init(&shared.keys_there[s], 1);
+    ptx::mbarrier_init(&shared.keys_free[s], kWarps);
+    ptx::mbarrier_init(&shared.values_there[s], 1);
+    ptx::mbarrier_init(&shared.values_free[s], kWarps);
+  }
+  if constexpr (Tile::kLazy) {
+    for (int s = 0; s < 2 * Tile::kGroups; ++s) (&shared.exceeded[0][0])[s] = -1;
+  }
+  for (int s = 0; s < 2; ++s) {
+    ptx::mbarrier_init(&shared.job_there[s], 32);
+    ptx::mbarrier_init(&shared.job_free[s], 1);
+  }
+  for (int s = 0; !Tile::kOwn && s < 4; ++s) ptx::mbarrier_init(&shared.out_free[s / 2][s % 2], 1);
+  ptx::mbarrier_init_fence();
+}
+
 /// One thread that fetches.
 template <class Tile>
 struct HopperProducer {

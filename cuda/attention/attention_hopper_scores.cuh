@@ -41,6 +41,24 @@ __device__ __forceinline__ float upper_below(float x) {
   return __int_as_float((bits & static_cast<int>(0xffff0000u)) + (bits < 0 ? 0x20000 : -0x10000));
 }
 
+/// The largest of the first kCount scores of a thread's two rows, among the four threads that share
+/// these. Four chains side by side: an instruction takes as long as four are issued.
+template <int kCount, int kScores>
+__device__ __forceinline__ void row_maxima(const float (&scores)[kScores], float (&most)[2]) {
+  float chains[4] = {scores[0], scores[1], scores[2], scores[3]};
+#pragma unroll
+  for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], scores[i]);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
+    }
+  }
+}
+
 /// What stands between products and the softmax but masks: soft cap and ALiBi. All in units of what
 /// the products are.
 struct ScoreChange {
