@@ -164,7 +164,7 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   };
   const auto fetch_keys = [&](char* to, const CUtensorMap* map, std::uint64_t* there,
                               std::uint64_t* free) {
-    ptx::mbarrier_wait(free, (shared.tile & 1) ^ 1);
+    ptx::mbarrier_sleep(free, (shared.tile & 1) ^ 1);
     ptx::mbarrier_expect(there, Shared::kKeys);
     fetch(to, map, Tile::kN, job.first_k + job.j0, job.g, there, ptx::Keep::shortly);
   };
@@ -173,11 +173,11 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   for (int t = 0; t < count; ++t, ++next) {
     const int turn = shared.turn + t, stage = ring_stage(turn),
               row = job.job.first_q + next.m * Tile::kM;
-    ptx::mbarrier_wait(&shared.dout_free[stage], ring_parity(turn) ^ 1);
+    ptx::mbarrier_sleep(&shared.dout_free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.dout_there[stage], Shared::kQueries);
     fetch(shared.dout[stage], &all.dout, Tile::kM, row, next.h, &shared.dout_there[stage],
           ptx::Keep::long_);
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
+    ptx::mbarrier_sleep(&shared.free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
           ptx::Keep::long_);
@@ -224,7 +224,7 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
       row[k] = i < rows ? from[i] : make_float2(INFINITY, 0.0f);
       dead |= row[k].x == INFINITY;
     }
-    ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
+    ptx::mbarrier_sleep(&shared.free[stage], ring_parity(turn) ^ 1);
 #pragma unroll
     for (int k = 0; k < kM / 32; ++k) {
       shared.lse[stage][lane + k * 32] = row[k].x, shared.delta[stage][lane + k * 32] = row[k].y;
@@ -232,8 +232,8 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
     // Of a query that saw nothing, or is not there, 0 times what there is may be NaN: make it 0.
     if (__any_sync(~0u, dead)) {
       __syncwarp();  // what other lanes wrote
-      ptx::mbarrier_wait(&shared.query_there[stage], ring_parity(turn));
-      ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+      ptx::mbarrier_sleep(&shared.query_there[stage], ring_parity(turn));
+      ptx::mbarrier_sleep(&shared.dout_there[stage], ring_parity(turn));
       for (int e = lane; e < panels_of(Tile::kD) * kM * kRowChunks; e += 32) {
         if (shared.lse[stage][e / kRowChunks % kM] != INFINITY) continue;
         *reinterpret_cast<uint4*>(shared.query[stage] + e * 16) = uint4{};
@@ -281,7 +281,7 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
       ptx::mbarrier_expect(&shared.dq_theirs[stage], kBytes);
       ptx::bulk_load(own, sums, kBytes, &shared.dq_theirs[stage]);
     }
-    ptx::mbarrier_wait(&shared.dq_ours[stage], ring_parity(turn));
+    ptx::mbarrier_sleep(&shared.dq_ours[stage], ring_parity(turn));
     if (n == at.last) continue;
     ptx::fence_async();  // of what others wrote, once for all of them
     if (n == at.first) {

@@ -72,6 +72,23 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
   }
 }
 
+/// The same for threads that have nothing else to do: they look again when the phase is over, or
+/// ten milliseconds later, and take no instructions from others until then.
+__device__ __forceinline__ void mbarrier_sleep(std::uint64_t* barrier, std::uint32_t parity) {
+  if constexpr (kHasClusters) {
+    std::uint32_t done;
+    do {
+      asm volatile(
+          "{\n.reg .pred done;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2, 10000000;\n"
+          "selp.u32 %0, 1, 0, done;\n}"
+          : "=r"(done)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
+    } while (!done);
+  }
+}
+
 /// Writes a word of another block's shared memory and reports its four bytes to that block's
 /// barrier; both at the places they have in one's own.
 __device__ __forceinline__ void st_async(void* shared, std::uint32_t value, std::uint64_t* barrier,

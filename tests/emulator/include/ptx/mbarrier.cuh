@@ -22,6 +22,9 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
 }
+inline void mbarrier_sleep(std::uint64_t* barrier, std::uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+}
 inline void st_async(void* shared, std::uint32_t value, std::uint64_t* barrier,
                      std::uint32_t rank) {
   emulator::st_async(shared, value, barrier, rank);
