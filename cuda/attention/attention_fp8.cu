@@ -31,7 +31,7 @@ struct Fp8Values {
   View v;
   char* to;
   AttentionLengths lengths;
-  int batch, heads, keys, dv, width;
+  int batch, heads, keys, dv, width, block_keys;
 };
 
 /// Rows of 33 words; what a warp reads at once lies in 32 banks.
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(256) attention_fp8_values_kernel(const Fp8Valu
   const Unit unit = unit_of(
       p.lengths, static_cast<int>(blockIdx.x), p.width / kFp8Keys, p.heads, p.batch, [&](int b) {
         const int keys = attention_sequence(p.lengths, b, p.keys, p.keys).keys;
-        return (keys + kFp8Keys - 1) / kFp8Keys;
+        return static_cast<int>(fp8_rows(keys, p.block_keys) / kFp8Keys);
       });
   if (unit.b < 0) return;
   const AttentionSequence<int> at = attention_sequence(p.lengths, unit.b, p.keys, p.keys);
@@ -102,11 +102,16 @@ Fp8Scale scale_of(const TensorRef& t) {
   return {static_cast<const float*>(t.data), t.strides[0], t.strides[1]};
 }
 
+int block_keys_of(const AttentionFwd& a) {
+  return fp8_keys(static_cast<int>(std::max(a.q.sizes[a.q.ndim - 1], a.v.sizes[a.v.ndim - 1])));
+}
+
 /// Keys of a row of transposed values: of an entry or, packed, of all.
 std::int64_t width_of(const AttentionFwd& a) {
   const std::int64_t keys = a.k.sizes[a.k.ndim - 3];
   const bool packed = a.q.ndim == 3;
-  return (packed ? keys / kFp8Keys + a.lengths.batch + 1 : ceil_div(keys, kFp8Keys)) * kFp8Keys;
+  return packed ? (keys / kFp8Keys + 2 * a.lengths.batch) * kFp8Keys
+                : fp8_rows(keys, block_keys_of(a));
 }
 
 }  // namespace
@@ -164,7 +169,9 @@ void attention_fp8(const AttentionFp8Fwd& args, Stream stream) {
             .grid = std::int64_t{call.width / kFp8Keys} * kv_heads * (packed ? 1 : f.batch),
             .block = 256,
             .overlap = true},
-           stream, Fp8Values{f.v, values, f.lengths, f.batch, kv_heads, f.keys, f.dv, call.width});
+           stream,
+           Fp8Values{f.v, values, f.lengths, f.batch, kv_heads, f.keys, f.dv, call.width,
+                     block_keys_of(a)});
   }
 #if FASTKERN_HAS_SM90
   if (f.batch > 0) launch_hopper_fp8_any(call, stream, a.op);

@@ -6,8 +6,17 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Keys of a block, and a multiple of which rows of transposed values are.
+/// Keys of a block where operands have so many columns, a multiple of 32.
+constexpr int fp8_keys(int columns) { return columns > 64 && columns <= 128 ? 96 : 128; }
+
+/// Keys that are transposed at a time, and a multiple of which rows of transposed values are.
 inline constexpr int kFp8Keys = 128;
+
+/// Of so many keys, in blocks of block_keys: rows that the blocks have, in multiples of kFp8Keys.
+__host__ __device__ constexpr std::int64_t fp8_rows(std::int64_t keys, int block_keys) {
+  const std::int64_t whole = (keys + block_keys - 1) / block_keys * block_keys;
+  return (whole + kFp8Keys - 1) / kFp8Keys * kFp8Keys;
+}
 
 /// A scale for each batch entry and key head.
 struct Fp8Scale {
@@ -20,9 +29,9 @@ struct Fp8Scale {
 };
 
 /// Where the transposed values of a sequence of packed tensors begin; whatever lengths are, those
-/// of the next begin behind.
+/// of the next begin behind its fp8_rows.
 __device__ __forceinline__ int fp8_first_key(int first_k, int b) {
-  return (first_k / kFp8Keys + b) * kFp8Keys;
+  return (first_k / kFp8Keys + 2 * b) * kFp8Keys;
 }
 
 struct Fp8Call {

@@ -22,14 +22,17 @@ inline constexpr int kPanelRow = 128;
 /// for kStages blocks of keys and of values (2 or 4) and for queries of kQueries tiles (1 or 2).
 /// kOwn: a warpgroup stores its results from room of its own. Else warps that do not compute store
 /// them, from room for 64 queries that the warpgroups have in turn, and a warpgroup has room of its
-/// own for its queries. kTurns: the warpgroups issue their products in turn. (nvcc 13.0 takes no
-/// values of classes as template arguments of kernels.)
+/// own for its queries. kTurns: the warpgroups issue their products in turn. kLazy: scores are
+/// measured in a tile's first blocks only, and where they turn out to be too large. (nvcc 13.0 takes
+/// no values of classes as template arguments of kernels.)
 template <int kColumns, int kValueColumns, int kWarpgroups, int kKeys, int kBlocks,
-          int kQueryBlocks, bool kStoresOwn, bool kInTurn>
+          int kQueryBlocks, bool kStoresOwn, bool kInTurn, bool kFewMaxima = false>
 struct HopperTile {
   static constexpr int kD = kColumns, kDv = kValueColumns, kGroups = kWarpgroups, kN = kKeys;
   static constexpr int kStages = kBlocks, kQueries = kQueryBlocks;
-  static constexpr bool kOwn = kStoresOwn, kTurns = kInTurn;
+  static constexpr bool kOwn = kStoresOwn, kTurns = kInTurn, kLazy = kFewMaxima;
+  // Softmax takes as long as the products: what else a warp does between them counts.
+  static constexpr bool kNarrow = kColumns <= 96;
   static constexpr int kM = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kRooms = kOwn ? kQueries : kGroups, kRoomRows = kOwn ? kM : 64;
   // Of a thread that computes, and of one that does not: 65536 are there, given out in eights.
@@ -91,6 +94,7 @@ struct HopperShared {
   std::uint64_t job_there[2], job_free[2];
   HopperJob jobs[kJobs];
   HopperSeen seen[kJobs][Tile::kGroups];
+  int exceeded[2][Tile::kLazy ? Tile::kGroups : 1];  // kLazy: the block to be measured again
   // Stored by others: room for results, first and last panels, after each warpgroup. One barrier
   // for both would be two phases on for who waits next.
   std::uint64_t out_free[2][2];

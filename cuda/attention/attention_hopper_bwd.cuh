@@ -10,12 +10,14 @@
 //            and ds are in registers what the products with dout and q take as their left side; ds
 //            goes through shared memory, two stages, for dq. dk and dv stay in registers. dq is
 //            summed in f32 in global memory, by additions of the copy engine in L2
-//   overlap  dq of a block of queries is computed with dk and dv of the next, when both warpgroups
-//            have long written their ds; scores and dp of a block are issued behind dk and dv of
-//            the one before. The warpgroups issue all of that as they come, or in turn: p and ds of
-//            one are computed during products of the other
+//   overlap  of each block of queries a warpgroup issues scores and dp, makes p of scores while dp
+//   is
+//            computed and ds of both, and issues dv, then, as soon as both warpgroups have written
+//            their ds, dq, then dk; dq leaves while dk is computed. Products are issued as they
+//            come: those of one warpgroup run in what the other's leave
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
 //            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
+//            and finds out what warpgroups have to know of a block of queries
 //   order    blocks add to dq by their keys, as in attention_bwd.cuh: the first stores, the others
 //            wait for their turn, and the last one, whose sums before are fetched to shared
 //            memory, writes dq itself. A block waits for blocks alone that began before it
@@ -26,14 +28,19 @@
 //            keys_free, ...   who computes            warp 0
 //            query_there,     copy engine, warp 0     who computes, warp 3
 //            dout_there
-//            rows_there       warp 3                  who computes: lse and delta, and rows that
-//                                                     saw nothing are zeros
-//            free             who computes            warps 0 and 3: queries, dout, lse, delta
-//            ds_there         who computes            who computes, before dq
-//            ds_free          who computes, after dq  who computes, before ds of two blocks on
+//            rows_there       warp 3                  who computes: lse, delta and what else there
+//                                                     is to know, and rows that saw nothing are
+//                                                     zeros
+//            free             who computes            warps 0 and 3: queries, lse, delta
+//            dout_free        who computes, after dv  warp 0
+//            ds_there         who computes            who computes, before dq. Whoever waits for
+//                                                     one has done with dq of the block before, so
+//                                                     that ds may be written two blocks on
 //            dq_theirs        warp 1 or 2             who computes: dq may be written or, for the
 //                                                     last keys, the sums before are there
-//            dq_ours          who computes            warp 1 or 2: dq was written, or read
+//            dq_ours          who computes            warp 1 or 2: dq was written, or read. The
+//                                                     fence before the copy engine reads it is
+//                                                     theirs: one instead of 256, and off the way
 //   cost     10 * S * T * D flops where all is seen; 4 bytes of dq added for 1280 flops
 #pragma once
 
@@ -62,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     attention_hopper_bwd_kernel(const __grid_constant__ HopperBackward all) {
   using Shared = HopperBwdShared<Tile>;
   constexpr int kD = Tile::kD, kM = Tile::kM, kN = Tile::kN;
-  constexpr int kDqRegisters = Tile::kDqColumns / 2;
+  constexpr int kDqRegisters = Tile::kDq / 128;
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
   const Backward& p = all.p;
@@ -87,8 +94,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.dout_there[s], 1);
       ptx::mbarrier_init(&shared.rows_there[s], 32);
       ptx::mbarrier_init(&shared.free[s], kWarps);
+      ptx::mbarrier_init(&shared.dout_free[s], kWarps);
       ptx::mbarrier_init(&shared.ds_there[s], kWarps);
-      ptx::mbarrier_init(&shared.ds_free[s], kWarps);
       ptx::mbarrier_init(&shared.dq_theirs[s], 1);
       ptx::mbarrier_init(&shared.dq_ours[s], kWarps);
     }
@@ -148,14 +155,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // Where this lane's rows of ds begin, and which of the first two chunks of 16 bytes is its own.
     const int ds_row = group * 64 + warp * 16 + lane % 16, ds_chunk = lane / 16;
 
-    float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2], rDq[kDqRegisters];
+    float rDk[kD / 2], rDv[kD / 2], rS[kM / 2], rDp[kM / 2];
+    // dq: at 128 columns in the registers of the scores, which have become p by then.
+    float rOwnDq[kD == 64 ? kDqRegisters : 1];
+    float (&rDq)[kDqRegisters] = *reinterpret_cast<float (*)[kDqRegisters]>(kD == 64 ? rOwnDq : rS);
     std::uint32_t rP[kM / 16][4], rDs[kM / 16][4];
 
+    // A descriptor that the compiler cannot look into: it would make each step's of its parts anew,
+    // four instructions instead of one.
+    const auto fixed = [](ptx::SharedAddress at, int panel = 16) {
+      ptx::MatrixDescriptor d = ptx::matrix_descriptor(at, panel);
+      asm volatile("" : "+l"(d));
+      return d;
+    };
     // d (64 keys x queries) = own keys or values times rows.
     const auto issue_transposed = [&](float (&d)[kM / 2], ptx::SharedAddress of_keys,
                                       ptx::SharedAddress rows) {
-      const ptx::MatrixDescriptor dA = ptx::matrix_descriptor(of_keys + group * (64 * kPanelRow));
-      const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(rows);
+      const ptx::MatrixDescriptor dA = fixed(of_keys + group * (64 * kPanelRow));
+      const ptx::MatrixDescriptor dB = fixed(rows);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < kD / 16; ++kk) {
@@ -168,7 +185,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // d (64 keys x columns) += p or ds times rows.
     const auto issue_gradient = [&](float (&d)[kD / 2], const std::uint32_t (&a)[kM / 16][4],
                                     ptx::SharedAddress rows) {
-      const ptx::MatrixDescriptor dB = ptx::matrix_descriptor(rows, kM * kPanelRow);
+      const ptx::MatrixDescriptor dB = fixed(rows, kM * kPanelRow);
 #pragma unroll
       for (int kk = 0; kk < kM / 16; ++kk) {
         ptx::wgmma<ptx::Major::mn>(d, a[kk], ptx::matrix_right(dB, kk * (16 * kPanelRow)), true,
@@ -177,10 +194,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     };
     // dq (64 queries x columns) = ds transposed times keys.
     const auto issue_dq = [&](int stage) {
-      const ptx::MatrixDescriptor dA = ptx::matrix_descriptor(
-          aDs + stage * Shared::kDs + (kM == 64 ? 0 : group * (kN * kPanelRow)));
+      const ptx::MatrixDescriptor dA =
+          fixed(aDs + stage * Shared::kDs + (kM == 64 ? 0 : group * (kN * kPanelRow)));
       const ptx::MatrixDescriptor dB =
-          ptx::matrix_descriptor(aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
+          fixed(aK + (kM == 64 ? group * (kN * kPanelRow) : 0), kN * kPanelRow);
 #pragma unroll
       for (int kk = 0; kk < kN / 16; ++kk) {
         ptx::wgmma<ptx::Major::mn, ptx::Major::mn>(
@@ -189,31 +206,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       ptx::wgmma_commit();
     };
-    const auto my_turn = [&] {
-      if (Tile::kTurns != HopperTurns::none) ptx::bar_sync(kIssues + group, 256);
-    };
-    const auto others_turn = [&] {
-      if (Tile::kTurns != HopperTurns::none) ptx::bar_arrive(kIssues + 1 - group, 256);
-    };
-    // dq of a block, with number t, has arrived in registers.
-    const auto give_dq = [&](const HopperMeetings<Tile>& of, int t) {
-      const HopperMeeting at = *of;
-      const KeyJob& job = of.all.job;
-      const int n = job.j0 / kN;
+    // dq of a block has arrived in registers.
+    const auto give_dq = [&](const KeyJob& job, int t) {
       const int stage = ring_stage(t);
       float4* const own = reinterpret_cast<float4*>(shared.dq[stage][group]) + threadIdx.x % 128;
       ptx::mbarrier_wait(&shared.dq_theirs[stage], ring_parity(t));
-      if (n < at.last) {
+      const HopperDqIs is = shared.dq_is[stage];
+      if (is == HopperDqIs::part) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           own[i * 128] = make_float4(rDq[i * 4], rDq[i * 4 + 1], rDq[i * 4 + 2], rDq[i * 4 + 3]);
         }
-        ptx::fence_async();
         __syncwarp();
         arrive(&shared.dq_ours[stage]);
         return;
       }
-      if (n > at.first) {
+      if (is == HopperDqIs::rest) {
 #pragma unroll
         for (int i = 0; i < kDqRegisters / 4; ++i) {
           const float4 before = own[i * 128];
@@ -223,14 +231,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncwarp();
       arrive(&shared.dq_ours[stage]);
-      const int i0 = at.m * kM, i1 = min(i0 + kM, job.queries);
-      store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, at.h,
+      const HopperBwdBlock& block = shared.blocks[stage];
+      const int i0 = block.m * kM, i1 = min(i0 + kM, job.queries);
+      store_rows(p.dq, p.fours, job.job.b, job.job.first_q + i0, block.h,
                  warp * 16 + (kM == 64 ? 0 : group * 64), i1 - i0,
                  kM == 64 ? group * Tile::kDqColumns : 0, p.f.d, p.f.scale,
                  reinterpret_cast<const float (&)[kDqRegisters / 4][4]>(rDq), T{});
     };
 
-    if (Tile::kTurns != HopperTurns::none && group == 0) ptx::bar_arrive(kIssues, 256);
     int turn = 0, tile = 0;  // blocks of queries before, and tiles that met some
     each_hopper_bwd_job<Tile>(shared, [&](const HopperBwdJob& found) {
       const KeyJob& job = found.job;
@@ -239,8 +247,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int i = 0; i < kD / 2; ++i) rDk[i] = rDv[i] = 0.0f;
       ptx::registers_arrived(rDk);  // zeros are there before products are issued
       ptx::registers_arrived(rDv);
-      HopperMeetings<Tile> next(p, found), before = next;
-      const int begin = turn, end = turn + next.count();
+      const int begin = turn;
+      const int end = turn + __shfl_sync(~0u, (found.m_end - found.m_begin) * p.f.group, 0);
       if (begin < end) {
         // Rows of keys and values beyond the sequence are of others: make them zeros.
         ptx::mbarrier_wait(&shared.keys_there, tile & 1);
@@ -263,145 +271,126 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         ptx::mbarrier_wait(&shared.rows_there[ring_stage(t)], ring_parity(t));
         ptx::mbarrier_wait(&shared.query_there[ring_stage(t)], ring_parity(t));
       };
-      for (; turn < end; ++turn) {
-        const int stage = ring_stage(turn), other = stage ^ 1;
-        const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
-        if (turn == begin) await_queries(turn);
-        if (Tile::kTurns == HopperTurns::products || turn == begin) my_turn();
-        issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
-        ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
-        issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
-        others_turn();
-        const AttentionSight<int> sight = job.job.sight;
-        const bool whole = sight.all(i0, i1, own_keys, own_keys + 64);
-        float slope = 0.0f;
-        if constexpr (kChanges) {
-          slope =
-              all.over_scale *
-              p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch + next.h, 0.0f);
-        }
-        ptx::wgmma_wait<1>();
-        ptx::registers_arrived(rS);
-        const auto minus_delta = [&] {
-#pragma unroll
-          for (int c = 0; c < kM / 8; ++c) {
-            const float2 delta =
-                *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) rDp[c * 4 + e] -= e % 2 ? delta.y : delta.x;
+      if (begin < end) {
+        await_queries(begin);
+        do {
+          turn = __shfl_sync(~0u, turn, 0);  // for the compiler to see that all of the warp agree
+          const int stage = ring_stage(turn);
+          issue_transposed(rS, aK, aQ + stage * Shared::kQueries);
+          ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+          issue_transposed(rDp, aV, aDout + stage * Shared::kQueries);
+          const bool whole = shared.blocks[stage].whole[group];
+          float slope = 0.0f;
+          int i0 = 0;
+          if constexpr (kChanges) {
+            i0 = shared.blocks[stage].m * kM;
+            slope = all.over_scale *
+                    p.f.slopes.at(static_cast<std::int64_t>(job.job.b) * p.f.slopes_batch +
+                                      shared.blocks[stage].h,
+                                  0.0f);
           }
-        };
-        if constexpr (kChanges) {
-          ptx::wgmma_wait<0>();
-          ptx::registers_arrived(rDp);
-          minus_delta();
-          const int distance = i0 + pair * 2 + sight.shift - own_keys - warp * 16 - quad;
+          ptx::wgmma_wait<1>();
+          ptx::registers_arrived(rS);
+          const auto minus_delta = [&] {
 #pragma unroll
-          for (int c = 0; c < kM / 8; ++c) {
+            for (int c = 0; c < kM / 8; ++c) {
+              const float2 delta =
+                  *reinterpret_cast<const float2*>(&shared.delta[stage][c * 8 + pair * 2]);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float& s = rS[c * 4 + e];
-              s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
-                                   rDp[c * 4 + e]);
+              for (int e = 0; e < 4; ++e) rDp[c * 4 + e] -= e % 2 ? delta.y : delta.x;
             }
-          }
-        }
-        if (!whole) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            // Of the thread's queries, each so far from its first, key j is seen by these.
-            const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
-            const int from = j - sight.window_end + 1 - first;
-            const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
+          };
+          if constexpr (kChanges) {
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rDp);
+            minus_delta();
+            const int distance = i0 + pair * 2 + job.job.sight.shift - own_keys - warp * 16 - quad;
 #pragma unroll
             for (int c = 0; c < kM / 8; ++c) {
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+              for (int e = 0; e < 4; ++e) {
+                float& s = rS[c * 4 + e];
+                s = hopper_bwd_score(all, slope, s, distance + c * 8 + e % 2 - e / 2 * 8,
+                                     rDp[c * 4 + e]);
               }
             }
           }
-        }
+          if (!whole) {
+            const AttentionSight<int> sight = job.job.sight;
+            i0 = shared.blocks[stage].m * kM;
 #pragma unroll
-        for (int c = 0; c < kM / 8; ++c) {
-          const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][c * 8 + pair * 2]);
+            for (int half = 0; half < 2; ++half) {
+              // Of the thread's queries, each so far from its first, key j is seen by these.
+              const int j = own_keys + warp * 16 + quad + half * 8, first = i0 + pair * 2;
+              const int from = j - sight.window_end + 1 - first;
+              const int to = j < sight.keys ? j - sight.window_begin + 1 - first : from;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& s = rS[c * 4 + e];
-            s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
+              for (int c = 0; c < kM / 8; ++c) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                  if (c * 8 + e < from || c * 8 + e >= to) rS[c * 4 + half * 2 + e] = -INFINITY;
+                }
+              }
+            }
           }
-        }
-        // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
-        // branch between.
-        ptx::registers_arrived(rS);
-        ptx::mbarrier_wait(&shared.ds_free[stage], ring_parity(turn) ^ 1);
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDp);
-        if (turn + 1 == end) arrive(&shared.values_free);
-        if constexpr (!kChanges) minus_delta();
 #pragma unroll
-        for (int i = 0; i < kM / 2; ++i) rDp[i] *= rS[i];
+          for (int c = 0; c < kM / 8; ++c) {
+            const float2 lse =
+                *reinterpret_cast<const float2*>(&shared.lse[stage][c * 8 + pair * 2]);
 #pragma unroll
-        for (int kk = 0; kk < kM / 16; ++kk) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int from = kk * 8 + e * 2;
-            rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
-            rDs[kk][e] = ptx::pack_2(rDp[from], rDp[from + 1], T{});
+            for (int e = 0; e < 4; ++e) {
+              float& s = rS[c * 4 + e];
+              s = ptx::exp2_approx(fmaf(s, scale_log2, -(e % 2 ? lse.y : lse.x)));
+            }
           }
-        }
-        const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
+          // Exponentials are computed while dp is: ptxas would move them behind its end, but for a
+          // branch between.
+          ptx::registers_arrived(rS);
+          ptx::mbarrier_wait(&shared.dout_there[stage], ring_parity(turn));
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDp);
+          if (turn + 1 == end) arrive(&shared.values_free);
+          if constexpr (!kChanges) minus_delta();
 #pragma unroll
-        for (int kk = 0; kk < kM / 16; ++kk) {
-          const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
-          ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
-        }
-        ptx::fence_async();
-        __syncwarp();
-        arrive(&shared.ds_there[stage]);
-
-        const auto issue_gradients = [&] {
+          for (int kk = 0; kk < kM / 16; ++kk) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int from = kk * 8 + e * 2;
+              rDs[kk][e] = ptx::pack_2(rDp[from] * rS[from], rDp[from + 1] * rS[from + 1], T{});
+              rP[kk][e] = ptx::pack_2(rS[from], rS[from + 1], T{});
+            }
+          }
+          const ptx::SharedAddress to_ds = aDs + stage * Shared::kDs + ds_row * kPanelRow;
+#pragma unroll
+          for (int kk = 0; kk < kM / 16; ++kk) {
+            const int chunk = (kk % 4 * 2 + ds_chunk) ^ (ds_row % 8);
+            ptx::stmatrix_4(to_ds + kk / 4 * (kN * kPanelRow) + chunk * 16, rDs[kk]);
+          }
+          ptx::wgmma_fence();
           issue_gradient(rDv, rP, aDout + stage * Shared::kQueries);
+          ptx::wgmma_commit();
+          ptx::fence_async();
+          __syncwarp();
+          arrive(&shared.ds_there[stage]);
+          ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(turn));
+          ptx::wgmma_fence();
+          issue_dq(stage);
+          ptx::wgmma_wait<1>();
+          arrive(&shared.dout_free[stage]);
           issue_gradient(rDk, rDs, aQ + stage * Shared::kQueries);
           ptx::wgmma_commit();
-          if (Tile::kTurns == HopperTurns::products) others_turn();
-        };
-        if (turn > begin) {
-          ptx::mbarrier_wait(&shared.ds_there[other], ring_parity(turn - 1));
-          my_turn();
-          ptx::wgmma_fence();
-          issue_dq(other);
-          issue_gradients();
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rDq);
-          arrive(&shared.ds_free[other]);
-          give_dq(before, turn - 1);
-        } else {
-          my_turn();
-          ptx::wgmma_fence();
-          issue_gradients();
-        }
-        before.h = next.h, before.m = next.m;
-        ++next;
-        // Those of the next block while products are under way: after these its own are issued at
-        // once.
-        if (turn + 1 < end) await_queries(turn + 1);
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDv);
-        ptx::registers_arrived(rDk);
-        arrive(&shared.free[stage]);
-      }
-      if (begin < end) {
-        if (Tile::kTurns == HopperTurns::blocks) others_turn();
-        const int stage = ring_stage(end - 1);
-        ptx::mbarrier_wait(&shared.ds_there[stage], ring_parity(end - 1));
-        ptx::wgmma_fence();
-        issue_dq(stage);
-        ptx::wgmma_wait<0>();
-        ptx::registers_arrived(rDq);
-        arrive(&shared.ds_free[stage]);
+          give_dq(job, turn);
+          // Those of the next block while products are under way: after these its own are issued at
+          // once.
+          if (turn + 1 < end) await_queries(turn + 1);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rDv);
+          ptx::registers_arrived(rDk);
+          arrive(&shared.free[stage]);
+        } while (++turn < end);
         arrive(&shared.keys_free);
-        give_dq(before, end - 1);
       }
       const int row = job.first_k + job.j0, first = (static_cast<int>(threadIdx.x) / 32 - 4) * 16;
       store_rows(p.dv, p.fours, job.job.b, row, job.g, first, job.stored, 0, p.f.dv, 1.0f,

@@ -10,15 +10,10 @@
 
 namespace fastkern::cuda::attention_detail {
 
-/// Whether the warpgroups issue their products in turn: gradients of a block and scores and dp of
-/// the next together, or apart.
-enum class HopperTurns { none, products, blocks };
-
 /// kD columns, kM queries at a time.
-template <int kColumns, int kQueries, HopperTurns kInTurn>
+template <int kColumns, int kQueries>
 struct HopperBwdTile {
   static constexpr int kD = kColumns, kM = kQueries, kN = 128, kThreads = 384;
-  static constexpr HopperTurns kTurns = kInTurn;
   // Of the 168 of each that a launch of so many threads gets, and no more: else it waits for ever.
   static constexpr int kRegisters = 240, kOtherRegisters = 24;
   static_assert(256 * kRegisters + 128 * kOtherRegisters <= 168 * kThreads);
@@ -42,6 +37,16 @@ struct HopperBwdJob {
   int number;  // of the job in this block of threads: here, as registers are few
 };
 
+/// What warpgroups know of a block of queries: its number and head, and whether each sees all of it
+/// from all of its keys.
+struct HopperBwdBlock {
+  int m, h;
+  bool whole[2];
+};
+
+/// dq of a block of queries and keys: of others to come, or the last of them, that add to it.
+enum class HopperDqIs : int { part, rest, all };
+
 template <class Tile>
 struct HopperBwdShared {
   static constexpr int kKeys = panels_of(Tile::kD) * Tile::kN * kPanelRow;
@@ -58,10 +63,12 @@ struct HopperBwdShared {
   float lse[2][Tile::kM], delta[2][Tile::kM];
   std::uint64_t job_there[2], job_free[2];
   std::uint64_t keys_there, values_there, keys_free, values_free;
-  std::uint64_t query_there[2], dout_there[2], rows_there[2], free[2];
-  std::uint64_t ds_there[2], ds_free[2];
+  std::uint64_t query_there[2], dout_there[2], rows_there[2], free[2], dout_free[2];
+  std::uint64_t ds_there[2];
   std::uint64_t dq_theirs[2], dq_ours[2];
   HopperBwdJob jobs[2];
+  HopperBwdBlock blocks[2];
+  HopperDqIs dq_is[2];
   int turn, tile;  // of the thread that fetches: blocks of queries before, tiles that met some
 };
 
@@ -166,14 +173,15 @@ __device__ __forceinline__ void fetch_hopper_bwd(const HopperBackward& all,
   for (int t = 0; t < count; ++t, ++next) {
     const int turn = shared.turn + t, stage = ring_stage(turn),
               row = job.job.first_q + next.m * Tile::kM;
+    ptx::mbarrier_wait(&shared.dout_free[stage], ring_parity(turn) ^ 1);
+    ptx::mbarrier_expect(&shared.dout_there[stage], Shared::kQueries);
+    fetch(shared.dout[stage], &all.dout, Tile::kM, row, next.h, &shared.dout_there[stage],
+          ptx::Keep::long_);
     ptx::mbarrier_wait(&shared.free[stage], ring_parity(turn) ^ 1);
     ptx::mbarrier_expect(&shared.query_there[stage], Shared::kQueries);
     fetch(shared.query[stage], &all.q, Tile::kM, row, next.h, &shared.query_there[stage],
           ptx::Keep::long_);
     if (t == 0) fetch_keys(shared.values, &all.v, &shared.values_there, &shared.values_free);
-    ptx::mbarrier_expect(&shared.dout_there[stage], Shared::kQueries);
-    fetch(shared.dout[stage], &all.dout, Tile::kM, row, next.h, &shared.dout_there[stage],
-          ptx::Keep::long_);
     // Keys are free last: dq of the tile before takes them.
     if (t == 0) fetch_keys(shared.keys, &all.k, &shared.keys_there, &shared.keys_free);
   }
@@ -233,6 +241,13 @@ __device__ __forceinline__ void fetch_hopper_bwd_rows(const Backward& p,
       }
       ptx::fence_async();
     }
+    if (lane == 0) {
+      HopperBwdBlock& block = shared.blocks[stage];
+      block.m = next.m, block.h = next.h;
+      const int i0 = next.m * kM, i1 = min(i0 + kM, job.queries);
+      for (int g = 0; g < 2; ++g)
+        block.whole[g] = job.job.sight.all(i0, i1, job.j0 + g * 64, job.j0 + g * 64 + 64);
+    }
     ptx::mbarrier_arrive(&shared.rows_there[stage]);  // every lane: each has written
   }
 }
@@ -252,6 +267,9 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
     int* const turns = p.turns + at.block;
     float* const sums = p.dq_sums + at.block * (2 * Tile::kDq);
     const bool fetches = n == at.last && n > at.first;
+    shared.dq_is[stage] = n < at.last    ? HopperDqIs::part
+                          : n > at.first ? HopperDqIs::rest
+                                         : HopperDqIs::all;
     if (!fetches) ptx::mbarrier_arrive(&shared.dq_theirs[stage]);
     if (n > at.first) {
       while (ptx::ld_global_relaxed(turns) < n - at.first) {
@@ -265,6 +283,7 @@ __device__ __forceinline__ void add_hopper_dq(const Backward& p, HopperBwdShared
     }
     ptx::mbarrier_wait(&shared.dq_ours[stage], ring_parity(turn));
     if (n == at.last) continue;
+    ptx::fence_async();  // of what others wrote, once for all of them
     if (n == at.first) {
       ptx::bulk_store(sums, own, kBytes);
     } else {

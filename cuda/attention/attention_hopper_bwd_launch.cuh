@@ -12,11 +12,9 @@
 namespace fastkern::cuda::attention_detail {
 
 /// With 240 registers a thread: dk and dv, scores, dp, and p and ds in 16 bits.
-using HopperBwd64 = HopperBwdTile<64, 128, HopperTurns::none>;
-// With a soft cap or ALiBi 128 columns have none for products that are issued as they come.
-template <bool kChanges>
-using HopperBwd128 = HopperBwdTile<128, 64, kChanges ? HopperTurns::blocks : HopperTurns::none>;
-static_assert(HopperBwd128<false>::kD == kHopperBwdColumns);
+using HopperBwd64 = HopperBwdTile<64, 128>;
+using HopperBwd128 = HopperBwdTile<128, 64>;
+static_assert(HopperBwd128::kD == kHopperBwdColumns);
 
 /// Heads whose blocks of keys are among each other. What all of them read and add to is to stay in
 /// L2, half of which is another's copy; with fewer than these, blocks of one head wait for each
@@ -68,7 +66,7 @@ void launch_hopper_bwd_as(Backward& p, Stream stream, const char* op) {
     if (std::max(p.f.d, p.f.dv) <= HopperBwd64::kD) {
       with.template operator()<HopperBwd64, kChanges>();
     } else {
-      with.template operator()<HopperBwd128<kChanges>, kChanges>();
+      with.template operator()<HopperBwd128, kChanges>();
     }
   });
 }

@@ -21,6 +21,8 @@
 //            written once more
 #pragma once
 
+#include <type_traits>
+
 #include "attention/attention_hopper_fp8_fetch.cuh"
 #include "launch.cuh"
 #include "ptx/barrier.cuh"
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     };
 
-    int turn = 0;  // blocks of keys seen
+    Stage at;  // of the next block
     for (int t = 0;; ++t) {
       ptx::mbarrier_wait(&shared.query_there, t & 1);
       const HopperJob& job = shared.jobs[t & 1];
@@ -179,10 +181,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kResults; ++i) rO[i] = 0.0f;
 
-      // Scores of block n are about to become probabilities. Whether results so far are to be
-      // multiplied with alpha, which is seldom.
+      // Scores of block n are about to become probabilities; masked: some are not seen, or their
+      // sign is to be turned. Whether results so far are to be multiplied with alpha, which is
+      // seldom.
       const auto bound = [&](int n, bool masked) {
-        if (negative) {
+        if (masked && negative) {
 #pragma unroll
           for (int i = 0; i < kScores; ++i) rS[i] = -rS[i];
         }
@@ -214,9 +217,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             m = ptx::max_3(m, __float_as_int(rS[c * 4 + i]), __float_as_int(rS[c * 4 + 4 + i]));
           }
         }
-        const bool above = too_large(__int_as_float(max(most[0][0], most[0][1])), 0) ||
-                           too_large(__int_as_float(max(most[1][0], most[1][1])), 1);
-        const bool rescale = __any_sync(~0u, above);
+        float power[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          power[half] = fmaf(__int_as_float(max(most[half][0], most[half][1])), unit, shift[half]);
+        }
+        const bool rescale = __any_sync(~0u, fmaxf(power[0], power[1]) > kShift + kSlack);
         if (rescale) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -285,45 +291,68 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
       };
 
-      const int begin = job.begin, end = job.end;
+      // Blocks of the tile that no query of the warpgroup sees any of.
+      const auto let_pass = [&](int blocks) {
+        for (; blocks > 0; --blocks) {
+          const Stage stage = at;
+          ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
+          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          __syncwarp();
+          arrive(&shared.keys_free[stage.index]);
+          arrive(&shared.values_free[stage.index]);
+          at = at.next();
+        }
+      };
+      const int i0 = job.i0 + group * 64, i1 = min(i0 + 64, job.i1);
+      const bool any = i0 < i1;
+      const int begin = any ? min(job.sight.begin(i0) / kN, job.end) : job.end;
+      const int end = any ? max(min((job.sight.end(i1) + kN - 1) / kN, job.end), begin) : begin;
+      let_pass(job.end - end);
       if (begin < end) {
         // Blocks that all queries of the warpgroup see whole: whole_begin to whole_end.
-        const int first = min(job.i0 + group * 64, job.i1 - 1), last = min(first + 64, job.i1) - 1;
-        const int whole_end = max(min(job.sight.high(first) / kN, end), begin);
-        const int whole_begin = min((job.sight.low(last) + kN - 1) / kN, whole_end);
+        const int whole_end = max(min(job.sight.high(i0) / kN, end), begin);
+        const int whole_begin = min((job.sight.low(i1 - 1) + kN - 1) / kN, whole_end);
+        const auto is_masked = [&](int block) {
+          return negative || block >= whole_end || block < whole_begin;
+        };
         int n = end - 1;
         if constexpr (Tile::kOverlap) {
           const auto wait_for_keys = [&](const Stage& stage) {
             ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           };
-          {
-            const Stage stage(turn);
-            wait_for_keys(stage);
-            issue_scores(stage.index);
-            ptx::wgmma_wait<0>();
-            ptx::registers_arrived(rS);
-            arrive(&shared.keys_free[stage.index]);
-            bound(n, n >= whole_end || n < whole_begin);
-            exponentials(0, kScores);
-            pack_probabilities();
-            if (n > begin) wait_for_keys(Stage(turn + 1));
-          }
+          const auto wait_for_values = [&](const Stage& stage) {
+            ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
+          };
+          // Among exponentials, that they go on meanwhile: without a branch around it. Where there
+          // is no next block, what is waited for is there.
+          const auto wait_for_next_keys = [&] {
+            const Stage next = at.next();
+            const bool more = n > begin;
+            ptx::mbarrier_wait(more ? &shared.keys_there[next.index] : &shared.query_there,
+                               more ? next.parity : t & 1);
+          };
+          wait_for_keys(at);
+          issue_scores(at.index);
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          arrive(&shared.keys_free[at.index]);
+          bound(n, is_masked(n));
+          exponentials(0, kScores);
+          wait_for_next_keys();
+          pack_probabilities();
           int together = 0;  // blocks in the sum of tensor cores
-          for (--n; n >= begin; --n) {
-            const Stage before(turn++), stage(turn);
-            ptx::mbarrier_wait(&shared.values_there[before.index], before.parity);
-            issue_scores(stage.index);
-            if (Tile::kTogether > 0 && together == Tile::kTogether) {
-              put_aside();
-              together = 0;
-            }
+          const auto block = [&](auto masked) {
+            const Stage before = at;
+            at = at.next();
+            issue_scores(at.index);
+            wait_for_values(before);
             issue_results(rO, before.index, 0, together++ > 0);
-            if (n > begin) wait_for_keys(Stage(turn + 1));
             ptx::wgmma_wait<1>();
             ptx::registers_arrived(rS);
-            arrive(&shared.keys_free[stage.index]);
-            const bool rescale = bound(n, n >= whole_end || n < whole_begin);
+            arrive(&shared.keys_free[at.index]);
+            const bool rescale = bound(n, masked.value);
             exponentials(0, Tile::kFirst);
+            wait_for_next_keys();
             ptx::computed(fminf(sum[0], sum[1]));
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rO);
@@ -331,29 +360,49 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             arrive(&shared.values_free[before.index]);
             exponentials(Tile::kFirst, kScores);
             pack_probabilities();
+            --n;
+          };
+          --n;
+          while (n >= begin) {
+            if (Tile::kTogether > 0 && together == Tile::kTogether) {
+              put_aside();
+              together = 0;
+            }
+            if (is_masked(n)) {
+              block(std::true_type{});
+            } else {
+              // Nothing but a block in the loop: no jumps over what is seldom, and less to
+              // remember.
+              int to = max(begin, whole_begin);
+              if (Tile::kTogether > 0) to = max(to, n - (Tile::kTogether - together) + 1);
+              do {
+                block(std::false_type{});
+              } while (n >= to);
+            }
           }
-          const Stage stage(turn++);
           if (Tile::kTogether > 0 && together == Tile::kTogether) {
             put_aside();
             together = 0;
           }
-          ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
-          issue_results(rO, stage.index, 0, together > 0);
+          wait_for_values(at);
+          issue_results(rO, at.index, 0, together > 0);
           arrive(&shared.query_free);
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rO);
-          arrive(&shared.values_free[stage.index]);
+          arrive(&shared.values_free[at.index]);
+          at = at.next();
           if (Tile::kTogether > 0 && any_aside) add_aside();
         } else {
           for (; n >= begin; --n) {
-            const Stage stage(turn++);
+            const Stage stage = at;
+            at = at.next();
             ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
             issue_scores(stage.index);
             ptx::wgmma_wait<0>();
             ptx::registers_arrived(rS);
             arrive(&shared.keys_free[stage.index]);
             if (n == begin) arrive(&shared.query_free);
-            if (bound(n, n >= whole_end || n < whole_begin)) rescale_results();
+            if (bound(n, is_masked(n))) rescale_results();
             exponentials(0, kScores);
             pack_probabilities();
             ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
@@ -366,6 +415,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         __syncwarp();  // all of its lanes have seen that the job is there
         arrive(&shared.query_free);
       }
+      let_pass(begin - job.begin);
 
       // Results leave through shared memory, once the copy engine has read those before.
       const ptx::SharedAddress aO = ptx::shared_address(shared.out[group]);

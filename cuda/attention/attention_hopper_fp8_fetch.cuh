@@ -12,15 +12,16 @@ namespace fastkern::cuda::attention_detail {
 /// Panels of 128 columns of 8 bits.
 constexpr int fp8_panels(int columns) { return (columns + 127) / 128; }
 
-/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kStagesOf blocks of keys and
-/// of values. kOverlapped: scores are issued before results of the block before, of which the
-/// tensor cores sum kTogetherOf blocks, or all (0); kFirstOf scores of a thread become weights
-/// before those results are waited for. Else one after the other, and the tensor cores sum one
-/// block, in kPartsOf parts.
+/// kColumns columns of q, k and v, kWarpgroups with 64 queries each, kStagesOf blocks of
+/// fp8_keys(kColumns) keys and of values. kOverlapped: scores are issued before results of the
+/// block before, of which the tensor cores sum kTogetherOf blocks, or all (0); kFirstOf scores of a
+/// thread become weights before those results are waited for. Else one after the other, and the
+/// tensor cores sum one block, in kPartsOf parts.
 template <int kColumns, int kWarpgroups, int kPartsOf, int kStagesOf, bool kOverlapped,
           int kTogetherOf, int kFirstOf>
 struct HopperFp8Tile {
-  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups, kN = kFp8Keys;
+  static constexpr int kD = kColumns, kDv = kColumns, kGroups = kWarpgroups;
+  static constexpr int kN = fp8_keys(kColumns);
   static constexpr int kParts = kPartsOf, kStages = kStagesOf;
   static constexpr int kTogether = kTogetherOf, kFirst = kFirstOf;
   static constexpr bool kOverlap = kOverlapped;
@@ -56,14 +57,15 @@ struct HopperFp8Forward {
   Fp8Scale q_scale, k_scale, v_scale;
 };
 
+/// Which stage a block of keys and values has, and the parity of its phase there.
 template <class Tile>
 struct HopperFp8Stage {
-  int index;
-  std::uint32_t parity;
+  int index = 0;
+  std::uint32_t parity = 0;
 
-  explicit __device__ __forceinline__ HopperFp8Stage(int turn)
-      : index(turn % Tile::kStages), parity(static_cast<std::uint32_t>(turn / Tile::kStages & 1)) {
-    static_assert((Tile::kStages & (Tile::kStages - 1)) == 0);
+  __device__ __forceinline__ HopperFp8Stage next() const {
+    const bool wraps = index == Tile::kStages - 1;
+    return {wraps ? 0 : index + 1, parity ^ (wraps ? 1u : 0u)};
   }
 };
 
@@ -74,10 +76,9 @@ struct HopperFp8Producer {
   using Stage = HopperFp8Stage<Tile>;
   const HopperFp8Forward& p;
   Shared& shared;
-  int turn = 0;  // blocks of keys asked for; values lag behind
+  Stage stage;  // of the next block of keys; values lag behind
 
   __device__ __forceinline__ void keys(int row, int head, int entry) {
-    const Stage stage(turn);
     ptx::mbarrier_wait(&shared.keys_free[stage.index], stage.parity ^ 1);
     ptx::mbarrier_expect(&shared.keys_there[stage.index], Shared::kKeys);
     for (int panel = 0; panel < fp8_panels(Tile::kD); ++panel) {
@@ -86,12 +87,11 @@ struct HopperFp8Producer {
                     ptx::Keep::long_);
     }
   }
-  __device__ __forceinline__ void values(int of_turn, int key, int head, int entry) {
-    const Stage stage(of_turn);
-    ptx::mbarrier_wait(&shared.values_free[stage.index], stage.parity ^ 1);
-    ptx::mbarrier_expect(&shared.values_there[stage.index], Shared::kValues);
-    ptx::tma_load(ptx::shared_address(shared.values[stage.index]), &p.v, key, 0, head, entry,
-                  &shared.values_there[stage.index], ptx::Keep::long_);
+  __device__ __forceinline__ void values(const Stage& to, int key, int head, int entry) {
+    ptx::mbarrier_wait(&shared.values_free[to.index], to.parity ^ 1);
+    ptx::mbarrier_expect(&shared.values_there[to.index], Shared::kValues);
+    ptx::tma_load(ptx::shared_address(shared.values[to.index]), &p.v, key, 0, head, entry,
+                  &shared.values_there[to.index], ptx::Keep::long_);
   }
 
   /// Everything of the job with number t.
@@ -116,13 +116,15 @@ struct HopperFp8Producer {
                     ptx::Keep::shortly);
     }
     for (int n = job.end - 1; n > job.begin; --n) {
-      const int before = turn++;
+      const Stage before = stage;
+      stage = stage.next();
       row -= Tile::kN;
       keys(row, head, entry);
       values(before, key, head, entry);
       key -= Tile::kN;
     }
-    values(turn++, key, head, entry);
+    values(stage, key, head, entry);
+    stage = stage.next();
   }
   __device__ __forceinline__ void finish(int t) {
     ptx::mbarrier_wait(&shared.query_free, (t & 1) ^ 1);

@@ -13,6 +13,7 @@
 //            goes with the latter. Warpgroups issue in turn: softmax of one goes with products of
 //            the other. Fetching goes on into the next tile, whose queries come to L2 at least
 //            while this one is computed. A warpgroup leaves out blocks that its queries do not see
+//   kLazy    maxima of a tile's first blocks only, and where exponentials become too large
 //   sync     barrier         who arrives              who waits
 //            job_there       warp that plans          thread that fetches
 //            job_free        thread that fetches      warp that plans, two tiles later
@@ -46,8 +47,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   using Shared = HopperShared<Tile>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kDv = Tile::kDv, kGroups = Tile::kGroups;
   // Sums are added up while the last products are computed.
-  constexpr bool kOwn = Tile::kOwn, kEarly = !kOwn && !kChanges;
+  constexpr bool kOwn = Tile::kOwn, kEarly = Tile::kNarrow || (!kOwn && !kChanges);
   static_assert(kOwn || kGroups == 2);
+  static_assert(!Tile::kLazy || (kOwn && !kChanges));  // with a barrier between tiles
   constexpr int kScores = kN / 2, kResults = kDv / 2;  // of a thread
   extern __shared__ __align__(1024) char hopper_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(hopper_memory);
@@ -69,6 +71,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::mbarrier_init(&shared.keys_free[s], kWarps);
       ptx::mbarrier_init(&shared.values_there[s], 1);
       ptx::mbarrier_init(&shared.values_free[s], kWarps);
+    }
+    if constexpr (Tile::kLazy) {
+      for (int s = 0; s < 2 * kGroups; ++s) (&shared.exceeded[0][0])[s] = -1;
     }
     for (int s = 0; s < 2; ++s) {
       ptx::mbarrier_init(&shared.job_there[s], 32);
@@ -165,14 +170,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       };
       const auto query_of = [&](int half) { return row_of(half) >> pack; };
       const auto head_of = [&](int half) { return row_of(half) & ((1 << pack) - 1); };
-      // In units of what the products are; a sink is a key of its own, counted by one thread.
-      float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, alpha[2];
+      // What scores are measured against, in units of what the products are, or as a power of two.
+      // A sink is a key of its own, counted by one thread.
+      constexpr float kNone = Tile::kNarrow ? -0x1p126f : -INFINITY;
+      float top[2] = {kNone, kNone}, sum[2] = {}, alpha[2];
+      // Products below it have not grown by too much; of narrow tiles.
+      float limit[2] = {-INFINITY, -INFINITY};
+      const auto find_limit = [&](int half) {
+        limit[half] =
+            upper_below((top[half] + kMostGrowth * (1 - 0x1p-18f)) * ptx::rcp_approx(unit));
+      };
       if (p.f.sinks.data) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float sink = p.f.sinks.at(job.h + head_of(half), -INFINITY);
-          top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+          if constexpr (Tile::kNarrow) {
+            top[half] = fmaxf(sink * kLog2e, kNone);
+          } else {
+            top[half] = sink == -INFINITY ? sink : sink / p.f.scale;
+          }
           sum[half] = sink == -INFINITY || pair > 0 ? 0.0f : 1.0f;
+          if constexpr (Tile::kNarrow) find_limit(half);
         }
       }
       bool grown = false;
@@ -182,11 +200,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // In registers: read from memory for each block, they are waited for behind its scores.
       const HopperSeen seen = shared.seen[t % Shared::kJobs][group];
       const int job_begin = job.begin, job_end = job.end;
+      const unsigned whole = max(seen.whole_end - seen.whole_begin, 0);
 
-      // Scores of the first kCount keys of block n become probabilities; alpha: what results so far
-      // are multiplied with, if any of the warp's queries has `grown`.
-      const auto softmax = [&]<int kCount>(int n, Keys<kCount>) {
-        const int j0 = n * kN + anew(thread) % 4 * 2;
+      const auto mask = [&]<int kCount>(int n, Keys<kCount>) {
+        const auto first_key = [&] { return n * kN + anew(thread) % 4 * 2; };
+        int j0 = 0;
+        if constexpr (!Tile::kNarrow || kChanges) j0 = first_key();
         if constexpr (kChanges) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -194,7 +213,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             change.apply<kCount / 2>(rS, half, job.i0 + query_of(half) + job.sight.shift - j0);
           }
         }
-        if (n >= seen.whole_end || n < seen.whole_begin) {
+        const bool masked = Tile::kNarrow ? static_cast<unsigned>(n - seen.whole_begin) >= whole
+                                          : n >= seen.whole_end || n < seen.whole_begin;
+        if (masked) {
+          if constexpr (Tile::kNarrow && !kChanges) j0 = first_key();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = job.i0 + query_of(half);
@@ -210,12 +232,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             }
           }
         }
+      };
+      // What scores of the first kCount keys are measured against; alpha: what results so far are
+      // multiplied with, if any of the warp's queries has `grown`. keep(half, m): a maximum of m is
+      // no reason to measure a query's scores anew.
+      float base[2], more[4];
+      [[maybe_unused]] bool fresh[2] = {true, true},
+                            settled = false;  // queries that saw nothing yet
+      const auto maxima_of = [&]<int kCount>(float(&most)[2], Keys<kCount>) {
         // Four chains side by side: an instruction takes as long as four are issued.
         float chains[4] = {rS[0], rS[1], rS[2], rS[3]};
 #pragma unroll
         for (int i = 4; i < kCount / 2; ++i) chains[i % 4] = fmaxf(chains[i % 4], rS[i]);
-        float most[2];
-        grown = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           most[half] = fmaxf(chains[half * 2], chains[half * 2 + 1]);
@@ -227,12 +255,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], lanes));
           }
         }
+      };
+      const auto measure = [&]<int kCount>(Keys<kCount> count, const auto& keep) {
+        float most[2];
+        grown = false;
+        maxima_of(most, count);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& m = most[half];
-          // Powers of two by which scores may exceed what they are measured against, before
-          // results so far are measured anew (Zadouri et al., FlashAttention-4).
-          if ((m - top[half]) * unit <= 8.0f) {
+          if constexpr (Tile::kLazy) fresh[half] = fresh[half] && m == -INFINITY;
+          if (keep(half, m)) {
             m = top[half];  // stays
           } else {
             grown = true;
@@ -249,18 +281,120 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             sum[half] *= alpha[half];
           }
         }
-        float base[2], more[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           base[half] = top[half] == -INFINITY ? 0.0f : top[half] * unit;
         }
 #pragma unroll
+        for (int i = 0; i < 4; ++i) more[i] = 0.0f;
+      };
+      // Narrow tiles: few blocks have a maximum that counts. Whether a thread's scores may have one
+      // takes half of the instructions, and nothing of the other threads.
+      const auto measure_narrow = [&]<int kCount, bool kFirst>(Keys<kCount> count, First<kFirst>) {
+        bool above = true;
+        if constexpr (!kFirst) {
+          float most[2] = {rS[0], rS[2]};
+#pragma unroll
+          for (int i = 0; i < kCount / 2; i += 2) {
+            most[i / 2 % 2] = ptx::max_3_upper(most[i / 2 % 2], rS[i], rS[i + 1]);
+          }
+          above = !(most[0] < limit[0]) || !(most[1] < limit[1]);
+        }
+        grown = false;
+        if (kFirst || __any_sync(~0u, above)) {
+          float most[2];
+          maxima_of(most, count);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            most[half] *= unit;
+            if (most[half] - top[half] <= kMostGrowth) {
+              most[half] = top[half];  // stays
+            } else {
+              grown = true;
+            }
+          }
+          grown = __any_sync(~0u, grown);
+          if (grown) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              alpha[half] = ptx::exp2_approx(top[half] - most[half]);
+              top[half] = most[half];
+              sum[half] *= alpha[half];
+              find_limit(half);
+            }
+            if constexpr (!kFirst) {
+              ptx::wgmma_wait<0>();
+              ptx::registers_arrived(rO);
+#pragma unroll
+              for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
+            }
+          }
+        }
+        base[0] = top[0], base[1] = top[1];
+      };
+      // Scores of the first kCount keys become probabilities.
+      const auto exponentials = [&]<int kCount>(Keys<kCount>) {
+#pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
           rS[i] = ptx::exp2_approx(fmaf(rS[i], unit, -base[i / 2 % 2]));
-          more[i % 4] += rS[i];
+          more[i % 4] = Tile::kNarrow && i < 4 ? rS[i] : more[i % 4] + rS[i];
         }
+      };
+      const auto add_up = [&] {
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum[half] += more[half * 2] + more[half * 2 + 1];
+      };
+      const auto softmax = [&]<int kCount, bool kFirst>(int n, Keys<kCount> count,
+                                                        First<kFirst> first) {
+        mask(n, count);
+        if constexpr (Tile::kNarrow) {
+          measure_narrow(count, first);
+        } else {
+          measure(count, [&](int half, float m) { return (m - top[half]) * unit <= kMostGrowth; });
+        }
+        exponentials(count);
+        add_up();
+      };
+
+      // kLazy: a query's scores are measured in the first block that it sees anything of, ...
+      const auto measure_or_not = [&](int n) {
+        mask(n, Keys<kN>{});
+        grown = false;
+        if (!settled) {
+          const bool was_fresh[2] = {fresh[0], fresh[1]};
+          measure(Keys<kN>{}, [&](int half, float m) {
+            return !was_fresh[half] || (m - top[half]) * unit <= kMostGrowth;
+          });
+          settled = !__any_sync(~0u, fresh[0] || fresh[1]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) more[i] = 0.0f;
+        }
+      };
+      // ... and in one where a thread's exponentials come to more than the limit, below which they
+      // are numbers of 16 bits, or to none: rare, and then the products are computed again. What a
+      // query is measured against follows from its own scores alone.
+      const auto measure_again = [&](int n, int stage) {
+        constexpr float kLimit = 32768.0f;
+        const bool over[2] = {!(more[0] + more[1] <= kLimit), !(more[2] + more[3] <= kLimit)};
+        // Products are a warpgroup's: its warps agree. By turns, as a warp may be a block ahead.
+        int& flag = shared.exceeded[turn & 1][group];
+        if (__any_sync(~0u, over[0] || over[1]) && lane == 0) flag = turn;
+        ptx::bar_sync(kGroup + group, 128);
+        if (flag == turn) {
+          issue_scores(aQ, stage);
+          bool row_over[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            row_over[half] = __ballot_sync(~0u, over[half]) >> (lane & 28) & 15;
+          }
+          ptx::wgmma_wait<0>();
+          ptx::registers_arrived(rS);
+          mask(n, Keys<kN>{});
+          measure(Keys<kN>{}, [&](int half, float) { return !row_over[half]; });
+          exponentials(Keys<kN>{});
+          pack_probabilities();
+        }
       };
 
       // The copy engine has read the results before.
@@ -303,10 +437,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         arrive(&shared.values_free[stage.index]);
       };
 
-      float total[2], inverse[2];
+      float total[2], inverse[2], lse[2];
       bool nothing[2];  // seen, or to be computed
+      const auto lse_of = [&](int half) {
+        return nothing[half] ? -INFINITY
+                             : fmaf(top[half], Tile::kNarrow ? kLn2 : p.f.scale, logf(total[half]));
+      };
       const auto divide = [&] {
-        total[0] = sum[0], total[1] = sum[1];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) total[half] = sum[half];
 #pragma unroll
         for (int lanes = 1; lanes <= 2; lanes *= 2) {
 #pragma unroll
@@ -320,8 +459,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           // Sums are 1 at least, or 0: nothing here that division is slow for.
           const float about = ptx::rcp_approx(total[half]);
           inverse[half] = fmaf(fmaf(-total[half], about, 1.0f), about, about);
+          if constexpr (Tile::kNarrow) lse[half] = lse_of(half);
         }
       };
+
       int n = job_end - 1;
       for (; n >= seen.end; --n) leave_out(n);
       if (n >= seen.begin) {
@@ -335,20 +476,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           ptx::wgmma_wait<0>();
           ptx::registers_arrived(rS);
           arrive(&shared.keys_free[stage.index]);
-          if (n == seen.begin) give_back_queries();
+          if (!Tile::kNarrow && n == seen.begin) give_back_queries();
           if (n == job_end - 1) clear_rest(stage);
           if (seen.half) {
-            softmax(n, Keys<kN / 2>{});
+            softmax(n, Keys<kN / 2>{}, First<true>{});
 #pragma unroll
             for (int i = kScores / 2; i < kScores; ++i) rS[i] = 0.0f;
           } else {
-            softmax(n, Keys<kN>{});
+            softmax(n, Keys<kN>{}, First<true>{});
           }
           pack_probabilities();
         }
+        if constexpr (Tile::kLazy) settled = !__any_sync(~0u, fresh[0] || fresh[1]);
         for (--n; n >= seen.begin; --n) {
-          const Stage before = stage_of<Tile::kStages>(turn++),
-                      stage = stage_of<Tile::kStages>(turn);
+          // Found anew where it matters: carried from the block before, it would not stay in
+          // registers that a warp shares.
+          const Stage before = stage_of<Tile::kStages>(Tile::kNarrow ? anew(turn) : turn);
+          const Stage stage = stage_of<Tile::kStages>(++turn);
           ptx::mbarrier_wait(&shared.keys_there[stage.index], stage.parity);
           if (Tile::kTurns) ptx::bar_sync(kTurn + group, 256);
           issue_scores(aQ, stage.index);
@@ -357,19 +501,34 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           if (Tile::kTurns) ptx::bar_arrive(kTurn + (group + 1) % kGroups, 256);
           ptx::wgmma_wait<1>();
           ptx::registers_arrived(rS);
-          arrive(&shared.keys_free[stage.index]);
-          if (n == seen.begin) give_back_queries();
-          softmax(n, Keys<kN>{});
-          ptx::wgmma_wait<0>();
-          ptx::registers_arrived(rO);
-          arrive(&shared.values_free[before.index]);
-          pack_probabilities();
-          if (grown) {
+          if constexpr (!Tile::kLazy) {
+            arrive(&shared.keys_free[stage.index]);
+            if (!Tile::kNarrow && n == seen.begin) give_back_queries();
+            softmax(n, Keys<kN>{}, First<false>{});
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rO);
+            arrive(&shared.values_free[before.index]);
+            pack_probabilities();
+          } else {
+            measure_or_not(n);
+            exponentials(Keys<kN>{});
+            ptx::wgmma_wait<0>();
+            ptx::registers_arrived(rO);
+            arrive(&shared.values_free[before.index]);
+            pack_probabilities();
+            measure_again(n, stage.index);
+            add_up();
+            arrive(&shared.keys_free[stage.index]);
+            if (n == seen.begin) give_back_queries();
+          }
+          if (!Tile::kNarrow && grown) {
 #pragma unroll
             for (int i = 0; i < kResults; ++i) rO[i] *= alpha[i / 2 % 2];
           }
         }
-        const Stage stage = stage_of<Tile::kStages>(turn++);
+        const Stage stage = stage_of<Tile::kStages>(Tile::kNarrow ? anew(turn) : turn);
+        ++turn;
+        if constexpr (Tile::kNarrow) give_back_queries();  // there is room for another tile's
         ptx::mbarrier_wait(&shared.values_there[stage.index], stage.parity);
         issue_results(stage.index);
         if (kEarly) divide();
@@ -482,7 +641,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           const int at = query_of(half);
           if (at >= job.stored) continue;
           p.f.lse[job.lse_at + static_cast<std::int64_t>(head_of(half)) * p.f.queries + at] =
-              nothing[half] ? -INFINITY : fmaf(top[half], p.f.scale, logf(total[half]));
+              Tile::kNarrow ? lse[half] : lse_of(half);
         }
       }
     }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention/attention_hopper_fwd.cuh"
 #include "attention/attention_hopper_map.cuh"
@@ -17,6 +18,7 @@ using HopperFwd64 = HopperTile<64, 64, 3, 128, 2, 2, true, true>;
 using HopperFwd64Changed = HopperTile<64, 64, 2, 128, 2, 2, true, true>;
 using HopperFwd96 = HopperTile<96, 96, 2, 128, 2, 2, true, true>;
 using HopperFwd128 = HopperTile<128, 128, 2, 128, 2, 2, true, true>;
+using HopperFwd128Long = HopperTile<128, 128, 3, 80, 2, 2, true, true, true>;
 using HopperFwd192x128 = HopperTile<192, 128, 2, 128, 2, 1, false, true>;
 using HopperFwd192 = HopperTile<192, 192, 2, 96, 2, 1, false, true>;
 using HopperFwd256 = HopperTile<256, 256, 2, 64, 2, 1, false, true>;
@@ -41,6 +43,27 @@ inline int hopper_pack(const Forward& f, int rows) {
     if (tiles(pack) < tiles(best)) best = pack;
   }
   return 10 * tiles(best) <= 9 * tiles(0) ? best : 0;
+}
+
+/// Whether the longer tile of 128 columns is the faster one. Bits are not those of the shorter one,
+/// so this looks at nothing that one entry of a batch has from another, nor at how many there are:
+/// all see as many keys as there are, 2048 without a mask or 4096 on average with one, and tiles of
+/// one entry leave hardly more multiprocessors idle.
+inline bool hopper_is_long(const Forward& f, int multiprocessors) {
+  if (f.lengths.start_q || f.lengths.used_q || f.lengths.used_k) return false;
+  const bool left = f.mask.left >= 0, right = f.mask.right >= 0;
+  std::int64_t seen = f.keys;
+  if (left && right) {
+    seen = std::min<std::int64_t>(seen, std::int64_t{f.mask.left} + f.mask.right + 1);
+  } else if (left || right) {
+    seen /= 2;
+  }
+  const auto time = [&](int groups) {
+    const std::int64_t tiles = ceil_div(f.queries, 64 * groups) * std::int64_t{f.heads};
+    return ceil_div(tiles, multiprocessors) * groups;
+  };
+  return seen >= (left || right ? 4096 : 2048) &&
+         100 * time(HopperFwd128Long::kGroups) <= 113 * time(HopperFwd128::kGroups);
 }
 
 /// Of how many heads tiles are given out at a time, longest first: as many as a third of L2 holds
@@ -92,8 +115,15 @@ void launch_hopper_fwd_as(Forward& f, Stream stream, const char* op) {
       f.d, f.dv, [&]<class Tile>() {
         const int multiprocessors =
             device_attribute(cudaDevAttrMultiProcessorCount, stream.device, op);
-        const HopperForward p = hopper_forward<T, Tile>(f, stream, multiprocessors, op);
-        launch_hopper_tile<T, Tile, kChanges>(p, multiprocessors, stream, op);
+        const auto run = [&]<class Taken>(std::type_identity<Taken>) {
+          const HopperForward p = hopper_forward<T, Taken>(f, stream, multiprocessors, op);
+          launch_hopper_tile<T, Taken, kChanges>(p, multiprocessors, stream, op);
+        };
+        if constexpr (std::is_same_v<Tile, HopperFwd128> && !kChanges) {
+          if (hopper_is_long(f, multiprocessors))
+            return run(std::type_identity<HopperFwd128Long>{});
+        }
+        run(std::type_identity<Tile>{});
       });
 }
 

@@ -26,6 +26,21 @@ __device__ __forceinline__ std::uint32_t pairs_below(int to) {
   return count == 32 ? ~0u : (1u << count) - 1;
 }
 
+/// As a type: whether it is a warpgroup's first block of keys.
+template <bool kFirst>
+struct First {};
+
+/// Powers of two by which scores may exceed what they are measured against, before results so far
+/// are measured anew (Zadouri et al., FlashAttention-4).
+inline constexpr float kMostGrowth = 8.0f;
+
+/// Whatever number is less than this and has the upper 16 bits of another, that one is less than x.
+/// Some 2^-7 of x less than x.
+__device__ __forceinline__ float upper_below(float x) {
+  const int bits = __float_as_int(x);
+  return __int_as_float((bits & static_cast<int>(0xffff0000u)) + (bits < 0 ? 0x20000 : -0x10000));
+}
+
 /// What stands between products and the softmax but masks: soft cap and ALiBi. All in units of what
 /// the products are.
 struct ScoreChange {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Functions that the special function units approximate, and one of integers. One function, one
-// instruction (sm_90: max_3).
+// instruction (sm_90: max_3, max_3_upper).
 #pragma once
 
 namespace fastkern::ptx {
@@ -24,6 +24,19 @@ __device__ __forceinline__ float sqrt_approx(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+/// Of three numbers the upper 16 bits of the largest, rounded towards 0, as its upper half; the
+/// lower half is anything. Numbers that are none are left out.
+__device__ __forceinline__ float max_3_upper(float a, float b, float c) {
+  float most;
+  asm("{\n.reg .b32 most, b, c;\n"
+      "mov.b32 most, %1;\nmov.b32 b, %2;\nmov.b32 c, %3;\n"
+      "max.bf16x2 most, most, b;\nmax.bf16x2 most, most, c;\n"
+      "mov.b32 %0, most;\n}"
+      : "=f"(most)
+      : "f"(a), "f"(b), "f"(c));
+  return most;
 }
 
 /// The largest of three.

@@ -193,6 +193,20 @@ TEST_P(AttentionHopper, ManyTiles) {
   }
 }
 
+/// So many, of so many heads, that 128 columns have tiles of 192 queries. Scores that grow beyond
+/// what a half holds.
+TEST_P(AttentionHopper, ManyKeys) {
+  AttentionCase c = sized(380, 2130, 128);
+  c.heads = 64, c.kv_heads = 2;
+  expect_agrees(c);
+  c.scale = 1.5;
+  expect_agrees(c);
+  c.keys = 8300, c.right = 0, c.d = 104, c.sinks = DType::f32;
+  expect_agrees(c);
+  c.left = 4200, c.right = 30, c.scale = 0.1;
+  expect_agrees(c);
+}
+
 TEST_P(AttentionHopper, Packed) {
   for (const std::int64_t d : kColumns) {
     AttentionCase c = sized(0, 0, d);

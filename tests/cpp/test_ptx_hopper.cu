@@ -405,6 +405,8 @@ void expect_product_8() {
 TEST_F(Hopper, ProductsOf8Bits) {
   expect_product_8<64, false>();
   expect_product_8<64, true>();
+  expect_product_8<96, false>();
+  expect_product_8<96, true>();
   expect_product_8<128, false>();
   expect_product_8<128, true>();
   expect_product_8<256, false>();

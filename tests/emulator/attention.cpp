@@ -22,7 +22,9 @@ struct AttentionCase {
   int bias = 0;    // 1: full, 2: broadcast over entries and heads, 3: over queries, 4: a mask
   int blocks = 0;  // size of a block mask
   double softcap = 0.0, dropout = 0.0;
-  int shift = 0;  // elements off a boundary
+  double scale = 0.0;     // 0: 1 / sqrt(d)
+  bool negative = false;  // all scores
+  int shift = 0;          // elements off a boundary
   int device = 0;
   bool gradients = true;
   bool little = false;  // memory for gradients as where there is no kernel for Hopper
@@ -38,7 +40,8 @@ std::string AttentionCase::text() const {
       << (top_left ? " top-left" : "") << (packed ? " packed" : "") << (used ? " used" : "")
       << (prefix ? " prefix" : "") << (slopes ? " slopes" : "") << (sinks ? " sinks" : "")
       << " bias " << bias << " blocks " << blocks << " softcap " << softcap << " dropout "
-      << dropout << " shift " << shift << " device " << device << (lends ? " lends" : "");
+      << dropout << " scale " << scale << (negative ? " negative" : "") << " shift " << shift
+      << " device " << device << (lends ? " lends" : "");
   return out.str();
 }
 
@@ -100,13 +103,17 @@ AttentionCall::AttentionCall(const AttentionCase& c, int shift) {
                                     : Sizes{c.batch, rows, heads, width});
   };
   q = operand(c.queries, c.heads, c.d), k = operand(c.keys, c.kv_heads, c.d);
+  if (c.negative) {
+    for (std::int64_t i = 0; i < q.numel(); ++i) q.set(i, std::abs(q.get(i)));
+    for (std::int64_t i = 0; i < k.numel(); ++i) k.set(i, -std::abs(k.get(i)));
+  }
   v = operand(c.keys, c.kv_heads, c.dv), out = operand(c.queries, c.heads, c.dv);
   lse = tensor(DType::f32,
                c.packed ? Sizes{c.heads, c.batch * c.queries} : Sizes{c.batch, c.heads, c.queries});
   out.allow_writes(), lse.allow_writes();
   forward.q = q.ref(), forward.k = k.ref(), forward.v = v.ref();
   forward.out = out.ref(), forward.lse = lse.ref();
-  forward.scale = 1.0 / std::sqrt(static_cast<double>(c.d));
+  forward.scale = c.scale > 0.0 ? c.scale : 1.0 / std::sqrt(static_cast<double>(c.d));
   forward.softcap = c.softcap;
   forward.mask.left = c.left, forward.mask.right = c.right, forward.mask.top_left = c.top_left;
   if (c.bias == 4) {
@@ -276,6 +283,7 @@ std::vector<Case> attention_cases(const Options& options) {
        .right = 0,
        .device = 2},
       {.queries = 500, .keys = 450, .heads = 2, .right = 0, .device = 1},
+      {.queries = 370, .keys = 2050, .d = 128, .dv = 128, .device = 1},
       {.queries = 420, .keys = 700, .heads = 2, .left = 200, .right = 30, .sinks = true},
       {.queries = 300, .keys = 400, .d = 96, .dv = 96, .left = 140, .right = 0, .device = 1},
       {.queries = 200,
@@ -428,6 +436,31 @@ std::vector<Case> attention_cases(const Options& options) {
        .right = 0,
        .slopes = true,
        .softcap = 3.0,
+       .device = 1,
+       .gradients = false},
+      // scores that grow by many powers of two, block after block
+      {.queries = 200,
+       .keys = 700,
+       .heads = 2,
+       .right = 0,
+       .scale = 1.5,
+       .device = 1,
+       .gradients = false},
+      {.queries = 130,
+       .keys = 600,
+       .d = 96,
+       .dv = 96,
+       .sinks = true,
+       .scale = 1.5,
+       .device = 1,
+       .gradients = false},
+      // scores that are all negative, of queries that see nothing of a warpgroup's first block
+      {.queries = 250,
+       .keys = 333,
+       .heads = 2,
+       .right = 0,
+       .scale = 1.0,
+       .negative = true,
        .device = 1,
        .gradients = false},
       // tiles by head dimensions and shared memory

@@ -2,6 +2,7 @@
 // cuda::attention_fp8 in the emulator against cpu::.
 #include "fastkern/attention_fp8.h"
 
+#include <bit>
 #include <cmath>
 #include <sstream>
 
@@ -19,14 +20,15 @@ struct Fp8Case {
   bool top_left = false, packed = false, used = false, sinks = false, negative = false;
   bool scales = true;
   int device = 0;
+  double sink = 0.0;  // about which sinks are
 
   std::string text() const {
     std::ostringstream out;
     out << "attention_fp8 B" << batch << " S" << queries << " T" << keys << " H" << heads << "/"
         << kv_heads << " D" << d << "/" << dv << " window " << left << "," << right
         << (top_left ? " top-left" : "") << (packed ? " packed" : "") << (used ? " used" : "")
-        << (sinks ? " sinks" : "") << (negative ? " negative" : "") << (scales ? "" : " no scales")
-        << " device " << device;
+        << (sinks ? " sinks " + std::to_string(sink) : "") << (negative ? " negative" : "")
+        << (scales ? "" : " no scales") << " device " << device;
     return out.str();
   }
 };
@@ -83,7 +85,7 @@ Fp8Call::Fp8Call(const Fp8Case& c) {
   f.q = q.ref(), f.k = k.ref(), f.v = v.ref(), f.out = out.ref(), f.lse = lse.ref();
   f.scale = 1.0 / std::sqrt(static_cast<double>(c.d));
   f.mask.left = c.left, f.mask.right = c.right, f.mask.top_left = c.top_left;
-  if (c.sinks) sinks = tensor(DType::f32, {c.heads}), f.sinks = sinks.ref();
+  if (c.sinks) sinks = tensor(DType::f32, {c.heads}, c.sink), f.sinks = sinks.ref();
   if (c.scales) {
     q_scale = tensor(DType::f32, {c.batch, c.kv_heads}, c.negative ? -6.0 : 6.0);
     k_scale = tensor(DType::f32, {c.batch, c.kv_heads}, 6.0);
@@ -107,6 +109,9 @@ Fp8Call::Fp8Call(const Fp8Case& c) {
   poison(c);
   const std::size_t bytes = cuda::attention_fp8_workspace(args);
   workspace = Tensor(DType::f32, {static_cast<std::int64_t>(bytes / 4)}, {1});
+  for (std::int64_t i = 0; i < workspace.numel(); ++i) {
+    workspace.set(i, std::bit_cast<float>(0x7f7f7f7f));  // each byte NaN
+  }
   workspace.allow_writes();
   args.workspace = workspace.ref().data, args.workspace_size = bytes;
 }
@@ -172,6 +177,8 @@ std::vector<Case> attention_fp8_cases(const Options& options) {
       {.queries = 150, .keys = 140, .d = 16, .dv = 160, .left = 30, .right = 17},
       {.queries = 70, .keys = 0, .sinks = true},
       {.queries = 70, .keys = 90, .heads = 2, .right = 0, .sinks = true},
+      {.queries = 70, .keys = 90, .left = 9, .right = 0, .sinks = true, .sink = 500.0},
+      {.queries = 70, .keys = 90, .right = 0, .sinks = true, .sink = -1e30},
       // several blocks of keys and tiles a block of threads
       {.queries = 300, .keys = 700, .heads = 2, .d = 128, .dv = 128, .device = 1},
       {.queries = 300, .keys = 900, .heads = 2, .device = 1},
@@ -188,6 +195,9 @@ std::vector<Case> attention_fp8_cases(const Options& options) {
       {.queries = 420, .keys = 700, .heads = 2, .left = 200, .right = 30, .sinks = true},
       {.queries = 129, .keys = 127, .right = 0, .top_left = true},
       {.batch = 3, .queries = 70, .keys = 290, .heads = 2, .used = true, .device = 1},
+      // keys whose blocks of 96 reach beyond a multiple of 128
+      {.batch = 2, .queries = 70, .keys = 133, .d = 128, .dv = 128, .used = true},
+      {.batch = 3, .queries = 70, .keys = 127, .d = 96, .dv = 128, .packed = true, .used = true},
       {.batch = 5,
        .queries = 150,
        .keys = 300,
