@@ -105,7 +105,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::mbarrier_wait(&shared.there[t % kStages], t / kStages & 1);
   };
   const auto skip = [&](int from, int to) {
-    for (int t = from - job.begin; t < to - job.begin; ++t) await(t), release(t);
+    for (int t = from - job.begin; t < to - job.begin; ++t) {
+      await(t);
+      __syncwarp();  // all of its lanes have seen that it was there
+      release(t);
+    }
   };
   skip(job.begin, seen.begin);
   const int first = seen.begin - job.begin, end = seen.end - job.begin;

@@ -10,7 +10,7 @@
 
 namespace fastkern::cuda::attention_detail {
 
-using HopperFp8Of64 = HopperFp8Tile<64, 3, 1, 4, true, 16, 32>;
+using HopperFp8Of64 = HopperFp8Tile<64, 3, 1, 4, true, 16, 48>;
 using HopperFp8Of128 = HopperFp8Tile<128, 3, 1, 3, true, 43, 24>;
 // There is no room for sums besides those of the tensor cores: results of all keys are one, or
 // those of a block.
