@@ -143,7 +143,8 @@ bool gains_from_counter(const Forward& p) {
   const bool packed = p.lengths.start_q, causal = p.mask.right >= 0 && p.mask.left < 0;
   const std::int64_t entries = packed ? 1 : p.batch;
   const bool many = entries * p.heads * p.queries >= 256 * 128;  // two tiles a multiprocessor
-  return many && (packed || (causal && std::int64_t{p.keys} * p.d >= 1 << 18));
+  const std::int64_t enough = p.d > 128 ? 1 << 17 : 1 << 18;
+  return many && (packed || (causal && std::int64_t{p.keys} * p.d >= enough));
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ __device__ __forceinline__ void set_up(const HopperForward& p, HopperShared<Tile
     ptx::mbarrier_init(&shared.job_there[s], 32);
     ptx::mbarrier_init(&shared.job_free[s], 1);
   }
-  for (int s = 0; !Tile::kOwn && s < 4; ++s) ptx::mbarrier_init(&shared.out_free[s / 2][s % 2], 1);
+  for (int s = 0; !Tile::kOwn && s < 4; ++s) ptx::mbarrier_init(&shared.out_free[s / 2][s % 2], 32);
   ptx::mbarrier_init_fence();
 }
 
@@ -238,14 +238,12 @@ __device__ __forceinline__ void hopper_store(const HopperForward& p, HopperShare
       p.f.lse[job.lse_at + static_cast<std::int64_t>(head) * p.f.queries + at] =
           sum.x == 0.0f ? -INFINITY : fmaf(sum.y, p.f.scale, logf(sum.x));
     }
-    __syncwarp();
     ptx::bar_sync(hopper_store_barrier(group, 1, t), 160);
     store(kFirst, kPanels);
     ptx::bulk_wait_read<1>();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[0][group]);
+    ptx::mbarrier_arrive(&shared.out_free[0][group]);  // every lane: each may have read
     ptx::bulk_wait_read<0>();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.out_free[1][group]);
-    __syncwarp();
+    ptx::mbarrier_arrive(&shared.out_free[1][group]);
   }
   ptx::bulk_wait<0>();
 }

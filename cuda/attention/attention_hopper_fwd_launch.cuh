@@ -47,8 +47,8 @@ inline int hopper_pack(const Forward& f, int rows) {
 
 /// Whether the longer tile of 128 columns is the faster one. Bits are not those of the shorter one,
 /// so this looks at nothing that one entry of a batch has from another, nor at how many there are:
-/// all see as many keys as there are, 2048 without a mask or 4096 on average with one, and tiles of
-/// one entry leave hardly more multiprocessors idle.
+/// queries see 2048 keys or more on average, and tiles of one entry leave hardly more
+/// multiprocessors idle.
 inline bool hopper_is_long(const Forward& f, int multiprocessors) {
   if (f.lengths.start_q || f.lengths.used_q || f.lengths.used_k) return false;
   const bool left = f.mask.left >= 0, right = f.mask.right >= 0;
@@ -62,7 +62,7 @@ inline bool hopper_is_long(const Forward& f, int multiprocessors) {
     const std::int64_t tiles = ceil_div(f.queries, 64 * groups) * std::int64_t{f.heads};
     return ceil_div(tiles, multiprocessors) * groups;
   };
-  return seen >= (left || right ? 4096 : 2048) &&
+  return seen >= 2048 &&
          100 * time(HopperFwd128Long::kGroups) <= 113 * time(HopperFwd128::kGroups);
 }
 
