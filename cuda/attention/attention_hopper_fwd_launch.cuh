@@ -62,8 +62,7 @@ inline bool hopper_is_long(const Forward& f, int multiprocessors) {
     const std::int64_t tiles = ceil_div(f.queries, 64 * groups) * std::int64_t{f.heads};
     return ceil_div(tiles, multiprocessors) * groups;
   };
-  return seen >= 2048 &&
-         100 * time(HopperFwd128Long::kGroups) <= 113 * time(HopperFwd128::kGroups);
+  return seen >= 2048 && 100 * time(HopperFwd128Long::kGroups) <= 113 * time(HopperFwd128::kGroups);
 }
 
 /// Of how many heads tiles are given out at a time, longest first: as many as a third of L2 holds
