@@ -10,11 +10,10 @@
 //            and ds are in registers what the products with dout and q take as their left side; ds
 //            goes through shared memory, two stages, for dq. dk and dv stay in registers. dq is
 //            summed in f32 in global memory, by additions of the copy engine in L2
-//   overlap  of each block of queries a warpgroup issues scores and dp, makes p of scores while dp
-//   is
-//            computed and ds of both, and issues dv, then, as soon as both warpgroups have written
-//            their ds, dq, then dk; dq leaves while dk is computed. Products are issued as they
-//            come: those of one warpgroup run in what the other's leave
+//   overlap  of each block of queries a warpgroup issues scores and dp, makes p of scores while
+//            dp is computed and ds of both, and issues dv, then, as soon as both warpgroups have
+//            written their ds, dq, then dk; dq leaves while dk is computed. Products are issued as
+//            they come: those of one warpgroup run in what the other's leave
 //   warps    of the first warpgroup: 0 draws tiles and has queries, dout, keys and values fetched,
 //            1 and 2 have dq added, of every other block of queries each, 3 fetches lse and delta
 //            and finds out what warpgroups have to know of a block of queries
