@@ -167,6 +167,7 @@ AttentionCall::AttentionCall(const AttentionCase& c, int shift) {
   poison(c);
   if (c.lends) {
     counter = Tensor(DType::f32, {1}, {1});
+    counter.set(0, 1.0);  // a large number of tiles, if nobody sets it to 0
     counter.allow_writes();
     forward.workspace = counter.ref().data, forward.workspace_size = sizeof(int);
   }
@@ -216,6 +217,7 @@ void check_attention(const AttentionCase& c) {
     if (c.gradients) cuda::attention_bwd(found.backward, {nullptr, c.device});
   };
   if (!run_guarded(found.tensors(), run)) return;
+  if (c.lends && found.counter.get(0) == 1.0) fail_case("counter", "was not used");
   cpu::attention(expected.forward);
   if (c.gradients) cpu::attention_bwd(expected.backward);
   const bool exact = c.dtype == DType::f32;
